@@ -1,0 +1,9 @@
+"""Two folders, one package: `kernels/` at the top level installs as `titok_fast.kernels`."""
+
+from setuptools import setup
+
+setup(
+    packages=["titok_fast", "titok_fast.kernels"],
+    package_dir={"titok_fast": "titok_fast", "titok_fast.kernels": "kernels"},
+    package_data={"titok_fast": ["py.typed"]},
+)
