@@ -5,9 +5,11 @@ Without a GPU the kernels can still be run, slowly, by Triton's interpreter: sta
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 
 _interpret_on_cpu = False
@@ -33,3 +35,39 @@ def interpret_on_cpu() -> Iterator[None]:
         yield
     finally:
         _interpret_on_cpu = before
+
+
+def lazy_triton_op(
+    name: str, setup: Callable[[Any], object] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`torch.library.triton_op`, registered at the first call instead of at import.
+
+    Registering imports Inductor, 0.9 s that a CPU user never needs to wait for. torch.compile may
+    be the first caller: it runs `register` while tracing and then sees the operator itself.
+
+    Args:
+        name: of the operator in namespace `titok_fast`.
+        setup: given the registered operator, once; attaches its gradient.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        done = False
+
+        def register() -> bool:
+            nonlocal done
+            if not done:
+                op = torch.library.triton_op(f"titok_fast::{name}", mutates_args=())(fn)
+                if setup is not None:
+                    setup(op)
+                done = True
+            return done
+
+        def call(*args: Any) -> Any:
+            register()
+            return getattr(torch.ops.titok_fast, name)(*args)
+
+        register._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        call.register = register  # type: ignore[attr-defined]
+        return call
+
+    return decorate

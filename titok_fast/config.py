@@ -1,0 +1,375 @@
+"""What a model is and how it samples: frozen configurations that read upstream's YAML.
+
+Field names are upstream's (`model.vq_model.*`, `model.generator.*`), so an official config file, a
+published `config.json` and a dataclass say the same thing. Presets are in presets.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# (width, layers, heads). "small" is not the usual ViT-S: upstream's is 512 wide and 8 deep.
+VIT_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
+SCHEDULES = ("arccos", "cosine", "linear", "sqrt")
+GUIDANCE_DECAYS = ("constant", "linear", "power-cosine")
+MAX_STEPS = 1024
+
+ViTSize = str | tuple[int, int, int]
+
+
+def read_official(source: "str | Path | Mapping[str, Any] | DictConfig") -> dict[str, Any]:
+    """An official configuration (YAML or JSON file, or mapping) with `${...}` resolved.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it holds no configuration, or a `${...}` points nowhere.
+    """
+    if isinstance(source, str | Path):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"no configuration file at {source}")
+        try:
+            source = OmegaConf.load(source)  # YAML is a superset of JSON
+        except Exception as error:
+            raise ValueError(f"{source} is not readable as YAML or JSON: {error}") from error
+    config = source if isinstance(source, DictConfig) else OmegaConf.create(source)
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except Exception as error:
+        raise ValueError(f"configuration has an unresolved reference: {error}") from error
+    if not isinstance(resolved, dict) or "model" not in resolved:
+        raise ValueError("configuration wants the top-level key 'model' of upstream's files")
+    return resolved
+
+
+def _require(ok: bool, name: str, wanted: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{name} wants {wanted}; got {got!r}")
+
+
+def _known(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(cls)}
+    return {k: v for k, v in section.items() if k in names}
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """MaskGIT-VQGAN: the borrowed 2D tokenizer whose decoder is the tail of two-stage TiTok.
+
+    Defaults are the published network: 16x down, 1024 codes of 256 channels.
+    """
+
+    hidden_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 1024
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        _require(len(self.channel_mult) >= 1, "channel_mult", "at least one level", ())
+        _require(
+            self.hidden_channels % 32 == 0, "hidden_channels", "a multiple of 32 (norm groups)",
+            self.hidden_channels,
+        )  # fmt: skip
+
+    @property
+    def downsampling(self) -> int:
+        """Image side over code grid side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.hidden_channels * m for m in self.channel_mult)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A TiTok tokenizer. Defaults are TiTok-L-32 after decoder fine-tuning.
+
+    Attributes:
+        num_latent_tokens: K, tokens per image.
+        codebook_size: N, ignored for "vae".
+        token_size: C, channels of a code.
+        use_l2_norm: compare codes by direction, and hand unit vectors to the decoder.
+        commitment_cost: beta of the encoder's term in the quantizer loss.
+        vit_enc_model_size, vit_dec_model_size: "small", "base", "large" or (width, layers, heads).
+        vit_enc_patch_size, vit_dec_patch_size: pixels; a token of the decoder covers this square.
+        quantize_mode: "vq" or "vae".
+        is_legacy: two-stage models: proxy-code head, and the encoder's re-read of its latents.
+        finetune_decoder: the pixel codebook and pixel decoder are part of the model (stage 2).
+        crop_size: image side in pixels.
+        pixel: the MaskGIT-VQGAN whose codes a legacy head predicts.
+    """
+
+    num_latent_tokens: int = 32
+    codebook_size: int = 4096
+    token_size: int = 12
+    use_l2_norm: bool = True
+    commitment_cost: float = 0.25
+    vit_enc_model_size: ViTSize = "large"
+    vit_dec_model_size: ViTSize = "large"
+    vit_enc_patch_size: int = 16
+    vit_dec_patch_size: int = 16
+    quantize_mode: str = "vq"
+    is_legacy: bool = True
+    finetune_decoder: bool = True
+    crop_size: int = 256
+    pixel: VQGANConfig = field(default_factory=VQGANConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("vit_enc_model_size", "vit_dec_model_size"):
+            size = getattr(self, name)
+            if isinstance(size, str):
+                _require(size in VIT_SIZES, name, f"one of {sorted(VIT_SIZES)}", size)
+            else:
+                object.__setattr__(self, name, tuple(size))
+                _require(
+                    len(size) == 3 and size[0] % size[2] == 0, name,
+                    "(width, layers, heads) with heads dividing width", size,
+                )  # fmt: skip
+        _require(
+            self.num_latent_tokens >= 1, "num_latent_tokens", "at least 1", self.num_latent_tokens
+        )
+        _require(self.codebook_size >= 2, "codebook_size", "at least 2", self.codebook_size)
+        _require(
+            self.quantize_mode in ("vq", "vae"),
+            "quantize_mode",
+            "'vq' or 'vae'",
+            self.quantize_mode,
+        )
+        for name in ("vit_enc_patch_size", "vit_dec_patch_size"):
+            patch = getattr(self, name)
+            _require(
+                patch >= 1 and self.crop_size % patch == 0, name,
+                f"a divisor of crop_size {self.crop_size}", patch,
+            )  # fmt: skip
+        _require(
+            not (self.finetune_decoder and not (self.is_legacy and self.quantize_mode == "vq")),
+            "finetune_decoder=True", "is_legacy=True and quantize_mode='vq' (else no proxy head)",
+            f"is_legacy={self.is_legacy}, quantize_mode={self.quantize_mode!r}",
+        )  # fmt: skip
+        if self.is_legacy:
+            _require(
+                self.vit_dec_patch_size % self.pixel.downsampling == 0, "vit_dec_patch_size",
+                f"a multiple of the pixel decoder's factor {self.pixel.downsampling}",
+                self.vit_dec_patch_size,
+            )  # fmt: skip
+
+    @classmethod
+    def from_official(
+        cls, source: "str | Path | Mapping[str, Any] | DictConfig"
+    ) -> "TokenizerConfig":
+        """Read `model.vq_model` and `dataset.preprocessing.crop_size`; ignore other keys."""
+        config = read_official(source)
+        section = config["model"].get("vq_model")
+        _require(isinstance(section, dict), "model.vq_model", "a tokenizer's section", section)
+        known = _known(cls, section)
+        preprocessing = (config.get("dataset") or {}).get("preprocessing") or {}
+        known["crop_size"] = preprocessing.get("crop_size", cls.crop_size)
+        if "pixel" in known:
+            known["pixel"] = VQGANConfig(**known["pixel"])
+        for name in ("vit_enc_model_size", "vit_dec_model_size"):
+            if isinstance(known.get(name), list):
+                known[name] = tuple(known[name])
+        if known.get("quantize_mode") == "vae":
+            # upstream's VAE files leave these out, and a VAE has no use for them
+            known.setdefault("finetune_decoder", False)
+        return cls(**known)
+
+    def to_official(self) -> dict[str, Any]:
+        """The whole-file form that upstream's classes read."""
+        section = asdict(self)
+        crop_size = section.pop("crop_size")
+        if self.pixel == VQGANConfig():
+            section.pop("pixel")
+        return {
+            "experiment": {},
+            "model": {"vq_model": section},
+            "dataset": {"preprocessing": {"crop_size": crop_size}},
+        }
+
+    @property
+    def encoder_size(self) -> tuple[int, int, int]:
+        """(width, layers, heads) of the encoder."""
+        size = self.vit_enc_model_size
+        return VIT_SIZES[size] if isinstance(size, str) else size
+
+    @property
+    def decoder_size(self) -> tuple[int, int, int]:
+        """(width, layers, heads) of the ViT decoder."""
+        size = self.vit_dec_model_size
+        return VIT_SIZES[size] if isinstance(size, str) else size
+
+    @property
+    def encoder_grid(self) -> int:
+        """Patches along a side of the image."""
+        return self.crop_size // self.vit_enc_patch_size
+
+    @property
+    def decoder_grid(self) -> int:
+        """Decoder tokens along a side of the image."""
+        return self.crop_size // self.vit_dec_patch_size
+
+    @property
+    def proxy_block(self) -> int:
+        """Proxy codes along a side of one decoder token: 1, or 2 where a token covers 32 pixels."""
+        return self.vit_dec_patch_size // self.pixel.downsampling
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """A masked generator. Defaults are MaskGIT-ViT for TiTok-L-32.
+
+    Attributes:
+        model_type: "ViT" (post-norm BERT) or "UViT" (pre-norm with long skips; ignores dropout).
+        image_seq_len: K, image tokens per sequence; the class takes one more position.
+        codebook_size: N, image token ids 0..N-1; N is the mask, then come the classes.
+        condition_num_classes: classes; one more id stands for "no class".
+        class_label_dropout: share of samples trained without their class.
+    """
+
+    model_type: str = "ViT"
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 3072
+    dropout: float = 0.1
+    attn_drop: float = 0.1
+    image_seq_len: int = 32
+    codebook_size: int = 4096
+    condition_num_classes: int = 1000
+    class_label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(
+            self.model_type in ("ViT", "UViT"), "model_type", "'ViT' or 'UViT'", self.model_type
+        )
+        _require(
+            self.hidden_size % self.num_attention_heads == 0, "num_attention_heads",
+            f"a divisor of hidden_size {self.hidden_size}", self.num_attention_heads,
+        )  # fmt: skip
+        for name in (
+            "num_hidden_layers",
+            "image_seq_len",
+            "codebook_size",
+            "condition_num_classes",
+        ):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+
+    @classmethod
+    def from_official(
+        cls, source: "str | Path | Mapping[str, Any] | DictConfig"
+    ) -> "GeneratorConfig":
+        """Read `model.generator` and `model.vq_model.codebook_size`; ignore other keys."""
+        config = read_official(source)
+        section = config["model"].get("generator")
+        _require(isinstance(section, dict), "model.generator", "a generator's section", section)
+        known = _known(cls, section)
+        vq_model = config["model"].get("vq_model") or {}
+        if "codebook_size" in vq_model:
+            known["codebook_size"] = vq_model["codebook_size"]
+        return cls(**known)
+
+    def to_official(self) -> dict[str, Any]:
+        """The whole-file form that upstream's classes read."""
+        section = asdict(self)
+        codebook_size = section.pop("codebook_size")
+        vq_model = {"codebook_size": codebook_size, "num_latent_tokens": self.image_seq_len}
+        return {"experiment": {}, "model": {"vq_model": vq_model, "generator": section}}
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of a token yet to be drawn."""
+        return self.codebook_size
+
+    @property
+    def no_class_id(self) -> int:
+        """Id in the class position that stands for "no class"."""
+        return self.codebook_size + 1 + self.condition_num_classes
+
+    @property
+    def vocab_size(self) -> int:
+        """Image tokens, mask, classes, no class."""
+        return self.codebook_size + self.condition_num_classes + 2
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn. Defaults are upstream's `generate` defaults.
+
+    Attributes:
+        num_sample_steps: T, 1..1024.
+        guidance_scale: strength; what it means depends on the decay, see schedules.py.
+        guidance_decay: "constant", "linear" or "power-cosine" (upstream's word: the last two grow).
+        guidance_scale_pow: exponent of "power-cosine".
+        randomize_temperature: scale of the Gumbel noise at the first step; falls to 0.
+        softmax_temperature_annealing: divide logits by 1.3 falling to 0.5.
+        schedule: share still masked against time: "arccos" (TiTok), "cosine", "linear", "sqrt".
+        confidence: "logit" (TiTok: raw guided logit, noise on tokens falls to 0) or "probability"
+            (MaskGIT: log-probability, tokens at temperature 1).
+    """
+
+    num_sample_steps: int = 8
+    guidance_scale: float = 3.0
+    guidance_decay: str = "constant"
+    guidance_scale_pow: float = 3.0
+    randomize_temperature: float = 4.5
+    softmax_temperature_annealing: bool = False
+    schedule: str = "arccos"
+    confidence: str = "logit"
+
+    def __post_init__(self) -> None:
+        steps = self.num_sample_steps
+        _require(
+            isinstance(steps, int) and 1 <= steps <= MAX_STEPS, "num_sample_steps",
+            f"an integer from 1 to {MAX_STEPS}", steps,
+        )  # fmt: skip
+        _require(
+            self.guidance_decay in GUIDANCE_DECAYS,
+            "guidance_decay",
+            f"one of {GUIDANCE_DECAYS}",
+            self.guidance_decay,
+        )
+        _require(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", self.schedule)
+        _require(
+            self.confidence in ("logit", "probability"),
+            "confidence",
+            "'logit' or 'probability'",
+            self.confidence,
+        )
+        for name in ("guidance_scale", "guidance_scale_pow", "randomize_temperature"):
+            _require(isfinite(getattr(self, name)), name, "a finite number", getattr(self, name))
+        _require(
+            self.randomize_temperature >= 0,
+            "randomize_temperature",
+            "at least 0",
+            self.randomize_temperature,
+        )
+
+    @classmethod
+    def from_official(
+        cls, source: "str | Path | Mapping[str, Any] | DictConfig"
+    ) -> "SamplingConfig":
+        """The settings of upstream's sampling script for a config: annealing on, power 3."""
+        section = read_official(source)["model"].get("generator") or {}
+        known = _known(cls, section)
+        if "num_steps" in section:
+            known["num_sample_steps"] = section["num_steps"]
+        return cls(softmax_temperature_annealing=True, **known)
+
+    def but(self, **changes: Any) -> "SamplingConfig":
+        """A copy with some settings changed; None leaves a setting as it is."""
+        changes = {k: v for k, v in changes.items() if v is not None}
+        unknown = set(changes) - {f.name for f in fields(self)}
+        _require(
+            not unknown,
+            "sampling setting",
+            f"one of {[f.name for f in fields(self)]}",
+            sorted(unknown),
+        )
+        return replace(self, **changes)

@@ -1,0 +1,171 @@
+"""Labels to tokens, fast: the loop of iterative unmasking without a host wait.
+
+The distribution is the reference sampler's (reference.py). What differs: guidance is one doubled
+batch, and none where its weight is 0; the two halves are mixed in the last hidden state, which is
+exact because the head is linear; noise is a function of (seed, step, position, code), so a sample
+does not depend on its batch, its place in it, or its rank.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from titok_fast.config import SamplingConfig
+from titok_fast.generator import MaskedGenerator
+from titok_fast.kernels.guided_sample import guided_sample
+from titok_fast.kernels.remask import remask
+from titok_fast.reference import check_labels
+from titok_fast.schedules import steps
+
+_MASK64 = (1 << 64) - 1
+
+
+def sample_seeds(seed: int, count: int, first: int = 0) -> Tensor:
+    """Seeds of samples first .. first+count-1 of the run called `seed`.
+
+    SplitMix64 of (seed, index), so neighbouring runs share nothing, and sample i has the same seed
+    whatever batch or rank draws it.
+
+    Args:
+        seed: any integer.
+        count: number of samples.
+        first: index of the first one in the whole run.
+
+    Returns:
+        (count,) int64.
+    """
+    start = _mix(seed & _MASK64)
+    values = [
+        _mix((start + (i + 1) * 0x9E3779B97F4A7C15) & _MASK64) for i in range(first, first + count)
+    ]
+    return torch.tensor([v - (1 << 64) if v >> 63 else v for v in values], dtype=torch.int64)
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+@torch.no_grad()
+def sample(
+    generator: MaskedGenerator,
+    labels: Tensor | Sequence[int],
+    seeds: Tensor,
+    config: SamplingConfig | None = None,
+    tokens: Tensor | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Draw the tokens of a batch.
+
+    Args:
+        generator: a generator in eval mode.
+        labels: (B,) integers 0..classes-1.
+        seeds: (B,) int64, one per sample.
+        config: settings; upstream's defaults if absent.
+        tokens: (B, K) int64 tokens to keep, the mask id where one is to be drawn; samples may
+            differ in how many. All masked if absent.
+        on_step: called after each step, for progress bars.
+
+    Returns:
+        (B, K) int64 ids in [0, N); empty for an empty batch.
+
+    Raises:
+        ValueError: a label, seed or token of wrong shape, type or range.
+    """
+    cfg, device = generator.config, generator.lm_head.weight.device
+    labels = torch.as_tensor(labels)
+    labels = labels.long() if labels.numel() == 0 else labels
+    check_labels(labels, cfg.condition_num_classes)
+    B, K = labels.shape[0], cfg.image_seq_len
+    if seeds.shape != (B,) or seeds.dtype != torch.int64:
+        raise ValueError(
+            f"seeds want shape ({B},) int64, one per label; got {tuple(seeds.shape)} {seeds.dtype}"
+        )
+    if tokens is None:
+        ids = torch.full((B, K), cfg.mask_token_id, device=device)
+    else:
+        ids = _check_tokens(tokens, B, K, cfg.mask_token_id).to(device)
+    class_ids = generator.class_ids(labels.to(device))
+    return unmask(generator, ids, class_ids, seeds.to(device), config or SamplingConfig(), on_step)
+
+
+def _check_tokens(tokens: Tensor, B: int, K: int, mask_id: int) -> Tensor:
+    if tokens.shape != (B, K) or tokens.is_floating_point():
+        raise ValueError(
+            f"tokens want shape ({B}, {K}), integers; got {tuple(tokens.shape)} {tokens.dtype}"
+        )
+    if tokens.numel():
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high > mask_id:
+            raise ValueError(
+                f"tokens lie in 0..{mask_id - 1}, or {mask_id} where one is to be drawn; "
+                f"got {low}..{high}"
+            )
+    return tokens.long()
+
+
+def unmask(
+    generator: MaskedGenerator,
+    ids: Tensor,
+    class_ids: Tensor,
+    seeds: Tensor,
+    config: SamplingConfig,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """The loop. Shapes are static and nothing waits for the device: one graph can hold it.
+
+    Args:
+        generator: a generator in eval mode.
+        ids: (B, K) int64, mask id where a token is to be drawn.
+        class_ids: (B,) int64 in token space (`generator.class_ids(labels)`).
+        seeds: (B,) int64.
+        config: settings.
+        on_step: called after each step.
+
+    Returns:
+        (B, K) int64 ids in [0, N).
+    """
+    cfg = generator.config
+    mask_id, logit_rule = cfg.mask_token_id, config.confidence == "logit"
+    no_class = torch.full_like(class_ids, cfg.no_class_id)
+    both = torch.cat([class_ids, no_class])
+    known = ids != mask_id
+    # TiTok's rule counts from all K tokens, MaskGIT's from those unknown at the start
+    base = torch.full_like(class_ids, ids.shape[1]) if logit_rule else (~known).sum(dim=1)
+
+    for step in steps(config):
+        mask = ids == mask_id
+        if step.guidance == 0:
+            hidden = generator.hidden(ids, class_ids)
+        else:
+            cond, uncond = generator.hidden(ids.repeat(2, 1), both).float().chunk(2)
+            hidden = (cond + step.guidance * (cond - uncond)).to(generator.dtype)
+        candidates, scores = guided_sample(
+            generator.lm_head(hidden),
+            mask=mask,
+            ids=ids,
+            seeds=seeds,
+            step=step.index,
+            softmax_temperature=step.softmax_temperature,
+            noise_temperature=step.token_noise,
+            rule=config.confidence,
+        )
+        if step.last:
+            ids = candidates
+        else:
+            wanted = (base.double() * step.mask_ratio).floor().long()
+            ids = remask(
+                candidates,
+                scores,
+                torch.minimum(mask.sum(dim=1) - 1, wanted).clamp(min=1),
+                mask_id=mask_id,
+                seeds=seeds,
+                step=step.index,
+                noise_temperature=step.remask_noise,
+                rule=config.confidence,
+            )
+        if on_step is not None:
+            on_step()
+    return ids

@@ -1,0 +1,95 @@
+"""Numbers of a sampling run that depend on the step alone, computed once on the host in float64.
+
+Float64 matters: the cosine schedule at r = 2/3 loses a token in float32. Formulas: upstream's
+modeling/maskgit.py for TiTok, google-research/maskgit for the other mask schedules.
+"""
+
+from dataclasses import dataclass
+from math import acos, cos, floor, pi
+
+from titok_fast.config import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Attributes:
+        index: 0..T-1; also the step counter of the noise.
+        mask_ratio: share of the maskable tokens that stay masked after this step; 0 at the last.
+        guidance: w in logits = cond + w * (cond - uncond); 0 means no unconditional pass.
+        softmax_temperature: divides the logits.
+        token_noise: scale of the Gumbel noise that draws tokens; 0 is greedy.
+        remask_noise: scale of the Gumbel noise on confidences.
+        last: nothing is masked again.
+    """
+
+    index: int
+    mask_ratio: float
+    guidance: float
+    softmax_temperature: float
+    token_noise: float
+    remask_noise: float
+    last: bool
+
+
+def mask_ratio(schedule: str, r: float) -> float:
+    """Share still masked once the share `r` (0..1] of the steps is done."""
+    if schedule == "arccos":
+        return acos(r) / (pi * 0.5)
+    if schedule == "cosine":
+        # MaskGIT clips at 1e-6; cos(pi/2) is 6e-17 in float64, and floor() makes both 0
+        return cos(pi * 0.5 * r)
+    if schedule == "linear":
+        return 1.0 - r
+    if schedule == "sqrt":
+        return 1.0 - r**0.5
+    raise ValueError(f"unknown schedule {schedule!r}; known: arccos, cosine, linear, sqrt")
+
+
+def guidance_weight(config: SamplingConfig, step: int) -> float:
+    """The w in cond + w * (cond - uncond) at a step.
+
+    Upstream's power-cosine mode scales from the unconditional side, uncond + s * (cond - uncond),
+    which is the same line with w = s - 1; so the same guidance_scale means a different strength.
+    """
+    T, scale = config.num_sample_steps, config.guidance_scale
+    if config.guidance_decay == "constant":
+        return scale
+    if config.guidance_decay == "linear":
+        return scale * step / T
+    rise = (1 - cos(pi * (step / T) ** config.guidance_scale_pow)) / 2
+    return (scale - 1) * rise
+
+
+def steps(config: SamplingConfig) -> list[Step]:
+    """All steps of a run, in order."""
+    T = config.num_sample_steps
+    plan = []
+    for s in range(T):
+        r = (s + 1) / T
+        noise = config.randomize_temperature * (1.0 - r)
+        plan.append(
+            Step(
+                index=s,
+                mask_ratio=mask_ratio(config.schedule, r),
+                guidance=guidance_weight(config, s),
+                softmax_temperature=0.5 + 0.8 * (1 - r)
+                if config.softmax_temperature_annealing
+                else 1.0,
+                # MaskGIT draws tokens at temperature 1 throughout; TiTok's draw turns greedy
+                token_noise=noise if config.confidence == "logit" else 1.0,
+                remask_noise=noise,
+                last=s == T - 1,
+            )
+        )
+    return plan
+
+
+def masked_after(config: SamplingConfig, K: int) -> list[int]:
+    """Tokens still masked after each step of a run that starts with all `K` masked."""
+    left, counts = K, []
+    for step in steps(config):
+        left = 0 if step.last else max(1, min(left - 1, floor(K * step.mask_ratio)))
+        counts.append(left)
+    return counts
