@@ -32,12 +32,13 @@ def read_official(source: "str | Path | Mapping[str, Any] | DictConfig") -> dict
         if not Path(source).is_file():
             raise FileNotFoundError(f"no configuration file at {source}")
         try:
-            source = OmegaConf.load(source)  # YAML is a superset of JSON
+            config: Any = OmegaConf.load(source)  # YAML is a superset of JSON
         except Exception as error:
             raise ValueError(f"{source} is not readable as YAML or JSON: {error}") from error
-    config = source if isinstance(source, DictConfig) else OmegaConf.create(source)
+    else:
+        config = source if isinstance(source, DictConfig) else OmegaConf.create(dict(source))
     try:
-        resolved = OmegaConf.to_container(config, resolve=True)
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
     except Exception as error:
         raise ValueError(f"configuration has an unresolved reference: {error}") from error
     if not isinstance(resolved, dict) or "model" not in resolved:

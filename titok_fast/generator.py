@@ -57,6 +57,10 @@ class MaskedGenerator(PretrainedModel):
         """(B, 1 + K) token ids -> (B, 1 + K, D)."""
         raise NotImplementedError
 
+    def compile(self, **options: Any) -> None:
+        """Compile the transformer in place; the sampling loop around it stays as it is."""
+        self.trunk = torch.compile(self.trunk, **options)  # type: ignore[method-assign]
+
     def class_ids(self, labels: Tensor) -> Tensor:
         """(B,) labels 0..classes-1 -> (B,) int64 ids in token space."""
         return labels.long() + self.config.codebook_size + 1

@@ -5,6 +5,8 @@ exact rewrites save work, on the fly so that weights stay as published: the shor
 the second kernel of its block, and nearest upsampling folds into the 3x3 convolution that follows.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,14 +66,17 @@ class Level(nn.Module):
         self.block = nn.ModuleList(
             ResnetBlock(c_in if j == 0 else c_out, c_out) for j in range(blocks)
         )
-        if upsample:
-            self.upsample_conv = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.upsample_conv = nn.Conv2d(c_out, c_out, 3, padding=1) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c_in, H, W) -> (B, c_out, H, W)."""
+        """(B, c_in, H, W) -> (B, c_out, H, W), twice the size where the level upsamples."""
         for block in self.block:
             x = block(x)
-        return x
+        if self.upsample_conv is None:
+            return x
+        bias = self.upsample_conv.bias
+        assert bias is not None
+        return upsample_conv(x, self.upsample_conv.weight, bias)
 
 
 class PixelEncoder(nn.Module):
@@ -128,15 +133,16 @@ class PixelDecoder(nn.Module):
             return torch.cat([self._decode(one) for one in codes.split(1)])
         return self._decode(codes)
 
+    def compile(self, **options: Any) -> None:
+        """Compile in place, by the shapes `forward` runs: on a CPU one image at a time."""
+        self._decode = torch.compile(self._decode, **options)  # type: ignore[method-assign]
+
     def _decode(self, codes: Tensor) -> Tensor:
         x = self.conv_in(_channels_last(codes))
         for block in self.mid:
             x = block(x)
-        for i in reversed(range(len(self.up))):
-            x = self.up[i](x)
-            if i > 0:
-                conv = self.up[i].upsample_conv
-                x = upsample_conv(x, conv.weight, conv.bias)
+        for level in reversed(self.up):
+            x = level(x)
         return self.conv_out(self.norm_out(x))
 
 
@@ -219,10 +225,12 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     B, _, H, W = x.shape
     if H * W < PHASES_FROM_PIXELS:
         return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
-    O = weight.shape[0]
-    kernels = torch.cat([k for rows in _halve(weight.float(), 2) for k in _halve(rows, 3)])
+    O, C = weight.shape[:2]
+    fold = _phase_fold(x.device, x.dtype)
+    kernels = (weight.to(x.dtype).reshape(O * C, 9) @ fold).view(O, C, 4, 2, 2)
+    kernels = kernels.permute(2, 0, 1, 3, 4).reshape(4 * O, C, 2, 2)
     # windows of the padded input: (H+1, W+1); phase (a, b) takes those that start at (a, b)
-    windows = F.conv2d(x, _channels_last(kernels.to(x.dtype)), bias.repeat(4), padding=1)
+    windows = F.conv2d(x, _channels_last(kernels), bias.repeat(4), padding=1)
     windows = windows.permute(0, 2, 3, 1)
     out = x.new_empty(B, H, 2, W, 2, O)
     for i in range(4):
@@ -231,7 +239,12 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.view(B, 2 * H, 2 * W, O).permute(0, 3, 1, 2)
 
 
-def _halve(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Fold a side of 3 into 2, for the even and the odd output pixel."""
-    a, b, c = kernel.unbind(dim)
-    return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
+def _phase_fold(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(9, 16): a 3x3 kernel to the 2x2 kernels of the four output phases.
+
+    Along a side, the even output pixel sees [a, b + c], the odd one [a + b, c].
+    """
+    side = torch.tensor(
+        [[[1, 0], [0, 1], [0, 1]], [[1, 0], [1, 0], [0, 1]]], device=device, dtype=dtype
+    )  # (phase, tap of 3, tap of 2)
+    return torch.einsum("pka,qlb->klpqab", side, side).reshape(9, 16)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from titok_fast.config import SamplingConfig
-from titok_fast.generator import MaskedGenerator, generator_class
+from titok_fast.config import GeneratorConfig, SamplingConfig
+from titok_fast.files import fetch
+from titok_fast.generator import ImageBert, MaskedGenerator, UViTBert, generator_class
 from titok_fast.images import ImageLike, to_pil, to_tensor, to_uint8
 from titok_fast.presets import preset
 from titok_fast.sampling import sample, sample_seeds
@@ -125,12 +126,32 @@ class TiTokPipeline:
             ValueError: another dtype.
         """
         if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, dtype)  # type: ignore[arg-type]
+            dtype = getattr(torch, dtype, dtype)
         if dtype is not None and dtype not in _FLOATS:
             raise ValueError(f"dtype wants float32, bfloat16 or float16; got {dtype}")
         for model in (self.tokenizer, self.generator):
             if model is not None:
                 model.to(device=device, dtype=dtype)
+        return self
+
+    def compile(self, **options: Any) -> "TiTokPipeline":
+        """Compile the networks in place with torch.compile; the first call of each shape is slow.
+
+        Call it last, after `to`. On a CPU the weights become constants packed for oneDNN, so
+        changing them later has no effect.
+
+        Args:
+            **options: of torch.compile.
+        """
+        if self.device.type == "cpu":
+            options.setdefault("options", {"freezing": True})
+        options.setdefault("dynamic", False)
+        self.tokenizer.encoder.compile(**options)
+        self.tokenizer.decoder.compile(**options)
+        if self.tokenizer.config.finetune_decoder:
+            self.tokenizer.pixel_decoder.compile(**options)
+        if self.generator is not None:
+            self.generator.compile(**options)
         return self
 
     @property
@@ -309,10 +330,7 @@ class TiTokPipeline:
             yield part
 
 
-def _generator_class_of(source: str, options: dict[str, Any]) -> type:
-    from titok_fast.config import GeneratorConfig
-    from titok_fast.files import fetch
-
+def _generator_class_of(source: str, options: dict[str, Any]) -> type[ImageBert] | type[UViTBert]:
     _, config_file = fetch(source, revision=options.get("revision"))
     if config_file is None:
         raise FileNotFoundError(f"{source} has no config.json: load the generator by its class")
