@@ -13,7 +13,7 @@ from torch import Tensor
 
 from titok_fast.config import SamplingConfig
 from titok_fast.generator import MaskedGenerator
-from titok_fast.kernels.guided_sample import guided_sample
+from titok_fast.kernels.lm_head_sample import lm_head_sample
 from titok_fast.kernels.remask import remask
 from titok_fast.reference import check_labels
 from titok_fast.schedules import steps
@@ -131,27 +131,33 @@ def unmask(
     mask_id, logit_rule = cfg.mask_token_id, config.confidence == "logit"
     no_class = torch.full_like(class_ids, cfg.no_class_id)
     both = torch.cat([class_ids, no_class])
-    known = ids != mask_id
+    B, K = ids.shape
+    row_seeds = seeds.repeat_interleave(K)
+    row_positions = torch.arange(K, device=ids.device).repeat(B)
     # TiTok's rule counts from all K tokens, MaskGIT's from those unknown at the start
-    base = torch.full_like(class_ids, ids.shape[1]) if logit_rule else (~known).sum(dim=1)
+    base = torch.full_like(class_ids, K) if logit_rule else (ids == mask_id).sum(dim=1)
 
     for step in steps(config):
         mask = ids == mask_id
         if step.guidance == 0:
-            hidden = generator.hidden(ids, class_ids)
+            cond, uncond = generator.hidden(ids, class_ids).flatten(0, 1), None
         else:
-            cond, uncond = generator.hidden(ids.repeat(2, 1), both).float().chunk(2)
-            hidden = (cond + step.guidance * (cond - uncond)).to(generator.dtype)
-        candidates, scores = guided_sample(
-            generator.lm_head(hidden),
-            mask=mask,
-            ids=ids,
-            seeds=seeds,
+            cond, uncond = generator.hidden(ids.repeat(2, 1), both).flatten(0, 1).chunk(2)
+        candidates, scores = lm_head_sample(
+            cond,  # (B*K, D)
+            uncond,
+            generator.lm_head.weight,
+            generator.lm_head.bias,
+            seeds=row_seeds,
+            positions=row_positions,
             step=step.index,
+            guidance=step.guidance,
             softmax_temperature=step.softmax_temperature,
             noise_temperature=step.token_noise,
             rule=config.confidence,
         )
+        candidates = torch.where(mask, candidates.view(B, K), ids)
+        scores = scores.view(B, K).masked_fill(~mask, float("inf"))
         if step.last:
             ids = candidates
         else:
