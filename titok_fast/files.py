@@ -79,7 +79,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path} refused: it is damaged, or holds Python objects beside tensors, which are "
             f"never executed. Save it as safetensors. ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (PermissionError, MemoryError):
+        raise  # these say nothing about the file
+    except Exception as error:  # damaged files make the unpickler raise a dozen types
         raise ValueError(f"{path} is truncated or not a torch file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} wants a flat dictionary from names to tensors")

@@ -85,7 +85,7 @@ class MaskedGenerator(PretrainedModel):
             raise ValueError("forward wants input_ids (B, K) and condition (B,)")
         drop = torch.rand(condition.shape, device=condition.device) < cond_drop_prob
         class_ids = self.class_ids(condition).masked_fill(drop, self.config.no_class_id)
-        ids = input_ids.view(input_ids.shape[0], -1)
+        ids = input_ids.flatten(1)
         return self.lm_head(self.hidden(ids, class_ids.view(-1)))
 
     @torch.no_grad()

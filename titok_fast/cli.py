@@ -1,0 +1,262 @@
+"""The command `titok-fast`, also `python -m titok_fast.cli`: arguments, printing, exit status.
+
+Results go to stdout, progress and errors to stderr. An error is one line and status 2; Ctrl-C is
+status 130. No file is left half written.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from titok_fast import __version__, cli_commands
+from titok_fast.attention import BACKENDS, BackendError
+from titok_fast.cli_info import info
+from titok_fast.config import SCHEDULES
+from titok_fast.layer_costs import DTYPE_BYTES
+from titok_fast.presets import PRESETS
+
+_EPILOG = """\
+examples:
+  titok-fast sample --model titok-l-32 --labels 1,7,282 --num 4 --out samples --grid sheet.png
+  titok-fast reconstruct photos --model titok-l-32 --out back --side-by-side
+  titok-fast tokenize photos --model titok-l-32 --out photos.npz
+  titok-fast detokenize photos.npz --model titok-l-32 --out back
+  titok-fast info titok-l-32
+"""
+_MAX_LINES = 4  # of a message; a wrong weight file can name hundreds of tensors
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage as an exception, so that every error takes the same way out."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0 done, 2 an error that is reported on stderr, 130 interrupted.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        for line in _COMMANDS[args.command](args):
+            print(line)
+    except KeyboardInterrupt:
+        print("titok-fast: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, BackendError, torch.OutOfMemoryError) as error:
+        print(f"titok-fast: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    more = [f"and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
+    return "; ".join([*lines[:_MAX_LINES], *more]) or type(error).__name__
+
+
+def _info(args: argparse.Namespace) -> Iterator[str]:
+    yield info(args.models, dtype=args.dtype, batch=args.batch_size)
+
+
+_COMMANDS = {
+    "sample": cli_commands.sample,
+    "reconstruct": cli_commands.reconstruct,
+    "tokenize": cli_commands.tokenize,
+    "detokenize": cli_commands.detokenize,
+    "info": _info,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, for `main` and for documentation."""
+    parser = _Parser(
+        prog="titok-fast",
+        description="Pictures as 32 to 256 tokens, and pictures drawn from tokens.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"titok-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_sample(commands.add_parser("sample", help="draw pictures of ImageNet classes"))
+    _add_reconstruct(commands.add_parser("reconstruct", help="encode pictures and decode them"))
+    _add_tokenize(commands.add_parser("tokenize", help="turn pictures into token ids"))
+    _add_detokenize(commands.add_parser("detokenize", help="turn token ids into pictures"))
+    _add_info(commands.add_parser("info", help="show sizes, costs and speed limits of the models"))
+    return parser
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw pictures of ImageNet classes. Picture i depends on the seed, on i, on its label and "
+        "on the sampling settings, never on the batch size."
+    )
+    parser.add_argument(
+        "--labels", "--label", dest="labels", type=_labels, action="extend", required=True,
+        metavar="LIST", help="classes from 0 to 999, such as 1,7,282; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num", type=_positive, default=1, metavar="N", help="pictures of each label (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the run, any integer (default: 0)"
+    )
+    _add_outputs(parser, "{index}_{label}.png")
+    settings = parser.add_argument_group(
+        "sampling settings",
+        "The default of each is the published one of --model, or without it: 8 steps, guidance 3, "
+        "temperature 4.5, arccos, logit.",
+    )
+    settings.add_argument("--steps", type=int, help="number of unmasking steps, 1 to 1024")
+    settings.add_argument("--guidance", type=float, help="guidance scale; 0 turns guidance off")
+    settings.add_argument("--temperature", type=float, help="noise at the first step, 0 or more")
+    settings.add_argument("--schedule", choices=SCHEDULES, help="how fast tokens are unmasked")
+    settings.add_argument(
+        "--confidence", choices=("logit", "probability"),
+        help="what ranks tokens: TiTok's raw logit, or MaskGIT's probability",
+    )  # fmt: skip
+    models = _add_models(parser)
+    models.add_argument(
+        "--generator", metavar="WEIGHTS",
+        help="directory, weight file or hub repository of the generator, likewise",
+    )  # fmt: skip
+
+
+def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Encode pictures, decode them, and print the PSNR of each. Pictures are resized and "
+        "cropped to the model's square first; PSNR is measured on that square. Without --out and "
+        "--grid only numbers are printed."
+    )
+    _add_inputs(parser)
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="write input and result next to each other"
+    )
+    _add_outputs(parser, "{index}_{name}.png")
+    _add_models(parser)
+
+
+def _add_tokenize(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Turn pictures into token ids, and write them with the pictures' names."
+    _add_inputs(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="file to write: .npz or .json"
+    )
+    parser.add_argument(
+        "--id-dtype", choices=("int16", "int32"),
+        help="integer type of the ids in .npz (default: the smallest that holds the codebook)",
+    )  # fmt: skip
+    _add_force(parser)
+    _add_models(parser)
+
+
+def _add_detokenize(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Turn the ids in a file that `tokenize` wrote into pictures."
+    parser.add_argument("ids", type=Path, metavar="FILE", help="ids to read: .npz or .json")
+    _add_outputs(parser, "{index}_{name}.png")
+    _add_models(parser)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show parameters, FLOPs, bytes and the least time per picture on some cards. Everything is "
+        "computed from the models' shapes; nothing is measured or downloaded."
+    )
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL",
+        help=f"models to show stage by stage (default: a line for each of {', '.join(PRESETS)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16",
+        help="number format of weights and arithmetic (default: bfloat16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N",
+        help="pictures at once, for the least times (default: 32)",
+    )  # fmt: skip
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="PICTURE",
+        help="picture file, or folder that is searched to any depth (jpg, png, webp)",
+    )  # fmt: skip
+
+
+def _add_outputs(parser: argparse.ArgumentParser, pattern: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"folder for PNG files named {pattern}"
+    )
+    parser.add_argument(
+        "--grid", type=Path, metavar="FILE", help="PNG file that shows all pictures in rows"
+    )
+    _add_force(parser)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace files that exist already")
+
+
+def _add_models(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which weights, and where they run."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", choices=tuple(PRESETS), metavar="NAME",
+        help=f"published model: {', '.join(PRESETS)}",
+    )  # fmt: skip
+    group.add_argument(
+        "--tokenizer", metavar="WEIGHTS",
+        help="directory, weight file or hub repository of the tokenizer, in place of the "
+        "published weights; together with --model, the settings are still that model's",
+    )  # fmt: skip
+    group.add_argument(
+        "--random-weights", action="store_true",
+        help="dry run without weights: the pictures are noise",
+    )  # fmt: skip
+    group.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="number format of the weights (default: bfloat16 on cuda, float32 elsewhere)",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention", choices=(*BACKENDS, "auto"),
+        help="attention back end (default: TITOK_FAST_ATTENTION, or else sdpa)",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch-size", type=_positive, metavar="N",
+        help="pictures at once (default: 8 on the cpu, 128 elsewhere)",
+    )  # fmt: skip
+    group.add_argument("--quiet", action="store_true", help="show no progress bar")
+    return group
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"wants a whole number of 1 or more; got {text!r}")
+    return number
+
+
+def _labels(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        message = f"wants classes separated by commas, such as 1,7,282; got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
