@@ -3,7 +3,7 @@
 from setuptools import setup
 
 setup(
-    packages=["titok_fast", "titok_fast.kernels"],
+    packages=["titok_fast", "titok_fast.integrations", "titok_fast.kernels"],
     package_dir={"titok_fast": "titok_fast", "titok_fast.kernels": "kernels"},
     package_data={"titok_fast": ["py.typed"]},
 )

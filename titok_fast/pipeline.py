@@ -319,7 +319,8 @@ class TiTokPipeline:
         work: Callable[[slice], Tensor],
         progress: Callable[[int], object] | None,
     ) -> Iterator[Tensor]:
-        size = batch_size or (8 if self.device.type == "cpu" else 128)
+        default = 8 if self.device.type == "cpu" else 128
+        size = default if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch_size wants at least 1; got {size}")
         for start in range(0, total, size) or range(1):  # an empty batch is checked as well

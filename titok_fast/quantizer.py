@@ -84,7 +84,8 @@ class DiagonalGaussian:
 
     def sample(self) -> Tensor:
         """(B, C, 1, K) float32 draw. The noise is drawn on the device (upstream: on the CPU)."""
-        return self.mean + self.std * torch.randn_like(self.mean)
+        # not randn_like: that fills in the order of the strides, and upstream's draw is contiguous
+        return self.mean + self.std * torch.randn(self.mean.shape, device=self.mean.device)
 
     def mode(self) -> Tensor:
         """(B, C, 1, K) float32 mean."""

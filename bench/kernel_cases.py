@@ -1,0 +1,168 @@
+"""What one measurement of a kernel is made of, and who judges its result.
+
+A judge compares with float64 arithmetic and raises AssertionError with the size of the error. Ids
+are judged by the distance or the logit that they reach, since two close rivals may change places.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Call = Callable[[], Any]
+Judge = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Tokens K, codes N of C channels, generator width D; D = 0 for a tokenizer alone."""
+
+    K: int
+    N: int
+    C: int
+    D: int
+    metric: str
+
+
+MODELS = {
+    "L-32": Model(32, 4096, 12, 768, "cosine"),
+    "B-64": Model(64, 4096, 12, 768, "cosine"),
+    "S-128": Model(128, 4096, 12, 1024, "cosine"),
+    "SL-256": Model(256, 8192, 64, 0, "euclidean"),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One line of the plan: which op at which shape.
+
+    Attributes:
+        op: name of the public function.
+        model: key of MODELS; of the pixel decoder, "channels x side" such as "256x64".
+        batch: images.
+        dtype: of logits, hidden states or activations.
+        training: whether the gradients are part of the work.
+    """
+
+    op: str
+    model: str
+    batch: int
+    dtype: torch.dtype
+    training: bool = False
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op} {self.model} B={self.batch} {dtype} {self.work}"
+
+    @property
+    def work(self) -> str:
+        """Name of what is timed."""
+        return "forward+backward" if self.training else "forward"
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One implementation: the call that is timed, and a check that raises AssertionError."""
+
+    call: Call
+    check: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec with its tensors.
+
+    Attributes:
+        rivals: by name: "ours", "reference", "upstream" and libraries.
+        judge: of the reference and of whatever is compiled from it.
+        bytes_min: every input and every output of the call once.
+        flops: operations of the definition, a multiply-add counting two.
+        absent: by name, why a library takes no part.
+    """
+
+    rivals: dict[str, Rival]
+    judge: Judge
+    bytes_min: float
+    flops: float
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def compiled(self) -> Rival:
+        """The reference through torch.compile, for these shapes alone."""
+        call = torch.compile(self.rivals["reference"].call, dynamic=False)
+        return Rival(call, lambda: self.judge(call()))
+
+
+def judged(calls: Mapping[str, Call], judge: Judge) -> dict[str, Rival]:
+    """Rivals that answer to one judge."""
+    return {name: Rival(call, lambda call=call: judge(call())) for name, call in calls.items()}
+
+
+def gradients(fn: Callable[..., Any], leaves: Sequence[Tensor]) -> Call:
+    """A call that forms one objective of all differentiable outputs, and returns its gradients."""
+
+    def run() -> tuple[Tensor, ...]:
+        out = fn(*leaves)
+        parts = [out] if isinstance(out, Tensor) else [x for x in out if x.requires_grad]
+        # a scalar is a loss; of the rest, random cotangents would be one more tensor to read
+        objective = sum(x if x.ndim == 0 else x.float().square().sum() for x in parts)
+        return torch.autograd.grad(objective, [x for x in leaves if x.requires_grad])
+
+    return run
+
+
+def judge_near(
+    got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype, terms: int
+) -> None:
+    """Norm of the error over the norm of the float64 truth, in roundings of `dtype`.
+
+    Args:
+        got: outputs.
+        want: the same in float64.
+        dtype: what the work is done in.
+        terms: how many numbers the longest sum behind an output adds up.
+    """
+    # a plain float32 sum of n terms drifts by up to 1.2 sqrt(n) roundings (upstream's loss over
+    # channels-first logits does); halves are summed in float32 and show their own roundings only
+    roundings = 2 * terms**0.5 if dtype == torch.float32 else 2.0
+    bound = roundings * torch.finfo(dtype).eps
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert x.shape == y.shape, f"output {i} is {tuple(x.shape)}, should be {tuple(y.shape)}"
+        error = float((x.double() - y).norm() / y.norm())
+        assert error <= bound, f"output {i}: relative error {error:.2g}, allowed {bound:.2g}"
+
+
+def judge_ids(ids: Tensor, z: Tensor, codebook: Tensor, metric: str) -> None:
+    """Each id (R,) is as near to its row of z (R, C) as float32 distances can tell."""
+    f, e = z.detach().double(), codebook.detach().double()
+    if metric == "cosine":
+        f, e = F.normalize(f, dim=-1), F.normalize(e, dim=-1)
+    e_sq, bound = e.square().sum(1), 2.0**-23 * (4 + z.shape[1] ** 0.5)
+    for rows, chosen in zip(f.split(1024), ids.split(1024), strict=True):  # no (R, N) matrix
+        distance = e_sq - 2 * rows @ e.T  # but for |f|^2
+        lead = distance.gather(1, chosen[:, None]).squeeze(1) - distance.amin(1)
+        worst = float((lead / (rows.square().sum(1) + e_sq.max())).max())
+        assert worst <= bound, f"a code is {worst:.2g} too far, allowed {bound:.2g}"
+
+
+def judge_draws(
+    got: tuple[Tensor, Tensor], l: Tensor, noise: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Candidates reach the best noisy logit, and scores are their logits.
+
+    Args:
+        got: candidates (...) int64 and scores (...).
+        l: (..., N) float64 guided logits.
+        noise: (..., N) float64, to be added; None for a greedy draw.
+        dtype: what the logits were computed in.
+    """
+    candidates, scores = got
+    noisy = l if noise is None else l + noise
+    allowed = 4 * torch.finfo(dtype).eps * float(noisy.abs().max())
+    lost = noisy.amax(-1) - noisy.gather(-1, candidates[..., None]).squeeze(-1)
+    wrong = (scores.double() - l.gather(-1, candidates[..., None]).squeeze(-1)).abs()
+    for what, error in (("a noisy logit falls short", lost), ("a score is wrong", wrong)):
+        worst = float(error.max())
+        assert worst <= allowed, f"{what} by {worst:.2g}, allowed {allowed:.2g}"

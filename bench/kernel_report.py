@@ -1,0 +1,232 @@
+"""Machine code of every kernel, judged without a GPU.
+
+    python bench/kernel_report.py [--json FILE] [--arch 90 ...] [--cache DIR]
+
+Compiles each kernel at the published shapes for sm_80, 86, 89 and 90 with Triton's own assembler
+and prints registers, spills, shared memory, occupancy, instruction mix, and the time below which
+physics forbids to go. Exit status 1 if a row breaks a rule of `failures`: then the table says
+which. Results are cached by source, so only what changed is compiled again.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+import titok_fast.kernels
+from titok_fast.kernels._offline import MachineCode, OfflineCase, compile_offline
+
+DEFAULT_CACHE = Path.home() / ".cache" / "titok_fast" / "kernel_report"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Resources of one streaming multiprocessor, from the CUDA programming guide's table."""
+
+    warps: int
+    programs: int
+    shared: int  # bytes per multiprocessor
+    shared_program: int  # bytes that one program may have
+
+
+LIMITS = {
+    80: Limits(warps=64, programs=32, shared=164 << 10, shared_program=163 << 10),
+    86: Limits(warps=48, programs=16, shared=100 << 10, shared_program=99 << 10),
+    89: Limits(warps=48, programs=24, shared=100 << 10, shared_program=99 << 10),
+    90: Limits(warps=64, programs=32, shared=228 << 10, shared_program=227 << 10),
+}
+_REGISTERS = 65536  # per multiprocessor, on all four
+_REGISTER_UNIT = 256  # allocated to a warp in such steps
+_SHARED_RESERVED = 1 << 10  # per program, taken by the driver
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Data-sheet peaks: bytes/s of memory, float32 and dense bf16 tensor-core operations/s."""
+
+    memory: float
+    fp32: float
+    tensor: float
+
+
+PEAKS = {
+    "a100": Peak(memory=2.039e12, fp32=19.5e12, tensor=312e12),  # SXM, 80 GB
+    "h100": Peak(memory=3.35e12, fp32=67e12, tensor=989e12),  # SXM
+}
+
+
+def kernel_modules() -> list[str]:
+    """Names of the files under kernels/ that list cases, helpers left out."""
+    folder = Path(titok_fast.kernels.__file__).parent
+    names = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    return [name for name in names if "def offline_cases(" in (folder / f"{name}.py").read_text()]
+
+
+def occupancy(code: MachineCode, num_warps: int, arch: int) -> float:
+    """Share of a multiprocessor's warps that can be resident, in [0, 1]."""
+    limits = LIMITS[arch]
+    per_warp = -(-max(1, code.registers) * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    programs = min(
+        limits.programs,
+        limits.warps // num_warps,
+        _REGISTERS // per_warp // num_warps,
+        limits.shared // (code.shared_bytes + _SHARED_RESERVED),
+    )
+    return programs * num_warps / limits.warps
+
+
+def floor_us(case: OfflineCase, peak: Peak) -> float:
+    """The larger of the times that memory and arithmetic need at their peaks, in microseconds."""
+    operations = peak.tensor if case.expects_mma else peak.fp32
+    return 1e6 * max(case.bytes_min / peak.memory, case.flops / operations)
+
+
+def report_row(case: OfflineCase, arch: int, code: MachineCode) -> dict[str, Any]:
+    """One line of the table; `failures` of it come last."""
+    row = {
+        "kernel": case.kernel.__name__.strip("_").removesuffix("_kernel"),
+        "config": case.config,
+        "arch": f"sm_{arch}",
+        **asdict(code),
+        "occupancy": round(occupancy(code, case.num_warps, arch), 3),
+        "num_warps": case.num_warps,
+        "bytes_min": case.bytes_min,
+        "bytes_unfused": case.bytes_unfused,
+        "flops": case.flops,
+        **{f"floor_us_{name}": round(floor_us(case, p), 3) for name, p in PEAKS.items()},
+        # what the plain operators need for their traffic alone
+        "unfused_us_a100": round(1e6 * case.bytes_unfused / PEAKS["a100"].memory, 3),
+    }
+    row["failures"] = failures(row, case.expects_mma, case.vector_loads)
+    return row
+
+
+def failures(row: dict[str, Any], expects_mma: bool, vector_loads: bool) -> list[str]:
+    """The rules that a row breaks, in words.
+
+    Args:
+        row: with arch ("sm_80"), registers, spill_bytes, stack_bytes, shared_bytes, mma, loads_128.
+        expects_mma: whether tensor-core instructions must be there; if not, they must not.
+        vector_loads: whether 128-bit loads must be there.
+
+    Returns:
+        One sentence each; empty if the row passes.
+    """
+    limit = LIMITS[int(row["arch"].removeprefix("sm_"))].shared_program
+    broken = []
+    if row["spill_bytes"] or row["stack_bytes"]:
+        broken.append(f"{row['spill_bytes']} B of spills, {row['stack_bytes']} B of stack")
+    if row["shared_bytes"] > limit:
+        broken.append(f"{row['shared_bytes']} B of shared memory, {limit} B is the limit")
+    if expects_mma and not row["mma"]:
+        broken.append("a matrix product without tensor-core instructions")
+    if not expects_mma and row["mma"]:
+        broken.append(f"{row['mma']} tensor-core instructions where IEEE float32 is promised")
+    if vector_loads and not row["loads_128"]:
+        broken.append("no 128-bit loads")
+    if row["registers"] == 0:
+        broken.append("the assembler reported no registers")
+    return broken
+
+
+def _key(case: OfflineCase, arch: int) -> str:
+    """Hash of all that decides the machine code: the config's name and shape counts do not."""
+    here = Path(importlib.import_module(OfflineCase.__module__).__file__ or "").read_bytes()
+    choices = (dict(case.signature), dict(case.constexprs), case.num_warps, case.num_stages, arch)
+    # Triton's own key of a kernel covers the helpers and globals that it uses
+    parts = [case.kernel.cache_key, repr(choices), triton.__version__, str(here)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _compiled(case: OfflineCase, arch: int, cache: Path) -> MachineCode:
+    path = cache / f"{_key(case, arch)}.json"
+    if path.exists():
+        return MachineCode(**json.loads(path.read_text()))
+    code = compile_offline(case, arch)
+    cache.mkdir(parents=True, exist_ok=True)
+    # renamed into place: two runs may share the cache
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(asdict(code)))
+    part.replace(path)
+    return code
+
+
+def build_report(archs: list[int], cache: Path) -> list[dict[str, Any]]:
+    """Rows of all kernels on the given architectures."""
+    rows = []
+    for name in kernel_modules():
+        module = importlib.import_module(f"titok_fast.kernels.{name}")
+        for case in module.offline_cases():
+            for arch in archs:
+                row = report_row(case, arch, _compiled(case, arch, cache))
+                rows.append({"module": name} | row)
+    return rows
+
+
+_COLUMNS = {
+    "kernel": "kernel",
+    "config": "config",
+    "arch": "arch",
+    "registers": "regs",
+    "spill_bytes": "spill",
+    "shared_bytes": "shared",
+    "occupancy": "occup",
+    "mma": "mma",
+    "fma": "fma",
+    "loads_128": "ld128",
+    "loads_narrow": "ld<128",
+    "bytes_min": "MB min",
+    "bytes_unfused": "MB unfused",
+    "flops": "GFLOP",
+    "floor_us_a100": "A100 us",
+    "floor_us_h100": "H100 us",
+}
+_UNITS = {"bytes_min": 1e6, "bytes_unfused": 1e6, "flops": 1e9}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The report as aligned text, failures after the row they belong to."""
+
+    def cell(row: dict[str, Any], column: str) -> str:
+        value = row[column]
+        if column in _UNITS:
+            return f"{value / _UNITS[column]:.3f}"
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    cells = [list(_COLUMNS.values())] + [[cell(row, c) for c in _COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+    told = [[], *(row["failures"] for row in rows)]
+    return "\n".join(
+        line + "".join(f"\n    FAILS: {why}" for why in whys)
+        for line, whys in zip(lines, told, strict=True)
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 0 if every row passes, else 1."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    args = parser.parse_args(argv)
+
+    rows = build_report(args.arch, args.cache)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+    failed = sum(bool(row["failures"]) for row in rows)
+    print(f"{len(rows)} rows, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

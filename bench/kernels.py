@@ -1,0 +1,236 @@
+"""Time each kernel against its reference, torch.compile, the release's arithmetic and libraries.
+
+    python bench/kernels.py [--quick] [--only remask] [--json bench/results]
+    pytest bench/kernels.py --benchmark-only
+
+Every implementation is judged against float64 first. One that fails is not timed; if it is ours,
+nothing of the case is, and the exit status is 1. The rest take turns in random order, with caches
+flushed before each call. On CUDA the times are those of device events, and "host us" is what the
+host spends on issuing a call; on the CPU they are wall-clock times.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from harness import (
+    environment,
+    precision,
+    summary,
+    synchronize,
+    table,
+    write_json,
+)
+from kernel_cases import Case, Rival, Spec
+from kernel_ops import BUILDERS
+from kernel_timing import peaks, time_calls
+from options import result_path
+
+BUDGET_S, QUICK_BUDGET_S = 5.0, 0.5  # of timed rounds, per case
+_COLUMNS = ("op", "model", "B", "dtype", "work", "by", "ms (p20-p80)", "host us", "GB/s")
+_COLUMNS += ("of peak", "x upstream", "checked", "status")
+
+
+def plan(on_cuda: bool, quick: bool) -> list[Spec]:
+    """What is measured: published shapes, fewer of them when quick."""
+    batches = [1, 8, 128] if on_cuda and not quick else [1, 8]
+    dtypes = [torch.float32, torch.bfloat16][: 1 if quick else 2]
+    generators = ["L-32"] if quick else ["L-32", "B-64", "S-128"]
+    specs = []
+    for B in batches:
+        for model in [*generators, "SL-256"]:
+            if quick and (model, B) == ("SL-256", 8):
+                continue
+            specs.append(Spec("nearest_code", model, B, torch.float32))
+            specs.append(Spec("nearest_code_stats", model, B, torch.float32, training=True))
+        specs += [Spec("remask", model, B, torch.float32) for model in generators]
+        for dtype in dtypes:
+            for model in generators:
+                specs.append(Spec("guided_sample", model, B, dtype))
+                specs.append(Spec("lm_head_sample", model, B, dtype))
+                specs.append(Spec("masked_cross_entropy", model, B, dtype, training=True))
+            specs.append(Spec("soft_codes", "L-32", B, dtype))
+            for block in ("512x16", "256x64", "128x256"):
+                # more images are decoded a few at a time; on a CPU one is enough to wait for
+                if B == 1 or (on_cuda and B <= 8):
+                    specs.append(Spec("group_norm_silu", block, B, dtype))
+                    specs.append(Spec("group_norm_silu", block, B, dtype, training=True))
+    return sorted(specs, key=lambda spec: list(BUILDERS).index(spec.op))
+
+
+def check(rival: Rival) -> str | None:
+    """What is wrong with an implementation, or None."""
+    try:
+        rival.check()
+    except AssertionError as error:
+        return f"wrong: {error}"
+    except Exception as error:  # noqa: BLE001 - the row says how it failed
+        return f"failed: {type(error).__name__}"
+    return None
+
+
+def measure(
+    spec: Spec, case: Case, device: torch.device, *, compiled: bool, budget_s: float
+) -> list[dict[str, Any]]:
+    """Judge all implementations of one case and time those that are right.
+
+    Returns:
+        A row each, "ours" first; "status" is "ok" where it was timed.
+    """
+    rivals = dict(case.rivals)
+    troubles: dict[str, str | None] = {"ours": check(rivals["ours"])}
+    if troubles["ours"] is None:
+        if compiled:
+            rivals["compiled"] = case.compiled()
+        troubles |= {name: check(rival) for name, rival in rivals.items() if name != "ours"}
+    right = {name: rivals[name].call for name, trouble in troubles.items() if trouble is None}
+    on_device, on_host = time_calls(right, device, budget_s)
+    absent = case.absent | ({} if compiled else {"compiled": "not measured"})
+    rows = []
+    for name in ["ours", *(n for n in rivals if n != "ours"), *absent]:
+        trouble = troubles.get(name, absent.get(name, "not measured: ours failed"))
+        row: dict[str, Any] = {"op": spec.op, "model": spec.model, "batch": spec.batch}
+        row |= {"dtype": str(spec.dtype).removeprefix("torch."), "work": spec.work, "by": name}
+        row |= {"checked": name in right, "status": trouble or "ok"}
+        if name in right:
+            row["seconds"] = summary(on_device[name])
+            row["host_seconds"] = summary(on_host[name])["median"] if name in on_host else None
+            row |= {"bytes_min": case.bytes_min, "flops": case.flops}
+        rows.append(row)
+    return rows
+
+
+def add_rates(rows: Sequence[dict[str, Any]], peak: dict[str, Any]) -> None:
+    """Add GB/s, the share of what the device can do at best, and the speed beside upstream's.
+
+    Args:
+        rows: of one case.
+        peak: as `peaks` returns it.
+    """
+    upstream = next((r["seconds"]["median"] for r in rows if _is(r, "upstream")), None)
+    for row in rows:
+        if "seconds" not in row:
+            continue
+        seconds = row["seconds"]["median"]
+        arithmetic = row["flops"] / (peak["tflops"][row["dtype"]] * 1e12)
+        floor = max(row["bytes_min"] / (peak["gbps"] * 1e9), arithmetic)
+        row["gbps"] = row["bytes_min"] / seconds / 1e9
+        row["share_of_peak"] = floor / seconds
+        row["x_upstream"] = None if upstream is None else upstream / seconds
+
+
+def _is(row: dict[str, Any], name: str) -> bool:
+    return row["by"] == name and "seconds" in row
+
+
+def slower_than_upstream(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The cases in which ours is over 5 % slower than the release's lines, in words."""
+    return [
+        f"{r['op']} {r['model']} B={r['batch']} {r['dtype']} {r['work']}: {r['x_upstream']:.2f}x"
+        for r in rows
+        if _is(r, "ours") and r["x_upstream"] is not None and r["x_upstream"] < 0.95
+    ]
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    shown = row | {"B": row["batch"]}
+    if "seconds" in row:
+        ms = {key: 1e3 * row["seconds"][key] for key in ("median", "p20", "p80")}
+        shown["ms (p20-p80)"] = f"{ms['median']:.3g} ({ms['p20']:.3g}-{ms['p80']:.3g})"
+        shown |= {"GB/s": row["gbps"], "of peak": f"{row['share_of_peak']:.0%}"}
+        shown["x upstream"] = row["x_upstream"]
+        if row["host_seconds"] is not None:
+            shown["host us"] = 1e6 * row["host_seconds"]
+    return shown
+
+
+def run(
+    specs: Sequence[Spec],
+    device: torch.device,
+    *,
+    compiled: bool,
+    budget_s: float,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Measure a plan; `save` gets the record after each case, so that a time limit costs one."""
+    clock = "device events" if device.type == "cuda" else "wall clock"
+    protocol = {"timing": f"{clock}, caches flushed, random order", "budget_s": budget_s}
+    record: dict[str, Any] = {
+        "benchmark": "kernels",
+        "environment": environment(device),
+        "protocol": protocol,
+        "peaks": peaks(device),
+        "cases": [],
+    }
+    for i, spec in enumerate(specs):
+        print(f"{i + 1}/{len(specs)} {spec}", file=sys.stderr, flush=True)
+        torch.manual_seed(0)
+        torch._dynamo.reset()  # else the eighth shape of a function falls back to eager
+        case = BUILDERS[spec.op](spec, device)
+        rows = measure(spec, case, device, compiled=compiled, budget_s=budget_s)
+        add_rates(rows, record["peaks"])
+        record["cases"] += rows
+        save(record)
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table; 0 unless one of ours is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", metavar="FILE", help="a folder: name it after the run")
+    parser.add_argument("--quick", action="store_true", help="few shapes, short, no torch.compile")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="also the reference through torch.compile; on by default unless --quick")  # fmt: skip
+    parser.add_argument("--only", choices=BUILDERS, nargs="+", metavar="NAME", help="these ops")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+
+    device = torch.device(args.device)
+    specs = [s for s in plan(device.type == "cuda", args.quick) if s.op in (args.only or BUILDERS)]
+    compiled = not args.quick if args.compile is None else args.compile
+    budget_s = QUICK_BUDGET_S if args.quick else BUDGET_S
+
+    def save(record: dict[str, Any]) -> None:
+        if args.json:
+            write_json(result_path(args.json, record), record)
+
+    with precision("fp32-ieee"):
+        record = run(specs, device, compiled=compiled, budget_s=budget_s, save=save)
+    rows = record["cases"]
+    print(table([_shown(row) for row in rows], _COLUMNS))
+    for told in slower_than_upstream(rows):
+        print(f"slower than upstream: {told}")
+    wrong = [row for row in rows if row["by"] == "ours" and row["status"] != "ok"]
+    for row in wrong:
+        print(f"NOT RIGHT: {row['op']} {row['model']} B={row['batch']}: {row['status']}")
+    return int(bool(wrong))
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """Give pytest the quick plan."""
+    on_cuda = torch.cuda.is_available()
+    metafunc.parametrize("spec", plan(on_cuda, quick=True), ids=str)
+    metafunc.parametrize("by", ["ours", "reference", "upstream"])
+
+
+def test_kernel(benchmark: Any, spec: Spec, by: str) -> None:
+    """One implementation at one shape, for pytest-benchmark: wall clock, the device idle after."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    rival = BUILDERS[spec.op](spec, device).rivals[by]
+    rival.check()
+    benchmark.group = str(spec)
+
+    def call() -> None:
+        rival.call()
+        synchronize(device)
+
+    benchmark(call)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

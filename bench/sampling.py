@@ -1,0 +1,146 @@
+"""Pictures per second from class labels to uint8 on the host, de-tokenisation included.
+
+    python bench/sampling.py
+    python bench/sampling.py --models titok-l-32 --batch 8 --upstream PATH --json bench/results
+
+Ours (eager, and compiled on CUDA or with --compile) beside the plain float32 reference sampler and,
+with --upstream, beside a checkout of bytedance/1d-tokenizer on the same weights, taking turns. The
+share of each stage, first-call time, memory, FLOPs and agreement with float32 stand in the same
+row. Weights are random unless --weights says otherwise; the speed does not depend on them.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+import upstream as official
+from cases import Candidate, arithmetic, in_dtypes, measure, say, shared, weight_bytes
+from harness import write_json
+from options import load, parse, parser, result_path, start_record
+from report import PAPER_A100, sampling_table
+from stages import watch
+from torch import Tensor
+
+from titok_fast import PRESETS, SamplingConfig, TiTokPipeline
+from titok_fast.costs import generation_costs
+from titok_fast.images import to_uint8
+from titok_fast.reference import generate
+
+MODELS = ("titok-l-32", "titok-b-64", "titok-s-128")
+
+
+@torch.no_grad()
+def reference(pipe: TiTokPipeline, labels: Tensor, config: SamplingConfig) -> Tensor:
+    """The definition: reference sampler, then the tokenizer, all eager; (B, S, S, 3) uint8."""
+    assert pipe.generator is not None
+    ids = generate(pipe.generator, labels, config)
+    return to_uint8(pipe.tokenizer.decode_tokens(ids), rounding="truncate").cpu()
+
+
+def _probe(model: Any, ids: Tensor, masked: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Most likely tokens at half masked positions, and pixels of fixed tokens."""
+    logits = model.generator(masked, labels, 0.0)
+    pixels = model.tokenizer.decode_tokens(ids)
+    return {"ids": logits.argmax(dim=-1).cpu(), "pixels": pixels.float().clamp(0, 1).cpu()}
+
+
+def candidates(
+    pipe: TiTokPipeline,
+    by_dtype: Mapping[str, TiTokPipeline],
+    rival: official.Upstream | None,
+    modes: Sequence[str],
+    labels: Tensor,
+    config: SamplingConfig,
+) -> list[Candidate]:
+    """The reference on `pipe`, then ours and upstream in each precision, each with its clock."""
+    assert pipe.generator is not None
+    N, K, device = pipe.generator.config.codebook_size, pipe.generator.image_seq_len, pipe.device
+    ids = torch.randint(N, (len(labels), K), generator=torch.Generator().manual_seed(0)).to(device)
+    masked = ids.masked_fill(torch.arange(K, device=device) % 2 == 0, N)
+    made: list[Candidate] = []
+
+    def add(name: str, dtype: str, mode: str, model: Any, call: Any, cast: bool = False) -> None:
+        autocast = device.type if cast else None
+        probe = partial(_probe, model, ids, masked, labels)
+        context = partial(arithmetic, dtype, autocast)
+        weights = weight_bytes(model)  # before the clock goes in: watch() leaves weights alone
+        clock = watch(model.tokenizer, device)
+        made.append(Candidate(name, dtype, mode, call, probe, context, weights, clock))
+
+    plain = shared(pipe)
+    add("reference", "fp32-ieee", "eager", plain, partial(reference, plain, labels, config))
+    for dtype, ours in by_dtype.items():
+        for mode in modes:
+            own = shared(ours)
+            if mode == "compiled":
+                own.compile()
+            draw = partial(
+                own, labels.cpu(), batch_size=len(labels), output="tensor", **asdict(config)
+            )
+            add("ours", dtype, mode, own, draw)
+        if rival is not None:
+            theirs = shared(rival)
+            draw = partial(theirs.draw, labels, config)
+            add("upstream", dtype, "eager", theirs, draw, cast=dtype == "bf16")
+    return made
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the whole matrix; the JSON, where asked for, is rewritten after every group."""
+    record = start_record("sampling", args)
+    path = result_path(args.json, record) if args.json else None
+    for name in args.models:
+        config = (PRESETS[name].sampling or SamplingConfig()).but(num_sample_steps=args.steps)
+        say(f"{name}: {record['protocol']['weights']} weights")
+        pipe = load(name, args.weights, args.device, generate=True)
+        assert pipe.generator is not None
+        rival = official.load(args.upstream, pipe.tokenizer, pipe.generator)
+        by_dtype = in_dtypes(pipe, args.dtype)
+        costs = generation_costs(pipe.tokenizer.config, pipe.generator.config, config)
+        gflop = {stage: cost.flops / 1e9 for stage, cost in costs.items()}
+        for batch in args.batch:
+            labels = (37 * torch.arange(batch, device=args.device)) % 1000
+            made = candidates(pipe, by_dtype, rival, args.modes, labels, config)
+            rows = measure(
+                made, images=batch, device=args.device, repeats=args.repeats,
+                prefix=f"{name} batch {batch}: ",
+            )  # fmt: skip
+            case = {
+                "model": name,
+                "batch": batch,
+                "sampling": asdict(config),
+                "gflop_per_image": gflop,
+                "paper_a100_images_per_s": PAPER_A100.get((name, config.num_sample_steps)),
+            }
+            record["cases"] += [case | row for row in rows]
+            if path is not None:
+                write_json(path, record)
+            del made
+            torch.compiler.reset()
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; status 1 when a candidate failed."""
+    p = parser(__doc__ or "", MODELS)
+    p.add_argument("--steps", type=int, metavar="T", help="default: the model's published setting")
+    args = parse(p, argv)
+    for name in args.models:
+        if PRESETS[name].generator is None:
+            p.error(f"{name} has no generator: python bench/reconstruction.py measures tokenizers")
+    if args.steps is not None:
+        try:
+            SamplingConfig(num_sample_steps=args.steps)
+        except ValueError as error:
+            p.error(f"--steps: {error}")
+    record = run(args)
+    print(sampling_table(record, details=True))
+    return int(any("error" in case for case in record["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

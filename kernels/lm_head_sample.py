@@ -1,0 +1,301 @@
+"""The head of the generator and the draw in one: logits never reach memory.
+
+R rows (masked tokens), D width, N codes. Guidance is linear, so it is mixed on the hidden state:
+one product where two sets of logits would take two. One program makes one BLOCK_R x BLOCK_N tile of
+logits in registers, adds bias and noise, and writes each row's best code of that tile; a second
+launch, one program per row, picks among the tiles. No running argmax over tiles inside a program:
+with 32 rows a tile per program is what fills the chip, and the partial results are a few percent
+of the logits.
+bfloat16 and float16 run on tensor cores, float32 in IEEE arithmetic without them.
+Floor at R = 256, D = 768, N = 4096, bfloat16: 7 MB and 1.6 GFLOP, 2.1 us on an H100; the noise of
+65 instructions per code adds 2.4 us. Predicted: half of the floor; unfused, 4 MB of logits would
+be written and read several times. At R = 32 the weight is the floor, 1.9 us: predicted 60 %.
+Definition: guided_sample.py on the logits. Callers that want logits make them, and call that.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._lm_head_device import head_kernel, pick_kernel
+from titok_fast.kernels._offline import OfflineCase
+from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref
+from titok_fast.kernels.philox import TOKEN_STREAM, row_gumbel
+
+
+def lm_head_sample_ref(
+    hidden: Tensor,
+    uncond_hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+    step: int,
+    guidance: float,
+    softmax_temperature: float,
+    noise_temperature: float,
+    rule: str,
+) -> tuple[Tensor, Tensor]:
+    """What the kernel must compute, up to the rounding of the logits to the weight's dtype here.
+
+    Arguments as in `lm_head_sample`.
+    """
+    h = hidden if rows is None else hidden[rows]
+    if uncond_hidden is not None:
+        h_uncond = uncond_hidden if rows is None else uncond_hidden[rows]
+        h = (h.float() + guidance * (h.float() - h_uncond.float())).to(weight.dtype)
+    l = F.linear(h, weight, bias).float()
+    if softmax_temperature != 1.0:
+        l = l / softmax_temperature
+    noise = None
+    if noise_temperature != 0.0:
+        assert seeds is not None  # lm_head_sample has checked both
+        assert positions is not None
+        noise = row_gumbel(seeds, step, positions, l.shape[1], TOKEN_STREAM)
+    return draw_ref(l, noise, noise_temperature, rule)
+
+
+def _plan(R: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile, warps and stages: enough programs for few rows, enough reuse for many."""
+    if dtype == torch.float32 and R <= 128:
+        return {"BLOCK_R": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
+    if dtype == torch.float32:
+        return {"BLOCK_R": 64, "BLOCK_N": 128, "BLOCK_D": 16, "num_warps": 8, "num_stages": 3}
+    if R <= 32:
+        return {"BLOCK_R": 32, "BLOCK_N": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
+    if R <= 512:
+        return {"BLOCK_R": 64, "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_R": 128, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 4}
+
+
+@lazy_triton_op("lm_head_sample")
+def _lm_head_sample(
+    hidden: Tensor,
+    uncond_hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+    step: int,
+    guidance: float,
+    softmax_temperature: float,
+    noise_temperature: float,
+    rule: str,
+) -> tuple[Tensor, Tensor]:
+    (N, D), R = weight.shape, (hidden if rows is None else rows).shape[0]
+    device = hidden.device
+    candidates = torch.empty(R, dtype=torch.int64, device=device)
+    scores = torch.empty(R, dtype=torch.float32, device=device)
+    if R == 0:
+        return candidates, scores
+    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    uncond = hidden if uncond_hidden is None else _unit_stride(uncond_hidden)
+    plan = _plan(R, weight.dtype)
+    tiles = triton.cdiv(N, plan["BLOCK_N"])
+    parts = torch.empty((4, R, tiles), dtype=torch.float32, device=device)
+    codes = torch.empty((R, tiles), dtype=torch.int32, device=device)
+    probability = rule == "probability"
+    # row tiles run fastest, so that programs side by side share one tile of the weight in L2
+    wrap_triton(head_kernel)[(triton.cdiv(R, plan["BLOCK_R"]), tiles)](
+        hidden,
+        uncond,
+        weight,
+        weight if bias is None else bias.contiguous(),
+        codes if rows is None else rows.contiguous(),
+        codes if seeds is None else seeds.contiguous(),
+        codes if positions is None else positions.contiguous(),
+        parts,
+        codes,
+        R,
+        N,
+        D,
+        hidden.stride(0),
+        uncond.stride(0),
+        weight.stride(0),
+        step,
+        guidance,
+        1.0 / softmax_temperature,
+        noise_temperature,
+        GUIDED=uncond_hidden is not None,
+        BIASED=bias is not None,
+        GATHERED=rows is not None,
+        NOISY=noise_temperature != 0.0,
+        PROBABILITY=probability,
+        EVEN_D=D % plan["BLOCK_D"] == 0,
+        **plan,
+    )
+    block = triton.next_power_of_2(tiles)
+    wrap_triton(pick_kernel)[(R,)](
+        parts, codes, candidates, scores, R, N, tiles, PROBABILITY=probability, BLOCK_T=block
+    )
+    return candidates, scores
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def lm_head_sample(
+    hidden: Tensor,
+    uncond_hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    rows: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    step: int = 0,
+    guidance: float = 0.0,
+    softmax_temperature: float = 1.0,
+    noise_temperature: float,
+    rule: str = "logit",
+) -> tuple[Tensor, Tensor]:
+    """Draw a code for each masked row straight from the last hidden states.
+
+    The same draw as `guided_sample(hidden @ weight.T + bias, ...)`, from the same counters: the ids
+    differ only where rounding the logits or the mixed hidden state decides between close rivals.
+
+    Args:
+        hidden: (M, D) conditional hidden states, float32, bfloat16 or float16. Any strides; no copy
+            is made where the last one is 1.
+        uncond_hidden: (M, D), same dtype and device, or None for no guidance.
+        weight: (N, D) head, same dtype and device; N may be a slice of a larger vocabulary.
+        bias: (N,), same dtype and device, or None.
+        rows: (R,) int64 in [0, M), the rows to draw for, or None for all, R = M. Not checked, since
+            that would wait for the device.
+        seeds: (R,) int64, of the sample that each row belongs to. May be None, like positions, if
+            noise_temperature is 0.
+        positions: (R,) int64 in [0, 2**31), each row's token position in its sample.
+        step: sampling step, in [0, 2**31).
+        guidance: 0 means none; the customary scale w is guidance + 1.
+        softmax_temperature: above 0.
+        noise_temperature: at least 0; 0 is greedy.
+        rule: "logit" scores a candidate by its logit (TiTok), "probability" by its log-softmax.
+
+    Returns:
+        Candidates (R,) int64 in [0, N), and scores (R,) float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, an unknown rule, a temperature out of
+            range, or no source of noise.
+    """
+    _check_head(hidden, uncond_hidden, weight, bias)
+    op, device = "lm_head_sample", hidden.device
+    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != device):
+        got = f"{tuple(rows.shape)} {rows.dtype} on {rows.device}"
+        raise ValueError(f"{op} wants rows as an int64 vector on {device}; got {got}")
+    R = (hidden if rows is None else rows).shape[0]
+    for name, x in (("seeds", seeds), ("positions", positions)):
+        if x is not None:
+            check_tensor(op, name, x, (R,), torch.int64, device)
+    check_sampling(op, rule, step, softmax_temperature, noise_temperature)
+    if (seeds is None or positions is None) and noise_temperature != 0.0:
+        raise ValueError(f"{op} wants seeds and positions unless noise_temperature is 0")
+    implementation = _lm_head_sample if runs_triton(hidden) else lm_head_sample_ref
+    return implementation(
+        hidden,
+        uncond_hidden,
+        weight,
+        bias,
+        rows,
+        seeds,
+        positions,
+        step,
+        guidance,
+        softmax_temperature,
+        noise_temperature,
+        rule,
+    )
+
+
+def _check_head(
+    hidden: Tensor, uncond_hidden: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> None:
+    op = "lm_head_sample"
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        got = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"{op} wants hidden (M, D) and weight (N, D); got {got}")
+    if 0 in weight.shape:
+        raise ValueError(f"{op} wants N and D at least 1; got weight {tuple(weight.shape)}")
+    dtype, device = hidden.dtype, hidden.device
+    if dtype not in FLOAT_TYPES:
+        raise ValueError(f"{op} wants float32, bfloat16 or float16; got {dtype}: convert hidden")
+    check_tensor(op, "weight", weight, tuple(weight.shape), dtype, device)
+    if uncond_hidden is not None:
+        check_tensor(op, "uncond_hidden", uncond_hidden, tuple(hidden.shape), dtype, device)
+    if bias is not None:
+        check_tensor(op, "bias", bias, (weight.shape[0],), dtype, device)
+
+
+def offline_cases() -> list[OfflineCase]:
+    """The heads of both generators, D = 768 and 1024, for one image, eight and sixty-four."""
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    shapes = [("L-32 B=1", 32, 4096, 768), ("L-32 B=8", 256, 4096, 768)]
+    shapes += [("S-128 B=64", 8192, 4096, 1024), ("8k codes B=8", 512, 8192, 768)]
+    cases = [
+        _head_case(name, dtype, types[dtype], (R, N, D), "logit")
+        for name, R, N, D in shapes
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for dtype in types:
+        cases.append(_head_case("L-32 B=8", dtype, types[dtype], (256, 4096, 768), "probability"))
+    return cases + [
+        _pick_case(256, tiles, probability) for tiles in (64, 128) for probability in (False, True)
+    ]
+
+
+def _head_case(
+    name: str, dtype: torch.dtype, kind: str, shape: tuple[int, int, int], rule: str
+) -> OfflineCase:
+    R, N, D = shape
+    width = dtype.itemsize
+    plan = _plan(R, dtype)
+    warps, stages = plan.pop("num_warps"), plan.pop("num_stages")
+    sides = ("hidden_ptr", "uncond_ptr", "weight_ptr", "bias_ptr")
+    signature = dict.fromkeys(sides, f"*{kind}")
+    signature |= {"rows_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64"}
+    signature |= {"parts_ptr": "*fp32", "codes_ptr": "*i32", "R": "i32", "step": "i32"}
+    scalars = ("N", "D", "hidden_stride", "uncond_stride", "weight_stride")
+    signature |= dict.fromkeys(scalars, "i32:16")
+    signature |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
+    flags: dict[str, object] = dict.fromkeys(
+        ("GUIDED", "BIASED", "GATHERED", "NOISY", "EVEN_D"), True
+    )
+    return OfflineCase(
+        kernel=head_kernel,
+        config=f"{name} D={D} {kind} {plan['BLOCK_R']}x{plan['BLOCK_N']} {rule}",
+        signature=signature,
+        constexprs=flags | {"PROBABILITY": rule == "probability"} | plan,
+        num_warps=warps,
+        num_stages=stages,
+        expects_mma=dtype != torch.float32,
+        vector_loads=True,
+        flops=2.0 * R * N * D + 50.0 * R * N,
+        bytes_min=width * (2 * R * D + N * D + N) + 36 * R,
+        # two heads, then guided_sample's 29 passes over their logits
+        bytes_unfused=width * (2 * R * D + 2 * N * D + 2 * R * N + 29 * R * N),
+    )
+
+
+def _pick_case(R: int, tiles: int, probability: bool) -> OfflineCase:
+    pointers = {"parts_ptr": "*fp32", "codes_ptr": "*i32"}
+    pointers |= {"candidates_ptr": "*i64", "scores_ptr": "*fp32"}
+    moved = float(R * tiles * (20 if probability else 12) + 12 * R)
+    return OfflineCase(
+        kernel=pick_kernel,
+        config=f"R={R} tiles={tiles} {'probability' if probability else 'logit'}",
+        signature=pointers | {"R": "i32", "N": "i32:16", "tiles": "i32:16"},
+        constexprs={"PROBABILITY": probability, "BLOCK_T": tiles},
+        num_warps=4,
+        num_stages=1,
+        expects_mma=False,
+        vector_loads=False,  # 64 values are half a value per thread: the launch is the cost
+        flops=4.0 * R * tiles,
+        bytes_min=moved,
+        bytes_unfused=moved,
+    )

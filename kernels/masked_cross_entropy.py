@@ -1,0 +1,265 @@
+"""Masked-token loss of the generator: head, smoothed cross-entropy and weights in one op.
+
+R token rows of width D, N codes. Every row counts with its own weight: 1 if masked, 0.1 if not.
+
+Design. Rows are taken in chunks whose logits (32 MiB of bf16) stay in L2: the library's matrix
+product fills a chunk, one kernel reads it, leaves each row's loss and overwrites the logits with
+their gradient, and two products turn that into the gradients of hidden states and head. All of it
+happens in the forward; the backward only scales. Gradients are kept without the factor
+1 / sum(weights), which would push them below the smallest float16.
+Why ours. cut-cross-entropy 25.1 has neither bias nor smoothing. Liger 0.8 has both, but per-token
+weights only through reduction="none", which forms the logits a second time in the backward.
+Why not the head inside the kernel: with N = 4096 the three products are 98 % of the work, and
+cuBLAS does them best. Floor: 6 R N D operations; memory, 4 R N bytes of logits, hides in L2.
+Definition: arXiv:2406.07550 appendix A and the training code of its release.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._offline import OfflineCase
+
+_EPS = 1e-8  # of the weighted mean, as in the published training code
+_CHUNK_ELEMENTS = 1 << 24
+_MAX_BLOCK = 8192  # logits held at once: 32 for each of 256 threads
+
+
+def masked_cross_entropy_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    label_smoothing: float = 0.1,
+) -> Tensor:
+    """What the op must compute, see `masked_cross_entropy`; differentiable by autograd."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        lse = torch.logsumexp(logits, dim=1)
+        target = logits.gather(1, targets[:, None]).squeeze(1)
+        ce = lse - (1 - label_smoothing) * target
+        if label_smoothing > 0:  # else a forbidden code, of logit -inf, must not count: 0 * inf
+            ce = ce - label_smoothing * logits.mean(dim=1)
+        weights = weights.to(ce.dtype)
+        return (weights * ce).sum() / (weights.sum() + _EPS)
+
+
+@triton.jit
+def _loss_kernel(
+    logits_ptr,  # (R, N) without bias; on return, if GRAD, the gradient of the weighted loss
+    bias_ptr,  # (N,)
+    target_ptr,  # (R,) int64
+    weight_ptr,  # (R,)
+    loss_ptr,  # (R,) float32: weight times cross-entropy
+    N,
+    SMOOTHING,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * N
+    target = tl.load(target_ptr + row)
+    weight = tl.load(weight_ptr + row).to(tl.float32)
+
+    top = float("-inf")
+    total = 0.0
+    plain = 0.0  # sum of logits, for the uniform part of the target
+    for n0 in range(0, N, BLOCK):
+        at = n0 + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + at, mask=at < N, other=float("-inf")).to(tl.float32)
+        x += tl.load(bias_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+        plain += tl.sum(tl.where(at < N, x, 0.0), axis=0)
+        new_top = tl.maximum(top, tl.max(x, axis=0))
+        # as long as all is -inf, subtract 0: -inf minus -inf would be NaN for good
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), axis=0)
+        top = new_top
+    lse = top + tl.log(total)
+
+    # an id outside the codebook makes the loss NaN, where it is seen, and reads no foreign memory
+    known = (target >= 0) & (target < N)
+    chosen = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+    chosen += tl.load(bias_ptr + target, mask=known, other=0.0).to(tl.float32)
+    # without smoothing a forbidden code, of logit -inf, must not count: 0 * inf is NaN
+    uniform = tl.where(SMOOTHING > 0.0, SMOOTHING * (plain / N), 0.0)
+    loss = lse - (1.0 - SMOOTHING) * chosen - uniform
+    tl.store(loss_ptr + row, weight * loss)
+
+    if GRAD:
+        tl.debug_barrier()  # every lane has read the target's logit before it is overwritten
+        for n0 in range(0, N, BLOCK):
+            at = n0 + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + at, mask=at < N, other=float("-inf")).to(tl.float32)
+            x += tl.load(bias_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+            grad = tl.exp(x - lse) - SMOOTHING / N
+            grad = weight * tl.where(at == target, grad - (1.0 - SMOOTHING), grad)
+            tl.store(logits_ptr + at, grad.to(logits_ptr.dtype.element_ty), mask=at < N)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias = inputs[:3]
+    _, total, *grads = output
+    if not inputs[6]:
+        raise RuntimeError("masked_cross_entropy was called with with_grad=False under autograd")
+    ctx.save_for_backward(total, *grads)
+    ctx.mark_non_differentiable(total, *grads)
+    ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
+
+
+def _backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple:
+    total, *grads = ctx.saved_tensors
+    scale = g_loss / total
+    scaled = [(g * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return *scaled, None, None, None, None
+
+
+def _attach_gradient(op: Any) -> None:
+    op.register_autograd(_backward, setup_context=_save)
+
+
+@lazy_triton_op("masked_cross_entropy", setup=_attach_gradient)
+def _masked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    label_smoothing: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, sum of weights, and the gradients of hidden, weight and bias times that sum."""
+    (R, D), N = hidden.shape, weight.shape[0]
+    head = weight.to(hidden.dtype)
+    targets, weights, bias = targets.contiguous(), weights.contiguous(), bias.contiguous()
+    total = weights.sum(dtype=torch.float32) + _EPS
+    summed = torch.zeros_like(total)
+    # gradients of the head add up over chunks in float32
+    g_weight = hidden.new_zeros((N, D) if with_grad else 0, dtype=torch.float32)
+    g_bias = hidden.new_zeros(N if with_grad else 0, dtype=torch.float32)
+    g_hidden = [hidden.new_empty((0, D))]
+    step = max(1, _CHUNK_ELEMENTS // N)
+    for start in range(0, R, step):
+        rows = slice(start, min(start + step, R))
+        logits = hidden[rows] @ head.T
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=hidden.device)
+        args = (logits, bias, targets[rows], weights[rows], losses, N, label_smoothing, with_grad)
+        wrap_triton(_loss_kernel)[(logits.shape[0],)](*args, BLOCK=_block(N), num_warps=8)
+        summed += losses.sum()
+        if with_grad:
+            g_hidden.append(logits @ head)
+            g_weight += (logits.T @ hidden[rows]).float()
+            g_bias += logits.sum(0, dtype=torch.float32)
+    return summed / total, total, torch.cat(g_hidden), g_weight, g_bias
+
+
+def _block(N: int) -> int:
+    return min(_MAX_BLOCK, triton.next_power_of_2(N))
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> None:
+    op = "masked_cross_entropy"
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        got = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"{op} wants hidden (R, D) and weight (N, D); got {got}")
+    R, N = hidden.shape[0], weight.shape[0]
+    for name, x, shape in (
+        ("bias", bias, (N,)),
+        ("targets", targets, (R,)),
+        ("weights", weights, (R,)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{op} wants {name} of shape {shape}; got {tuple(x.shape)}")
+        if x.device != hidden.device:
+            raise ValueError(f"{op} wants all on {hidden.device}; {name} is on {x.device}: move it")
+    if weight.device != hidden.device:
+        raise ValueError(
+            f"{op} wants all on {hidden.device}; weight is on {weight.device}: move it"
+        )
+    if N == 0:
+        raise ValueError(f"{op} wants at least one code; weight is {tuple(weight.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{op} wants int64 targets; got {targets.dtype}: use .long()")
+    if not all(x.is_floating_point() for x in (hidden, weight, bias, weights)):
+        got = ", ".join(str(x.dtype) for x in (hidden, weight, bias, weights))
+        raise ValueError(f"{op} wants floating-point hidden, weight, bias and weights; got {got}")
+
+
+def masked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    label_smoothing: float = 0.1,
+) -> Tensor:
+    """Weighted mean of smoothed cross-entropies of hidden @ weight.T + bias.
+
+    sum(weights * ce) / (sum(weights) + 1e-8), where ce compares with (1 - label_smoothing) on the
+    target and label_smoothing / N on every code. The head runs in the dtype of `hidden`, or of
+    autocast where it is on; the rest in float32. Once differentiable.
+
+    Args:
+        hidden: (R, D) last hidden states, floating point. R may be 0; the loss is then 0.
+        weight: (N, D) head; may be wider than hidden, as master weights are.
+        bias: (N,) head bias.
+        targets: (R,) int64 in [0, N). Outside of it: an error on the CPU, a NaN loss on a GPU.
+        weights: (R,) at least 0: 1 where masked and 0.1 elsewhere in the published training.
+        label_smoothing: in [0, 1).
+
+    Returns:
+        Scalar float32, with gradients to hidden, weight and bias.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or label_smoothing are none of the above.
+    """
+    _check(hidden, weight, bias, targets, weights)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"masked_cross_entropy wants label_smoothing in [0, 1); got {label_smoothing}"
+        )
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if not runs_triton(hidden):
+        return masked_cross_entropy_ref(hidden, weight, bias, targets, weights, label_smoothing)
+    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
+    weights = weights.detach()
+    with torch.autocast(hidden.device.type, enabled=False):
+        args = (hidden, weight, bias, targets, weights, label_smoothing, with_grad)
+        return _masked_cross_entropy(*args)[0]
+
+
+def offline_cases() -> list[OfflineCase]:
+    """The first chunk of a training step of 64 images, 4096 codes; products with the head apart."""
+    cases = []
+    N = 4096
+    for name, tokens in (("L-32", 32), ("B-64 and S-128", 64)):
+        R = min(64 * tokens, _CHUNK_ELEMENTS // N)
+        for dtype, width in (("bf16", 2), ("fp32", 4)):
+            for grad in (True, False):
+                cases.append(
+                    OfflineCase(
+                        kernel=_loss_kernel,
+                        config=f"{name} {R}x{N} {dtype}" + ("" if grad else " no grad"),
+                        signature={"logits_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
+                        | {"target_ptr": "*i64", "weight_ptr": "*fp32", "loss_ptr": "*fp32"}
+                        | {"N": "i32:16", "SMOOTHING": "fp32"},
+                        constexprs={"GRAD": grad, "BLOCK": _block(N)},
+                        num_warps=8,
+                        num_stages=3,
+                        expects_mma=False,
+                        vector_loads=True,
+                        flops=(12.0 if grad else 8.0) * R * N,
+                        bytes_min=float(width * R * N * (2 if grad else 1) + 4 * N),
+                        # float32 log-softmax, smoothing sum, and both again backwards
+                        bytes_unfused=float(R * N * (width + 4 * (8 if grad else 3))),
+                    )
+                )
+    return cases

@@ -1,0 +1,225 @@
+"""Nearest codes with all that training asks of the quantiser.
+
+N latent rows, K codes, C channels, as in `nearest_code`.
+
+Design. The search of `nearest_code` leaves its packed minima; one more kernel takes them and, with
+the winners at hand, gathers the code vectors, forms the straight-through output and each row's
+squared error, and counts usage with integer atomics, so every output repeats bit for bit.
+Why. PyTorch needs some twelve passes over (N, C) for it, and a (N, K) one-hot matrix for usage.
+Floor. Reads z and the chosen codes once, writes (N, C) float32: memory-bound, a few microseconds,
+launch-bound at every published shape. The backward is plain PyTorch: five passes over (N, C) and
+one `index_add_`, the only one whose order `torch.use_deterministic_algorithms` has to fix.
+Definition: arXiv:2406.07550 section 3, losses as in arXiv:1711.00937 equation 3.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._offline import OfflineCase
+from titok_fast.kernels.nearest_code import (
+    EPS,
+    check_codes,
+    load_tile,
+    measure,
+    nearest_code_ref,
+    plan_search,
+    search_codes,
+    unit_rows,
+)
+
+_WARPS = 1  # few rows to a program: a warp then reads four channels at a time
+
+
+class CodeStats(NamedTuple):
+    """What training needs of the quantiser, see `nearest_code_stats`."""
+
+    ids: Tensor
+    quantized: Tensor
+    commitment_loss: Tensor
+    codebook_loss: Tensor
+    counts: Tensor
+
+
+def nearest_code_stats_ref(
+    z: Tensor, codebook: Tensor, metric: str = "euclidean", beta: float = 0.25
+) -> CodeStats:
+    """What the training kernel must compute, with gradients by autograd."""
+    ids = nearest_code_ref(z, codebook, metric)
+    with torch.autocast(z.device.type, enabled=False):
+        f, q = unit_rows(z, metric), unit_rows(codebook[ids], metric)
+        return CodeStats(
+            ids=ids,
+            quantized=f + (q - f).detach(),
+            commitment_loss=beta * (q.detach() - f).square().mean(),
+            codebook_loss=(q - f.detach()).square().mean(),
+            counts=torch.bincount(ids, minlength=codebook.shape[0]),
+        )
+
+
+@triton.jit
+def _finish_kernel(
+    keys_ptr,  # (N, SPLITS) int64
+    z_ptr,  # (N, C)
+    e_ptr,  # (K, C)
+    ids_ptr,  # (N,) int64
+    quantized_ptr,  # (N, C) float32
+    error_ptr,  # (N,) float32
+    counts_ptr,  # (K,) int64, zeros
+    N,
+    K,
+    EPS,
+    SPLITS,
+    C: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = rows < N
+    splits = tl.arange(0, BLOCK_S)
+    mask = live[:, None] & (splits[None, :] < SPLITS)
+    last = 0x7FFFFFFFFFFFFFFF
+    keys = tl.load(keys_ptr + rows[:, None] * SPLITS + splits[None, :], mask=mask, other=last)
+    k = tl.min(keys, axis=1) & 0xFFFFFFFF
+    tl.store(ids_ptr + rows, k, mask=live)
+    k = tl.where(live, k, 0)
+    tl.atomic_add(counts_ptr + k, tl.full((BLOCK_N,), 1, tl.int64), mask=live, sem="relaxed")
+    z_length, _ = measure(z_ptr, rows, N, EPS, C, UNIT, BLOCK_C)
+    e_length, _ = measure(e_ptr, k, K, EPS, C, UNIT, BLOCK_C)
+    error = tl.zeros((BLOCK_N,), tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        z = load_tile(z_ptr, rows, N, c0, z_length, C, UNIT, BLOCK_C)
+        e = load_tile(e_ptr, k, K, c0, e_length, C, UNIT, BLOCK_C)
+        chans = c0 + tl.arange(0, BLOCK_C)
+        o_mask = live[:, None] & (chans[None, :] < C)
+        out = quantized_ptr + rows[:, None] * C + chans[None, :]
+        tl.store(out, z + (e - z), mask=o_mask)  # the straight-through sum, rounding included
+        error += tl.sum(tl.where(o_mask, (e - z) * (e - z), 0.0), axis=1)
+    tl.store(error_ptr + rows, error, mask=live)
+
+
+def _finish_tile(splits: int, C: int) -> dict[str, int]:
+    channels = min(64, max(16, triton.next_power_of_2(C)))
+    return {"BLOCK_N": 16, "BLOCK_S": splits, "BLOCK_C": channels}
+
+
+def _through_length(grad: Tensor, x: Tensor, metric: str) -> Tensor:
+    """Gradient with respect to the rows of x, given the one of `unit_rows(x, metric)`."""
+    if metric == "euclidean":
+        return grad
+    length = x.norm(dim=-1, keepdim=True)
+    unit = x / length.clamp_min(EPS)
+    # below the bound the length is a constant, and so has no gradient
+    radial = torch.where(length < EPS, 0.0, (grad * unit).sum(-1, keepdim=True))
+    return (grad - radial * unit) / length.clamp_min(EPS)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    z, codebook, metric, beta = inputs
+    ids, counts = output[0], output[4]
+    ctx.save_for_backward(z, codebook, ids)
+    ctx.mark_non_differentiable(ids, counts)
+    ctx.metric, ctx.beta = metric, beta
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple:
+    """Straight through to z, index-add to the codebook (see torch.use_deterministic_algorithms)."""
+    z, codebook, ids = ctx.saved_tensors
+    _, g_quantized, g_commitment, g_codebook, _ = grads
+    f, q = z.float(), codebook[ids].float()
+    error = (unit_rows(q, ctx.metric) - unit_rows(f, ctx.metric)) * (2 / max(1, z.numel()))
+    g_z = _through_length(g_quantized - ctx.beta * g_commitment * error, f, ctx.metric)
+    g_q = _through_length(g_codebook * error, q, ctx.metric)
+    g_e = torch.zeros_like(codebook, dtype=torch.float32).index_add_(0, ids, g_q)
+    return g_z.to(z.dtype), g_e.to(codebook.dtype), None, None
+
+
+def _attach_gradient(op: Any) -> None:
+    op.register_autograd(_backward, setup_context=_save)
+
+
+@lazy_triton_op("nearest_code_stats", setup=_attach_gradient)
+def _nearest_code_stats(
+    z: Tensor, codebook: Tensor, metric: str, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z, codebook, unit = z.contiguous(), codebook.contiguous(), metric == "cosine"
+    (N, C), K = z.shape, codebook.shape[0]
+    found = search_codes(z, codebook, unit, packed=True)
+    splits = found.shape[1]
+    ids = torch.empty(N, dtype=torch.int64, device=z.device)
+    quantized = torch.empty(N, C, dtype=torch.float32, device=z.device)
+    error = torch.empty(N, dtype=torch.float32, device=z.device)
+    counts = torch.zeros(K, dtype=torch.int64, device=z.device)
+    args = (found, z, codebook, ids, quantized, error, counts, N, K, EPS, splits, C, unit)
+    tile = _finish_tile(splits, C)
+    grid = (triton.cdiv(N, tile["BLOCK_N"]),)
+    wrap_triton(_finish_kernel)[grid](*args, **tile, num_warps=_WARPS, num_stages=1)
+    mean = error.sum() / (N * C)
+    return ids, quantized, mean * beta, mean * 1.0, counts
+
+
+def nearest_code_stats(
+    z: Tensor, codebook: Tensor, *, metric: str = "euclidean", beta: float = 0.25
+) -> CodeStats:
+    """Nearest code of each latent with all that training asks of it, in one pass.
+
+    Let f be the latents and q their nearest codes, both of unit length if the metric is cosine.
+
+    Args:
+        z: (N, C) latents, as for `nearest_code`.
+        codebook: (K, C), as for `nearest_code`.
+        metric: "euclidean" or "cosine".
+        beta: weight of the commitment loss, 0.25 in the published models.
+
+    Returns:
+        ids: (N,) int64 in [0, K), no gradient.
+        quantized: (N, C) float32, f + (q - f); its gradient goes straight through to f.
+        commitment_loss: scalar float32, beta * mean((q - f)^2), gradient to z only.
+        codebook_loss: scalar float32, mean((q - f)^2), gradient to the codebook only. Rows are
+            added up with `index_add_`: `torch.use_deterministic_algorithms` fixes their order.
+        counts: (K,) int64, how many rows chose each code, no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or metric are none of the above.
+    """
+    check_codes("nearest_code_stats", z, codebook, metric)
+    if runs_triton(z) and len(z):
+        return CodeStats(*_nearest_code_stats(z, codebook, metric, beta))
+    return nearest_code_stats_ref(z, codebook, metric, beta)
+
+
+def offline_cases() -> list[OfflineCase]:
+    """The second kernel at published batches; the search itself is listed by `nearest_code`."""
+    return [
+        _finish_case("L-32 B=32", 1024, 4096, 12, True),
+        _finish_case("L-32 B=256", 8192, 4096, 12, True),
+        _finish_case("SL-256 B=64", 16384, 8192, 64, False),
+    ]
+
+
+def _finish_case(name: str, N: int, K: int, C: int, unit: bool) -> OfflineCase:
+    splits = plan_search(N, K, C)["splits"]
+    outputs = {"ids_ptr": "*i64", "quantized_ptr": "*fp32", "error_ptr": "*fp32"}
+    return OfflineCase(
+        kernel=_finish_kernel,
+        config=name,
+        signature={"keys_ptr": "*i64", "z_ptr": "*fp32", "e_ptr": "*fp32"}
+        | outputs
+        | {"counts_ptr": "*i64", "N": "i32:16", "K": "i32:16", "EPS": "fp32", "SPLITS": "i32"},
+        constexprs={"C": C, "UNIT": unit} | _finish_tile(splits, C),
+        num_warps=_WARPS,
+        num_stages=1,
+        expects_mma=False,
+        vector_loads=True,
+        flops=8.0 * N * C,
+        bytes_min=N * (8 * splits + 12 * C + 12) + 8 * K,
+        # gather, two normalisations, two subtractions, a sum, two squared means, the histogram
+        bytes_unfused=N * (8 * splits + 4 * C * 14 + 16) + 8 * K,
+    )

@@ -1,0 +1,231 @@
+"""Keep the most confident tokens of each image and mask the rest, each image its own count.
+
+B images, K tokens of each, K up to 1024. One program per image sorts its confidences in registers
+and shared memory, reads the one at the wanted rank and compares: one launch where torch takes
+noise, sort, gather, compare and select. Four values to a thread: up to 128 tokens, which is every
+published model, one warp does all and there is no barrier.
+Floor: 20 * B * K bytes, 5 KB at B = 8, K = 32: the launch is all of the cost, so the prediction is
+1/8 of the time of the eight launches it replaces, not a share of bandwidth.
+Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arXiv:2202.04200).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._offline import OfflineCase
+from titok_fast.kernels._sampling import check_sampling, check_tensor
+from titok_fast.kernels.philox import REMASK_STREAM, gumbel, remask_gumbel
+
+MAX_TOKENS = 1024  # of one image: what one program sorts without spilling
+
+
+def remask_ref(
+    candidates: Tensor,
+    scores: Tensor,
+    num_masked: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    mask_id: int,
+    step: int,
+    noise_temperature: float,
+    rule: str,
+) -> Tensor:
+    """What the kernel must compute; arguments as in `remask`."""
+    B, K = scores.shape
+    unknown = scores != float("inf")
+    confidence = scores
+    if noise_temperature != 0.0:
+        if noise is None:
+            assert seeds is not None  # remask has checked
+            positions = torch.arange(K, device=scores.device)
+            noise = gumbel(seeds, step, positions, 1, REMASK_STREAM).squeeze(-1)
+        confidence = torch.add(scores, noise, alpha=noise_temperature)
+        confidence = confidence.masked_fill(~unknown, float("inf"))
+    ascending = confidence.sort(dim=-1).values
+    n = num_masked.view(B, 1)
+    if rule == "logit":
+        cutoff = ascending.gather(1, (n - 1).clamp(0, K - 1))
+        masked = (confidence <= cutoff) & (n > 0)
+        masked &= unknown
+    else:
+        cutoff = ascending.gather(1, n.clamp(0, K - 1))
+        masked = confidence < cutoff.masked_fill(n >= K, float("inf"))  # known tokens are +inf
+    return candidates.masked_fill(masked, mask_id)
+
+
+@triton.jit(do_not_specialize=["step", "mask_id"])
+def _remask_kernel(
+    candidates_ptr,  # (B, K) int64
+    scores_ptr,  # (B, K) float32
+    num_masked_ptr,  # (B,) int64
+    seeds_ptr,  # (B,) int64, read if NOISE is "counter"
+    noise_ptr,  # (B, K) float32, read if NOISE is "given"
+    out_ptr,  # (B, K) int64
+    K,
+    mask_id,
+    step,
+    noise_temperature,
+    NOISE: tl.constexpr,
+    PROBABILITY: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    inside = k < K
+    scores = tl.load(scores_ptr + b * K + k, mask=inside, other=float("inf"))
+    unknown = scores != float("inf")
+    confidence = scores
+    if NOISE == "counter":
+        confidence += noise_temperature * remask_gumbel(tl.load(seeds_ptr + b), step, k)
+    elif NOISE == "given":
+        g = tl.load(noise_ptr + b * K + k, mask=inside, other=0.0)
+        confidence += noise_temperature * g
+    # set again: a given noise of -inf would have made NaN of +inf
+    confidence = tl.where(unknown, confidence, float("inf"))
+
+    n = tl.load(num_masked_ptr + b)
+    rank = n if PROBABILITY else n - 1
+    rank = tl.minimum(tl.maximum(rank, 0), K - 1)
+    ascending = tl.sort(confidence)
+    cutoff = tl.sum(tl.where(k == rank, ascending, 0.0), 0)
+    candidates = tl.load(candidates_ptr + b * K + k, mask=inside, other=0)
+    if PROBABILITY:
+        masked = confidence < tl.where(n >= K, float("inf"), cutoff)  # known tokens are +inf
+        ids = tl.where(masked, mask_id, candidates)
+    else:
+        ids = tl.where(unknown & (confidence <= cutoff), mask_id, candidates)
+        ids = tl.where(n > 0, ids, candidates)
+    tl.store(out_ptr + b * K + k, ids, mask=inside)
+
+
+def _warps(block: int) -> int:
+    return max(1, block // 128)
+
+
+@lazy_triton_op("remask")
+def _remask(
+    candidates: Tensor,
+    scores: Tensor,
+    num_masked: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    mask_id: int,
+    step: int,
+    noise_temperature: float,
+    rule: str,
+) -> Tensor:
+    B, K = scores.shape
+    out = torch.empty((B, K), dtype=torch.int64, device=scores.device)
+    if B == 0:
+        return out
+    source = "given" if noise is not None else "counter"
+    block = triton.next_power_of_2(K)
+    wrap_triton(_remask_kernel)[(B,)](
+        candidates.contiguous(),
+        scores.contiguous(),
+        num_masked.contiguous(),
+        num_masked if seeds is None else seeds.contiguous(),
+        scores if noise is None else noise.contiguous(),
+        out,
+        K,
+        mask_id,
+        step,
+        noise_temperature,
+        NOISE="none" if noise_temperature == 0.0 else source,
+        PROBABILITY=rule == "probability",
+        BLOCK_K=block,
+        num_warps=_warps(block),
+    )
+    return out
+
+
+def remask(
+    candidates: Tensor,
+    scores: Tensor,
+    num_masked: Tensor,
+    *,
+    mask_id: int,
+    seeds: Tensor | None = None,
+    step: int = 0,
+    noise_temperature: float,
+    rule: str = "logit",
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Mask the least confident tokens again, confidence = score + noise_temperature * Gumbel noise.
+
+    The two rules differ when confidences tie: "logit" (TiTok) masks those that are at most the
+    num_masked-th smallest, so ties enlarge the mask; "probability" (MaskGIT) masks those below the
+    next larger one, so ties shrink it. A score of +inf marks a known token: it is never masked, so
+    fewer than num_masked are masked where fewer are unknown.
+
+    Args:
+        candidates: (B, K) int64, K at most 1024.
+        scores: (B, K) float32, as `guided_sample` returns them, same device.
+        num_masked: (B,) int64, how many to mask in each image. 0 or less masks none. Not checked,
+            and neither are scores, since that would wait for the device.
+        mask_id: what to write for a masked token.
+        seeds: (B,) int64, one per sample; its noise depends on nothing else but step and position.
+            May be None if noise is given or noise_temperature is 0.
+        step: sampling step, in [0, 2**31).
+        noise_temperature: at least 0.
+        rule: "logit" or "probability".
+        noise: (B, K) float32 standard Gumbel values to use instead of the counter's.
+
+    Returns:
+        (B, K) int64: candidates, or mask_id.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, K above 1024, an unknown rule, a negative
+            temperature, or no source of noise.
+    """
+    if scores.ndim != 2 or not 1 <= scores.shape[1] <= MAX_TOKENS:
+        raise ValueError(
+            f"remask wants scores (B, K) with K in [1, {MAX_TOKENS}]; got {tuple(scores.shape)}"
+        )
+    B, K = scores.shape
+    for name, x, shape, dtype in (
+        ("scores", scores, (B, K), torch.float32),
+        ("candidates", candidates, (B, K), torch.int64),
+        ("num_masked", num_masked, (B,), torch.int64),
+        ("seeds", seeds, (B,), torch.int64),
+        ("noise", noise, (B, K), torch.float32),
+    ):
+        if x is not None:
+            check_tensor("remask", name, x, shape, dtype, scores.device)
+    check_sampling("remask", rule, step, 1.0, noise_temperature)
+    if seeds is None and noise is None and noise_temperature != 0.0:
+        raise ValueError("remask wants seeds or noise unless noise_temperature is 0")
+    implementation = _remask if runs_triton(scores) else remask_ref
+    return implementation(
+        candidates, scores, num_masked, seeds, noise, mask_id, step, noise_temperature, rule
+    )
+
+
+def offline_cases() -> list[OfflineCase]:
+    """32, 64 and 128 tokens, as published, and the limit, under both rules."""
+    pointers = {"candidates_ptr": "*i64", "scores_ptr": "*fp32", "num_masked_ptr": "*i64"}
+    pointers |= {"seeds_ptr": "*i64", "noise_ptr": "*fp32", "out_ptr": "*i64"}
+    scalars = {"K": "i32:16", "mask_id": "i32", "step": "i32", "noise_temperature": "fp32"}
+    B = 8
+    return [
+        OfflineCase(
+            kernel=_remask_kernel,
+            config=f"B={B} K={K} {rule}",
+            signature=pointers | scalars,
+            constexprs={"NOISE": "counter", "PROBABILITY": rule == "probability", "BLOCK_K": K},
+            num_warps=_warps(K),
+            num_stages=1,
+            expects_mma=False,
+            vector_loads=False,  # one value per thread: the launch is the cost
+            flops=50.0 * B * K,
+            bytes_min=20 * B * K + 16 * B,
+            # noise 36, add 12, sort 16, gather and compare 17, select 17
+            bytes_unfused=98 * B * K,
+        )
+        for K in (32, 64, 128, MAX_TOKENS)
+        for rule in ("logit", "probability")
+    ]

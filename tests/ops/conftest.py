@@ -1,0 +1,69 @@
+"""Fixtures of the kernel tests: where kernels run, and memory that cannot pass for a result."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from torch.library import opcheck as torch_opcheck
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from titok_fast.kernels._launch import interpret_on_cpu
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Fill what torch.empty and its kin return with NaN, or the largest integer.
+
+    That is what PyTorch does in deterministic mode. warn_only: the filling is all we are after.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_before)
+
+
+def _dot(self: InterpreterBuilder, a: Any, b: Any, d: Any, *_: Any) -> TensorHandle:
+    """Product of two interpreted tiles; Triton 3.8's own multiplies bfloat16 bit patterns."""
+    x, y = (
+        (tile.data.astype(np.uint32) << 16).view(np.float32)
+        if tile.dtype.scalar == tl.bfloat16
+        else tile.data
+        for tile in (a, b)
+    )
+    return TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run Triton kernels: on CUDA where there is one, else on CPU tensors by the interpreter."""
+    if torch.cuda.is_available():
+        yield
+        return
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
+    # NumPy warns of the infinities and NaN that some tests are about
+    with interpret_on_cpu(), np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+@pytest.fixture
+def opcheck() -> Callable[..., None]:
+    """`torch.library.opcheck` of one of our operators, by name, as far as the machine allows.
+
+    The interpreter touches memory, which fake tensors lack: without a GPU the two checks that use
+    them are left to test_offline.py, where kernels are compiled and not interpreted.
+    """
+    checks = ["test_schema", "test_autograd_registration"]
+    if torch.cuda.is_available():
+        checks += ["test_faketensor", "test_aot_dispatch_dynamic"]
+
+    def check(name: str, *args: object) -> None:
+        torch_opcheck(getattr(torch.ops.titok_fast, name).default, args, test_utils=checks)
+
+    return check

@@ -1,0 +1,273 @@
+"""group_norm_silu against PyTorch in float64: values, gradients, memory format."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerances import ROUNDOFF, assert_near
+from torch import Tensor
+
+from titok_fast.kernels.group_norm_silu import (
+    add_group_norm_silu,
+    group_norm_silu,
+    group_norm_silu_ref,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-6
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    return F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), EPS))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    B=st.integers(0, 3),
+    groups=st.sampled_from((1, 2, 3, 7, 32)),
+    width=st.sampled_from((1, 2, 3, 4, 17)),
+    H=st.integers(1, 13),
+    W=st.integers(1, 29),
+    dtype=st.sampled_from(DTYPES),
+    offset=st.sampled_from((0.0, -5.0)),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_against_float64(
+    interpreted: None,
+    device: torch.device,
+    B: int,
+    groups: int,
+    width: int,
+    H: int,
+    W: int,
+    dtype: torch.dtype,
+    offset: float,
+    seed: int,
+) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    C = groups * width
+    x = (offset + torch.randn(B, C, H, W, generator=gen)).to(device, dtype)
+    x = channels_last(x)
+    weight = torch.randn(C, generator=gen).to(device)
+    bias = torch.randn(C, generator=gen).to(device)
+    got = group_norm_silu(x, weight, bias, groups, EPS)
+    assert got.dtype == dtype
+    assert got.shape == x.shape
+    if B == 0 or width * H * W == 1:
+        return  # one number has no deviation: what is left is noise divided by eps
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    # the deviation of two nearby numbers may be small: errors of their mean are divided by it
+    spread = x.double().reshape(B, groups, -1).std(-1, correction=0).min()
+    scale = float(weight.abs().max() * (1 + abs(offset)) / spread.clamp_min(1e-3)) + 3
+    assert_near(got, exact(x, weight, bias, groups), terms=width * H * W, scale=scale)
+
+
+@pytest.mark.parametrize("C", [128, 256, 512])
+def test_published_widths(interpreted: None, device: torch.device, C: int) -> None:
+    x = channels_last(torch.randn(1, C, 16, 16, device=device))
+    weight, bias = torch.randn(C, device=device), torch.randn(C, device=device)
+    got = group_norm_silu(x, weight, bias)
+    assert_near(got, exact(x, weight, bias, 32), terms=256)
+
+
+def test_runs_of_several_tiles(interpreted: None, device: torch.device) -> None:
+    """More pixels than 64 runs of one tile, and a last run and tile that are not full."""
+    x = channels_last(torch.randn(2, 513, 40, 17, device=device))
+    weight, bias = torch.randn(513, device=device), torch.randn(513, device=device)
+    got = group_norm_silu(x, weight, bias, 27)
+    assert_near(got, exact(x, weight, bias, 27), terms=1000)
+
+
+def test_large_mean_costs_no_digits(interpreted: None, device: torch.device) -> None:
+    """E[x^2] - E[x]^2 in float32 would be off by a third here; inputs themselves round by 1e-4."""
+    x = channels_last(1000 + torch.randn(1, 64, 30, 40, device=device))
+    weight, bias = torch.ones(64, device=device), torch.zeros(64, device=device)
+    want = exact(x, weight, bias, 32)
+    assert relative_error(group_norm_silu(x, weight, bias), want) < 1e-4
+
+
+def test_equal_numbers(interpreted: None, device: torch.device) -> None:
+    """No deviation: eps keeps the result at silu(bias)."""
+    x = channels_last(torch.full((1, 8, 5, 5), 3.0, device=device))
+    weight, bias = torch.randn(8, device=device), torch.randn(8, device=device)
+    want = F.silu(bias)[None, :, None, None].expand(1, 8, 5, 5)
+    assert_near(group_norm_silu(x, weight, bias, 4), want)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e-40, 1e18])
+def test_extremes_stay_in_their_group(
+    interpreted: None, device: torch.device, value: float
+) -> None:
+    x = channels_last(torch.randn(2, 8, 5, 5, device=device))
+    weight, bias = torch.randn(8, device=device), torch.randn(8, device=device)
+    clean = group_norm_silu(x, weight, bias, 4)
+    x[0, 1, 2, 2] = value
+    got = group_norm_silu(x, weight, bias, 4)
+    assert (got[1] == clean[1]).all()
+    assert (got[0, 2:] == clean[0, 2:]).all()
+    if value == value and value != float("inf"):
+        assert_near(got, exact(x, weight, bias, 4), terms=50)
+    else:
+        assert got[0, :2].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 64, 5, 7), 32), ((1, 9, 1, 11), 3), ((2, 40, 40, 13), 5)]
+)
+def test_gradients(
+    interpreted: None,
+    device: torch.device,
+    shape: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+) -> None:
+    x = channels_last(torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    weight = torch.randn(shape[1], device=device, requires_grad=True)
+    bias = torch.randn(shape[1], device=device, requires_grad=True)
+    grad = torch.randn(shape, device=device).to(dtype)  # channels-first: any layout may come back
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    got = torch.autograd.grad(group_norm_silu(x, weight, bias, groups), (x, weight, bias), grad)
+    want = torch.autograd.grad(exact(*wide, groups), wide, grad.double())
+    for mine, theirs, like in zip(got, want, (x, weight, bias), strict=True):
+        assert mine.dtype == like.dtype
+        # float32: sums of some thousand terms, whose errors mostly cancel
+        bound = 4 * ROUNDOFF[dtype] if mine.dtype == dtype else ROUNDOFF[dtype]
+        assert relative_error(mine, theirs) < max(bound, 32 * ROUNDOFF[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual(interpreted: None, device: torch.device, dtype: torch.dtype) -> None:
+    shape = (2, 12, 5, 7)
+    x, residual, grad, grad_total = (
+        channels_last(torch.randn(shape, device=device)).to(dtype) for _ in range(4)
+    )
+    x.requires_grad_()
+    residual.requires_grad_()
+    weight = torch.randn(12, device=device, requires_grad=True)
+    bias = torch.randn(12, device=device, requires_grad=True)
+    got, total = add_group_norm_silu(x, residual, weight, bias, 3)
+    # one rounding of the sum; the interpreter cuts float32 to bfloat16 where a GPU rounds
+    assert_near(total, x.double() + residual.double(), scale=0.0)
+    inputs = (x, residual, weight, bias)
+    mine = torch.autograd.grad((got, total), inputs, (grad, grad_total))
+    sum_wide = total.detach().double().requires_grad_()
+    wide = [sum_wide, *(t.detach().double().requires_grad_() for t in (weight, bias))]
+    want = exact(*wide, 3)
+    assert_near(got, want, terms=140, scale=3)
+    theirs = torch.autograd.grad((want, sum_wide), wide, (grad.double(), grad_total.double()))
+    for a, b in zip(mine, (theirs[0], *theirs), strict=True):
+        assert relative_error(a, b) < max(4 * ROUNDOFF[dtype], 32 * ROUNDOFF[torch.float32])
+
+
+def test_residual_reference() -> None:
+    x, residual, weight, bias = (
+        torch.randn(2, 6, 4, 4),
+        torch.randn(2, 6, 4, 4),
+        torch.randn(6),
+        torch.randn(6),
+    )
+    got, total = add_group_norm_silu(x, residual, weight, bias, 3)
+    assert (total == x + residual).all()
+    assert (got == group_norm_silu(total, weight, bias, 3)).all()
+
+
+def test_reference_gradcheck() -> None:
+    x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: group_norm_silu_ref(*inputs, groups=3, eps=EPS), (x, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_reference_keeps_memory_format(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 64, 6, 5).to(dtype).contiguous(memory_format=layout)
+    weight, bias = torch.randn(64), torch.randn(64)
+    got = group_norm_silu(x, weight, bias)
+    assert got.is_contiguous(memory_format=layout)
+    assert got.dtype == dtype
+    # the reference rounds weight, bias and the normalised value to the dtype of x
+    assert_near(got, exact(x, weight, bias, 32), terms=60, scale=6.0)
+
+
+def test_channels_first_falls_back(interpreted: None, device: torch.device) -> None:
+    x, weight, bias = (torch.randn(s, device=device) for s in ((2, 64, 6, 5), (64,), (64,)))
+    got = group_norm_silu(x, weight, bias)
+    assert (got == group_norm_silu_ref(x, weight, bias, 32, EPS)).all()
+
+
+def test_compiled_equals_eager() -> None:
+    x = channels_last(torch.randn(2, 64, 6, 5)).requires_grad_()
+    weight, bias = torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True)
+    got = torch.compile(group_norm_silu, fullgraph=True)(x, weight, bias)
+    want = group_norm_silu(x, weight, bias)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert_near(got, want, terms=60)
+    inputs = (x, weight, bias)
+    for mine, theirs in zip(
+        torch.autograd.grad(got.sum(), inputs),
+        torch.autograd.grad(want.sum(), inputs),
+        strict=True,
+    ):
+        assert_near(mine, theirs, terms=60)
+
+
+def test_ops_are_well_registered(
+    interpreted: None, device: torch.device, opcheck: Callable[..., None]
+) -> None:
+    x = channels_last(torch.randn(2, 6, 3, 2, device=device)).requires_grad_()
+    weight = torch.randn(6, device=device, requires_grad=True)
+    bias = torch.randn(6, device=device, requires_grad=True)
+    group_norm_silu(x, weight, bias, 3).sum().backward()
+    opcheck("group_norm_silu", x, None, weight, bias, 3, EPS)
+    opcheck("group_norm_silu", x, x, weight, bias, 3, EPS)
+    with torch.no_grad():
+        stats = torch.randn(2, 3, device=device)
+        opcheck("group_norm_silu_bwd", x.detach(), x.detach(), stats, stats, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "groups", "dtype", "told"),
+    [
+        ((2, 6, 4), 6, 3, torch.float32, r"\(2, 6, 4\)"),
+        ((2, 6, 0, 4), 6, 3, torch.float32, r"\(2, 6, 0, 4\)"),
+        ((2, 6, 4, 4), 5, 3, torch.float32, r"\(6,\); got \(5,\)"),
+        ((2, 6, 4, 4), 6, 4, torch.float32, "divides 6 channels; got 4"),
+        ((2, 6, 4, 4), 6, 0, torch.float32, "got 0"),
+        ((2, 6, 4, 4), 6, 3, torch.int64, "int64"),
+    ],
+)
+def test_bad_input_is_named(
+    shape: tuple[int, ...], channels: int, groups: int, dtype: torch.dtype, told: str
+) -> None:
+    x, weight = torch.zeros(shape, dtype=dtype), torch.zeros(channels)
+    with pytest.raises(ValueError, match=f"^group_norm_silu wants.*{told}"):
+        group_norm_silu(x, weight, weight, groups)
+    with pytest.raises(ValueError, match=f"^add_group_norm_silu wants.*{told}"):
+        add_group_norm_silu(x, x, weight, weight, groups)
+
+
+def test_bad_companions_are_named() -> None:
+    x, weight = torch.zeros(2, 6, 4, 4), torch.zeros(6)
+    with pytest.raises(ValueError, match=r"one device.*meta"):
+        group_norm_silu(x, weight, weight.to("meta"), 3)
+    with pytest.raises(ValueError, match=r"residual like x.*\(2, 6, 4, 3\)"):
+        add_group_norm_silu(x, x[..., :3], weight, weight, 3)
+    with pytest.raises(ValueError, match=r"residual like x.*float64"):
+        add_group_norm_silu(x, x.double(), weight, weight, 3)

@@ -1,0 +1,286 @@
+"""guided_sample: the official arithmetic, the kernel against it, and the law of its draws."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from draws import any_seeds, assert_same_draws, chi_square_limit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from titok_fast.kernels._sampling import RULES
+from titok_fast.kernels.guided_sample import guided_sample, guided_sample_ref
+from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+quick = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """The device to put tensors on so that this implementation runs."""
+    if request.param == "reference":
+        return torch.device("cpu")
+    request.getfixturevalue("interpreted")
+    return device
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values (B, K, N) in memory of another layout."""
+    B, K, N = x.shape
+    if layout == "sliced":  # what a generator returns: a class token, and rows for special ids
+        big = x.new_full((B, K + 1, N + 3), float("nan"))
+        big[:, 1:, :N] = x
+        return big[:, 1:, :N]
+    if layout == "transposed":
+        return x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    return x
+
+
+def filled(shape: tuple[int, ...], values: str, dtype: torch.dtype) -> Tensor:
+    """Logits of a kind that could go wrong."""
+    x = torch.randn(shape) * 4
+    if values == "equal":
+        x = torch.full(shape, 1.5)
+    elif values == "one +inf":
+        x[..., -1] = float("inf")
+    elif values == "mostly -inf":
+        x[..., 1:] = float("-inf")
+    elif values == "all -inf":
+        x = torch.full(shape, float("-inf"))
+    elif values == "subnormal":
+        x *= 1e-39
+    elif values == "huge":
+        x *= torch.finfo(dtype).max / 32
+    return x.to(dtype)
+
+
+@quick
+@given(
+    B=st.integers(0, 3),
+    K=st.sampled_from((1, 2, 5)),
+    N=st.one_of(st.integers(1, 9), st.sampled_from((31, 128, 997, 2048, 2049, 4099))),
+    dtype=st.sampled_from(DTYPES),
+    values=st.sampled_from(("normal", "normal", "equal", "mostly -inf", "subnormal", "huge")),
+    layout=st.sampled_from(("contiguous", "sliced", "transposed")),
+    guided=st.booleans(),
+    source=st.sampled_from(("counter", "given", "none")),
+    temperature=st.sampled_from((0.5, 1.0, 1.2)),
+    rule=st.sampled_from(RULES),
+    known=st.sampled_from((0.0, 0.4, 1.0)),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_follows_the_reference(
+    interpreted: None,
+    device: torch.device,
+    B: int,
+    K: int,
+    N: int,
+    dtype: torch.dtype,
+    values: str,
+    layout: str,
+    guided: bool,
+    source: str,
+    temperature: float,
+    rule: str,
+    known: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    logits = laid_out(filled((B, K, N), values, dtype), layout).to(device)
+    # of two infinities the difference is NaN: guided logits have finite partners
+    uncond = laid_out(torch.randn(B, K, N).to(dtype), layout).to(device) if guided else None
+    mask = torch.rand(B, K, device=device) >= known
+    ids = torch.randint(N, (B, K), device=device)
+    seeds = any_seeds(B, device)
+    noise = gumbel(seeds, 3, torch.arange(K, device=device), N, TOKEN_STREAM)
+    noise_temperature = 0.0 if source == "none" else 4.75
+    guidance = 2.25 if guided else 0.0
+    given = noise if source == "given" else None
+    got = guided_sample(
+        logits, uncond, mask=mask, ids=ids, seeds=seeds, step=3, guidance=guidance,
+        softmax_temperature=temperature, noise_temperature=noise_temperature, rule=rule,
+        noise=given,
+    )  # fmt: skip
+    common = (mask, ids, seeds, given, 3, guidance, temperature, noise_temperature, rule)
+    want = guided_sample_ref(logits, uncond, *common)
+    assert torch.equal(got[0][~mask], ids[~mask])
+    assert (got[1][~mask] == float("inf")).all()
+    l = logits.float()
+    l = (l if uncond is None else l + guidance * (l - uncond.float())) / temperature
+    exact = values == "equal" and source != "counter" and not guided
+    chosen = [(x[mask], y[mask]) for x, y in (got, want)]
+    noisy = (l + noise_temperature * noise)[mask]
+    assert_same_draws(noisy, chosen[0], chosen[1], 0.0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("values", ["all -inf", "one +inf"])
+def test_infinite_logits(interpreted: None, device: torch.device, values: str, rule: str) -> None:
+    logits = filled((2, 3, 11), values, torch.float32).to(device)
+    mask = torch.ones(2, 3, dtype=torch.bool, device=device)
+    ids = torch.zeros(2, 3, dtype=torch.int64, device=device)
+    seeds = any_seeds(2, device)
+    candidates, scores = guided_sample(
+        logits, mask=mask, ids=ids, seeds=seeds, noise_temperature=2.0, rule=rule
+    )
+    assert (candidates == (0 if values == "all -inf" else 10)).all()
+    if rule == "logit":
+        assert (scores == logits[0, 0, -1]).all()
+
+
+def test_nan_logits_give_codes_in_range(interpreted: None, device: torch.device) -> None:
+    logits = torch.full((1, 2, 5), torch.nan, device=device)
+    mask = torch.ones(1, 2, dtype=torch.bool, device=device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    candidates, _ = guided_sample(logits, mask=mask, ids=ids, noise_temperature=0.0)
+    assert ((candidates >= 0) & (candidates < 5)).all()
+
+
+def test_first_of_equal_codes_wins(place: torch.device) -> None:
+    logits = torch.zeros(1, 3, 5000, device=place)
+    logits[0, 1, [4999, 4000, 70]] = 2.0
+    logits[0, 2, [2048, 2047]] = 2.0
+    mask = torch.ones(1, 3, dtype=torch.bool, device=place)
+    ids = torch.zeros(1, 3, dtype=torch.int64, device=place)
+    candidates, scores = guided_sample(logits, mask=mask, ids=ids, noise_temperature=0.0)
+    assert candidates.tolist() == [[0, 70, 2047]]
+    assert scores.tolist() == [[0.0, 2.0, 2.0]]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("step", range(8))
+def test_official_arithmetic_on_given_noise(step: int, rule: str) -> None:
+    """Steps 3 to 6 of `ImageBert.generate` at T = 8, one token after the other, in float64."""
+    ratio = (step + 1) / 8
+    guidance, t, anneal = 4.5 * step / 8, 9.5 * (1 - ratio), 0.5 + 0.8 * (1 - ratio)
+    cond, uncond, noise = torch.randn(3, 4, 50), torch.randn(3, 4, 50), -torch.rand(3, 4, 50).log()
+    mask, ids = torch.rand(3, 4) < 0.6, torch.randint(50, (3, 4))
+    candidates, scores = guided_sample(
+        cond, uncond, mask=mask, ids=ids, guidance=guidance, softmax_temperature=anneal,
+        noise_temperature=t, rule=rule, noise=noise,
+    )  # fmt: skip
+    for b in range(3):
+        for k in range(4):
+            if not mask[b, k]:
+                assert candidates[b, k] == ids[b, k]
+                assert scores[b, k] == float("inf")
+                continue
+            l = cond[b, k].double() + guidance * (cond[b, k].double() - uncond[b, k].double())
+            l = l / anneal
+            winner = max(range(50), key=lambda n: (l[n] + t * noise[b, k, n].double()).item())
+            score = l[winner]
+            if rule == "probability":
+                score = (l.exp() / l.exp().sum())[winner].log()
+            assert candidates[b, k] == winner
+            assert scores[b, k].item() == pytest.approx(score.item(), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("noise_temperature", [0.25, 1.0, 4.75])
+def test_draws_follow_the_softmax(noise_temperature: float) -> None:
+    codes, B, K = 24, 1000, 100
+    logits = (torch.rand(codes) * 3 - 1.5) * 0.8 * noise_temperature
+    mask = torch.ones(B, K, dtype=torch.bool)
+    ids = torch.zeros(B, K, dtype=torch.int64)
+    candidates, _ = guided_sample(
+        logits.expand(B, K, codes), mask=mask, ids=ids, seeds=any_seeds(B), step=5,
+        softmax_temperature=0.8, noise_temperature=noise_temperature,
+    )  # fmt: skip
+    expected = (logits.double() / 0.8 / noise_temperature).softmax(0) * B * K
+    assert expected.min() > 5  # below, the chi-square law is no good approximation
+    counts = torch.bincount(candidates.flatten(), minlength=codes)
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    assert statistic < chi_square_limit(codes - 1)
+    # and it can fail: against the law of a temperature 5 % higher
+    other = (logits.double() / 0.84 / noise_temperature).softmax(0) * B * K
+    assert ((counts - other) ** 2 / other).sum().item() > chi_square_limit(codes - 1)
+
+
+def test_a_sample_does_not_depend_on_its_batch(place: torch.device) -> None:
+    logits = torch.randn(4, 3, 40, device=place)
+    mask = torch.ones(4, 3, dtype=torch.bool, device=place)
+    ids = torch.zeros(4, 3, dtype=torch.int64, device=place)
+    seeds = any_seeds(4, place)
+
+    def draw(part: slice) -> Tensor:
+        return guided_sample(
+            logits[part], mask=mask[part], ids=ids[part], seeds=seeds[part], noise_temperature=3.0
+        )[0]
+
+    together = draw(slice(None))
+    for b in range(4):
+        assert torch.equal(draw(slice(b, b + 1))[0], together[b])
+
+
+def compiled_arguments(step: int) -> dict[str, object]:
+    return {
+        "mask": torch.rand(2, 3) < 0.7,
+        "ids": torch.randint(9, (2, 3)),
+        "seeds": any_seeds(2),
+        "step": step,
+        "guidance": 0.5 * step,
+        "softmax_temperature": 1.2 - 0.1 * step,
+        "noise_temperature": 3.0 - step,
+        "rule": "probability",
+    }
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend: str) -> None:
+    compiled = torch.compile(guided_sample, fullgraph=True, backend=backend)
+    logits, uncond = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
+    for step in range(4):  # the last one without noise
+        arguments = compiled_arguments(step)
+        got = compiled(logits, uncond, **arguments)
+        want = guided_sample(logits, uncond, **arguments)
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1])
+
+
+def test_op_is_well_registered(
+    interpreted: None, device: torch.device, opcheck: Callable[..., None]
+) -> None:
+    logits = torch.randn(2, 3, 9, device=device)
+    mask = torch.ones(2, 3, dtype=torch.bool, device=device)
+    ids, seeds = mask.long(), any_seeds(2, device)
+    guided_sample(logits, mask=mask, ids=ids, seeds=seeds, noise_temperature=1.0)  # registers
+    opcheck("guided_sample", logits, logits, mask, ids, seeds, None, 1, 2.0, 1.2, 3.0, "logit")
+
+
+LOGITS = torch.zeros(2, 3, 9)
+MASK = torch.ones(2, 3, dtype=torch.bool)
+GOOD = {"mask": MASK, "ids": MASK.long(), "seeds": torch.zeros(2).long(), "noise_temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("logits", "changed", "message"),
+    [
+        (LOGITS[0], {}, r"logits \(B, K, N\).*\(3, 9\)"),
+        (LOGITS[:, :, :0], {}, "at least 1"),
+        (LOGITS.long(), {}, "convert them"),
+        (LOGITS, {"uncond_logits": LOGITS[:1]}, "uncond_logits"),
+        (LOGITS, {"uncond_logits": LOGITS.half()}, "uncond_logits .*float32.*float16"),
+        (LOGITS, {"uncond_logits": LOGITS.to("meta")}, "uncond_logits .*cpu.*meta"),
+        (LOGITS, {"mask": MASK.long()}, "mask .*bool.*int64"),
+        (LOGITS, {"mask": MASK[:, :2]}, r"mask .*\(2, 3\).*\(2, 2\)"),
+        (LOGITS, {"ids": MASK.int()}, "ids .*int64.*int32"),
+        (LOGITS, {"seeds": torch.zeros(3).long()}, r"seeds .*\(2,\).*\(3,\)"),
+        (LOGITS, {"seeds": None}, "seeds or noise"),
+        (LOGITS, {"noise": LOGITS.half()}, "noise .*float32.*float16"),
+        (LOGITS, {"noise": LOGITS[:1]}, "noise"),
+        (LOGITS, {"rule": "entropy"}, "rule .*entropy"),
+        (LOGITS, {"step": -1}, "step"),
+        (LOGITS, {"softmax_temperature": 0.0}, "softmax_temperature > 0"),
+        (LOGITS, {"softmax_temperature": float("nan")}, "softmax_temperature > 0"),
+        (LOGITS, {"noise_temperature": -1.0}, "noise_temperature >= 0"),
+        (LOGITS, {"noise_temperature": float("nan")}, "noise_temperature >= 0"),
+    ],
+)
+def test_bad_input_is_named(
+    place: torch.device, logits: Tensor, changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"guided_sample wants .*{message}"):
+        guided_sample(logits, **(GOOD | changed))

@@ -1,0 +1,293 @@
+"""lm_head_sample against the head and guided_sample one after the other."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from draws import any_seeds, assert_same_draws, chi_square_limit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from triton.runtime import interpreter
+
+from titok_fast.kernels._sampling import RULES
+from titok_fast.kernels.guided_sample import guided_sample
+from titok_fast.kernels.lm_head_sample import lm_head_sample, lm_head_sample_ref
+from titok_fast.kernels.philox import TOKEN_STREAM, row_gumbel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+quick = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+_convert_float = interpreter._convert_float
+
+
+def _round_to_bfloat16(x: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+    if source == tl.float32 and target == tl.bfloat16:
+        return torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return _convert_float(x, source, target, mode)
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.8's interpreter cuts float32 off to bfloat16 where a GPU rounds it."""
+    monkeypatch.setattr(interpreter, "_convert_float", _round_to_bfloat16)
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """The device to put tensors on so that this implementation runs."""
+    if request.param == "reference":
+        return torch.device("cpu")
+    request.getfixturevalue("interpreted")
+    return device
+
+
+@quick
+@given(
+    M=st.one_of(st.integers(0, 5), st.sampled_from((31, 33, 70))),
+    N=st.one_of(st.integers(1, 9), st.sampled_from((64, 65, 200))),
+    D=st.one_of(st.integers(1, 9), st.sampled_from((48, 64, 130))),
+    dtype=st.sampled_from(DTYPES),
+    guided=st.booleans(),
+    biased=st.booleans(),
+    gathered=st.booleans(),
+    strided=st.booleans(),
+    noise_temperature=st.sampled_from((0.0, 4.75)),
+    rule=st.sampled_from(RULES),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_follows_the_reference(
+    interpreted: None,
+    device: torch.device,
+    M: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    guided: bool,
+    biased: bool,
+    gathered: bool,
+    strided: bool,
+    noise_temperature: float,
+    rule: str,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    hidden, uncond = torch.randn(2, M, D, device=device, dtype=torch.float32).to(dtype)
+    weight = (torch.randn(N, D, device=device) * 3 / D**0.5).to(dtype)
+    bias = torch.randn(N, device=device).to(dtype) if biased else None
+    rows = torch.randint(M, (M // 2 + 1,), device=device) if gathered and M else None
+    if strided:  # a slice of a wider tensor, and a transpose
+        hidden = F.pad(hidden, (2, 3), value=torch.nan)[:, 2 : 2 + D]
+        weight = weight.T.contiguous().T
+    R = M if rows is None else len(rows)
+    seeds, positions = any_seeds(R, device), torch.randint(1024, (R,), device=device)
+    got = lm_head_sample(
+        hidden, uncond if guided else None, weight, bias, rows=rows, seeds=seeds,
+        positions=positions, step=3, guidance=2.25 if guided else 0.0, softmax_temperature=0.8,
+        noise_temperature=noise_temperature, rule=rule,
+    )  # fmt: skip
+    # the product in float32 of what the kernel multiplies: hidden states mixed, then rounded
+    if guided:
+        hidden = (hidden.float() + 2.25 * (hidden.float() - uncond.float())).to(dtype)
+    bias32 = None if bias is None else bias.float()
+    want = lm_head_sample_ref(
+        hidden.float(), None, weight.float(), bias32, rows, seeds, positions, 3, 0.0, 0.8,
+        noise_temperature, rule,
+    )  # fmt: skip
+    picked = hidden if rows is None else hidden[rows]
+    noise = row_gumbel(seeds, 3, positions, N, TOKEN_STREAM)
+    noisy = F.linear(picked.float(), weight.float(), bias32) / 0.8 + noise_temperature * noise
+    # float32 sums of D products in two orders; logits reach 20
+    assert_same_draws(noisy, got, want, 2e-5)
+
+
+@pytest.mark.parametrize("R", [20, 100, 600])  # one of each tile
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tile_size(
+    interpreted: None, device: torch.device, R: int, dtype: torch.dtype
+) -> None:
+    hidden = torch.randn(R, 128, device=device).to(dtype)
+    weight = torch.randn(300, 128, device=device).to(dtype)
+    got = lm_head_sample(hidden, None, weight, None, noise_temperature=0.0, rule="probability")
+    l = hidden.double() @ weight.double().T
+    assert (l.gather(1, got[0][:, None])[:, 0] >= l.amax(1) - 1e-4).all()
+    scores = l.log_softmax(1).gather(1, got[0][:, None])[:, 0]
+    torch.testing.assert_close(got[1].double(), scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_draws_what_guided_sample_draws(place: torch.device, rule: str) -> None:
+    """From the same counters, for the masked rows of a batch; on both paths."""
+    B, K, D, N = 3, 5, 16, 70
+    hidden, uncond = torch.randn(2, B, K, D, device=place)
+    weight, bias = torch.randn(N, D, device=place), torch.randn(N, device=place)
+    mask = torch.rand(B, K, device=place) < 0.6
+    ids = torch.randint(N, (B, K), device=place)
+    seeds = any_seeds(B, place)
+    common = {"step": 4, "guidance": 1.5, "softmax_temperature": 0.9, "noise_temperature": 2.0}
+    candidates, scores = guided_sample(
+        F.linear(hidden, weight, bias), F.linear(uncond, weight, bias), mask=mask, ids=ids,
+        seeds=seeds, rule=rule, **common,
+    )  # fmt: skip
+    sample, position = mask.nonzero(as_tuple=True)
+    got = lm_head_sample(
+        hidden.flatten(0, 1), uncond.flatten(0, 1), weight, bias, rows=sample * K + position,
+        seeds=seeds[sample], positions=position, rule=rule, **common,
+    )  # fmt: skip
+    assert torch.equal(got[0], candidates[mask])
+    torch.testing.assert_close(got[1], scores[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_first_of_equal_codes_wins_across_tiles(place: torch.device) -> None:
+    hidden, weight = torch.ones(2, 1, device=place), torch.zeros(300, 1, device=place)
+    weight[[299, 70, 64]] = 2.0
+    candidates, scores = lm_head_sample(hidden, None, weight, None, noise_temperature=0.0)
+    assert candidates.tolist() == [64, 64]
+    assert scores.tolist() == [2.0, 2.0]
+
+
+def test_forbidden_codes_are_never_drawn(place: torch.device) -> None:
+    """A bias of -inf forbids a code, even a whole tile of them."""
+    hidden, weight = torch.randn(40, 8, device=place), torch.randn(200, 8, device=place)
+    bias = torch.full((200,), -torch.inf, device=place)
+    bias[[130, 199]] = 0.0
+    candidates, scores = lm_head_sample(
+        hidden, None, weight, bias, seeds=any_seeds(40, place), noise_temperature=1.0,
+        positions=torch.arange(40, device=place), rule="probability",
+    )  # fmt: skip
+    assert set(candidates.tolist()) == {130, 199}
+    l = F.linear(hidden, weight[[130, 199]]).log_softmax(1)
+    want = l.gather(1, (candidates == 199).long()[:, None])[:, 0]
+    torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_gives_codes_in_range(interpreted: None, device: torch.device) -> None:
+    hidden = torch.full((3, 4), torch.nan, device=device)
+    weight = torch.randn(70, 4, device=device)
+    candidates, _ = lm_head_sample(hidden, None, weight, None, noise_temperature=0.0)
+    assert ((candidates >= 0) & (candidates < 70)).all()
+
+
+def test_draws_follow_the_softmax() -> None:
+    R, N, D = 100_000, 24, 4
+    hidden, weight = torch.randn(1, D).expand(R, D), torch.randn(N, D) * 0.4
+    candidates, _ = lm_head_sample(
+        hidden, None, weight, None, seeds=any_seeds(R), positions=torch.arange(R),
+        softmax_temperature=0.8, noise_temperature=1.5,
+    )  # fmt: skip
+    expected = (weight @ hidden[0] / 0.8 / 1.5).double().softmax(0) * R
+    assert expected.min() > 5  # below, the chi-square law is no good approximation
+    counts = torch.bincount(candidates, minlength=N)
+    assert ((counts - expected) ** 2 / expected).sum() < chi_square_limit(N - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reference_in_low_precision(dtype: torch.dtype) -> None:
+    """On the CPU the logits are rounded to the weight's dtype, and no more than that."""
+    hidden, uncond = torch.randn(2, 50, 64).to(dtype)
+    weight = torch.randn(90, 64).to(dtype)
+    got = lm_head_sample(hidden, uncond, weight, None, guidance=2.0, noise_temperature=0.0)
+    mixed = hidden.double() + 2.0 * (hidden.double() - uncond.double())
+    l = mixed @ weight.double().T
+    rounding = torch.finfo(dtype).eps / 2
+    bound = 3 * rounding * (l.abs().amax(1) + mixed.norm(dim=1) * 8)
+    assert (l.amax(1) - l.gather(1, got[0][:, None])[:, 0] <= bound).all()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend: str) -> None:
+    compiled = torch.compile(lm_head_sample, fullgraph=True, backend=backend)
+    hidden, uncond = torch.randn(2, 6, 8)
+    tensors = (hidden, uncond, torch.randn(20, 8), torch.randn(20))
+    for step in range(4):  # the last one without noise
+        arguments = {"seeds": any_seeds(6), "positions": torch.arange(6), "step": step}
+        arguments |= {"guidance": 0.5 * step, "noise_temperature": 3.0 - step}
+        got, want = compiled(*tensors, **arguments), lm_head_sample(*tensors, **arguments)
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1])
+
+
+def test_op_is_well_registered(
+    interpreted: None, device: torch.device, opcheck: Callable[..., None]
+) -> None:
+    hidden, weight = torch.randn(4, 8, device=device), torch.randn(9, 8, device=device)
+    lm_head_sample(hidden, None, weight, None, noise_temperature=0.0)  # registers
+    rows = torch.arange(4, device=device)
+    opcheck(
+        "lm_head_sample", hidden, hidden, weight, None, rows, rows, rows, 1, 2.0, 1.2, 3.0, "logit"
+    )
+
+
+TRACE = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from titok_fast.kernels.guided_sample import guided_sample
+from titok_fast.kernels.lm_head_sample import lm_head_sample
+from titok_fast.kernels.remask import remask
+
+@torch.compile(fullgraph=True, backend="aot_eager")
+def step(logits, hidden, weight, ids, seeds):
+    candidates, scores = guided_sample(logits, logits, mask=ids == 9, ids=ids, seeds=seeds,
+                                       guidance=2.0, noise_temperature=1.0)
+    ids = remask(candidates, scores, seeds, mask_id=9, seeds=seeds, noise_temperature=1.0)
+    rows = seeds.repeat_interleave(3)
+    return ids, lm_head_sample(hidden, hidden, weight, None, seeds=rows, positions=rows,
+                               guidance=2.0, noise_temperature=1.0)[0]
+
+with FakeTensorMode(), torch.device("cuda"):
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    for fn in (step._torchdynamo_orig_callable, step):
+        out = fn(torch.empty(2, 3, 9), torch.empty(6, 8), torch.empty(9, 8), ids, ids[:, 0])
+        print(*(f"{tuple(x.shape)} {x.dtype} {x.device.type}" for x in out))
+"""
+
+
+def test_sampling_ops_never_wait_for_the_device() -> None:
+    """Fake CUDA tensors hold no values, so whatever read one on the host would fail.
+
+    In a process of its own, where kernels are compiled: the interpreter would read their memory.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRACE], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["(2, 3) torch.int64 cuda (6,) torch.int64 cuda"] * 2
+
+
+H, W, ROWS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch.int64)
+GOOD = {"hidden": H, "uncond_hidden": None, "weight": W, "bias": None, "seeds": ROWS}
+GOOD |= {"positions": ROWS, "noise_temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hidden": H[0]}, r"hidden \(M, D\) and weight \(N, D\).*\(8,\)"),
+        ({"weight": W[:, :7]}, r"\(4, 8\) and \(9, 7\)"),
+        ({"weight": W[:0]}, "N and D at least 1"),
+        ({"hidden": H.long(), "weight": W.long()}, "convert hidden"),
+        ({"weight": W.half()}, "weight .*float32.*float16"),
+        ({"weight": W.to("meta")}, "weight .*cpu.*meta"),
+        ({"uncond_hidden": H[:2]}, r"uncond_hidden .*\(4, 8\).*\(2, 8\)"),
+        ({"bias": W[0]}, r"bias .*\(9,\).*\(8,\)"),
+        ({"rows": ROWS.int()}, "rows as an int64 vector.*int32"),
+        ({"rows": ROWS[:2]}, r"seeds .*\(2,\).*\(4,\)"),
+        ({"positions": ROWS.float()}, "positions .*int64.*float32"),
+        ({"seeds": None}, "seeds and positions"),
+        ({"positions": None}, "seeds and positions"),
+        ({"rule": "entropy"}, "rule .*entropy"),
+        ({"step": -1}, "step"),
+        ({"softmax_temperature": -1.0}, "softmax_temperature > 0"),
+        ({"noise_temperature": -1.0}, "noise_temperature >= 0"),
+    ],
+)
+def test_bad_input_is_named(place: torch.device, changed: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"lm_head_sample wants .*{message}"):
+        lm_head_sample(**(GOOD | changed))

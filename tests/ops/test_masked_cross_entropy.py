@@ -1,0 +1,238 @@
+"""masked_cross_entropy against PyTorch's cross-entropy in float64."""
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerances import ROUNDOFF, assert_near
+from torch import Tensor
+
+from titok_fast.kernels.masked_cross_entropy import masked_cross_entropy, masked_cross_entropy_ref
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INF = float("inf")
+# the package re-exports the function under the name of its file
+module = importlib.import_module("titok_fast.kernels.masked_cross_entropy")
+
+
+def inputs(R: int, N: int, D: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    hidden = torch.randn(R, D, device=device, requires_grad=True)
+    weight = torch.randn(N, D, device=device, requires_grad=True)
+    bias = torch.randn(N, device=device, requires_grad=True)
+    targets = torch.randint(N, (R,), device=device)
+    weights = torch.where(torch.rand(R, device=device) < 0.5, 1.0, 0.1)
+    return hidden, weight, bias, targets, weights
+
+
+def exact(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    smoothing: float = 0.1,
+) -> Tensor:
+    logits = hidden.double() @ weight.double().T + bias.double()
+    ce = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+    return (weights.double() * ce).sum() / (weights.double().sum() + 1e-8)
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    R=st.integers(0, 20),
+    N=st.integers(1, 300),
+    D=st.integers(1, 40),
+    chunk=st.sampled_from((1, 700, 1 << 24)),
+    smoothing=st.sampled_from((0.0, 0.1, 0.9)),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_against_float64(
+    interpreted: None,
+    device: torch.device,
+    R: int,
+    N: int,
+    D: int,
+    chunk: int,
+    smoothing: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    args = inputs(R, N, D, device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CHUNK_ELEMENTS", chunk)
+        got = masked_cross_entropy(*args, label_smoothing=smoothing)
+        grads = torch.autograd.grad(3 * got, args[:3])
+    wide = widened(*args[:3])
+    want = exact(*wide, *args[3:], smoothing)
+    assert got.dtype == torch.float32
+    assert_near(got, want, terms=D, scale=D**0.5)
+    for mine, theirs in zip(grads, torch.autograd.grad(3 * want, wide), strict=True):
+        # the exponential turns the error of a logit, D terms, into one of the gradient
+        assert_near(mine, theirs, terms=D * (N + R), scale=3.0)
+
+
+@pytest.mark.parametrize("path", [masked_cross_entropy, masked_cross_entropy_ref])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_precision(
+    interpreted: None, device: torch.device, dtype: torch.dtype, path: Callable[..., Tensor]
+) -> None:
+    """Half-precision hidden states, float32 head: the head is read in half precision."""
+    hidden, weight, bias, targets, weights = inputs(40, 500, 64, device)
+    hidden = (hidden.detach() / 8).to(dtype).requires_grad_()
+    got = path(hidden, weight, bias, targets, weights)
+    wide = widened(hidden, weight.to(dtype), bias)
+    want = exact(*wide, targets, weights)
+    # one rounding of each logit, here about 1 in size; a mean of many
+    assert abs(got.item() - want.item()) < 4 * ROUNDOFF[dtype] + 1e-5
+    leaves = (hidden, weight, bias)
+    for mine, theirs, like in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(want, wide), leaves, strict=True
+    ):
+        assert mine.dtype == like.dtype
+        error = float((mine.double() - theirs).norm() / theirs.norm())
+        assert error < 8 * ROUNDOFF[dtype] + 1e-5
+
+
+def test_reference_against_float64() -> None:
+    args = inputs(60, 4096, 48)
+    assert_near(masked_cross_entropy(*args), exact(*args), terms=48, scale=7.0)
+
+
+def test_reference_gradcheck() -> None:
+    hidden, weight, bias, targets, weights = inputs(5, 7, 3)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: masked_cross_entropy_ref(h, w, b, targets, weights),
+        widened(hidden, weight, bias),
+    )
+
+
+@pytest.mark.parametrize("path", [masked_cross_entropy, masked_cross_entropy_ref])
+def test_nothing_counts(
+    interpreted: None, device: torch.device, path: Callable[..., Tensor]
+) -> None:
+    hidden, weight, bias, targets, _ = inputs(5, 7, 3, device)
+    loss = path(hidden, weight, bias, targets, torch.zeros(5, device=device))
+    assert loss.item() == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (hidden, weight, bias)))
+
+
+@pytest.mark.parametrize("path", [masked_cross_entropy, masked_cross_entropy_ref])
+def test_forbidden_code(
+    interpreted: None, device: torch.device, path: Callable[..., Tensor]
+) -> None:
+    """A bias of -inf: no probability; a loss only if smoothing asks for some."""
+    hidden, weight, bias, targets, weights = inputs(5, 7, 3, device)
+    bias.data[3] = -INF
+    targets[:] = 2
+    assert path(hidden, weight, bias, targets, weights, 0.1).item() == INF
+    plain = path(hidden, weight, bias, targets, weights, 0.0)
+    wide = widened(hidden, weight, bias)
+    want = exact(*wide, targets, weights, 0.0)
+    assert_near(plain, want, terms=3, scale=3.0)
+    mine = torch.autograd.grad(plain, bias)[0]
+    assert mine[3] == 0
+    assert_near(mine, torch.autograd.grad(want, wide[2])[0], terms=15)
+
+
+@pytest.mark.parametrize("bad", [-1, 7, -100, 2**40])
+def test_unknown_target(interpreted: None, device: torch.device, bad: int) -> None:
+    hidden, weight, bias, targets, weights = inputs(5, 7, 3, device)
+    targets[1] = bad
+    assert masked_cross_entropy(hidden, weight, bias, targets, weights).isnan()
+
+
+@pytest.mark.parametrize("bad", [-1, 7, -100, 2**40])
+def test_unknown_target_on_cpu(bad: int) -> None:
+    hidden, weight, bias, targets, weights = inputs(5, 7, 3)
+    targets[1] = bad
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        masked_cross_entropy(hidden, weight, bias, targets, weights)
+
+
+def test_large_logits(interpreted: None, device: torch.device) -> None:
+    hidden, weight, bias, targets, weights = inputs(9, 300, 8, device)
+    hidden = hidden.detach() * 1e4
+    got = masked_cross_entropy(hidden, weight, bias, targets, weights)
+    assert_near(got, exact(hidden, weight, bias, targets, weights), terms=8, scale=1e5)
+
+
+def test_without_gradients(interpreted: None, device: torch.device) -> None:
+    args = inputs(9, 30, 8, device)
+    want = masked_cross_entropy(*args)
+    with torch.no_grad():
+        got = masked_cross_entropy(*args)
+    assert not got.requires_grad
+    assert got == want
+
+
+def test_strides(interpreted: None, device: torch.device) -> None:
+    hidden, weight, bias, targets, weights = inputs(9, 30, 8, device)
+    want = masked_cross_entropy(hidden, weight, bias, targets, weights)
+    spread = [torch.stack([t.detach(), t.detach()], dim=-1)[..., 0] for t in (bias, weights)]
+    twice = torch.stack([targets, targets], dim=1)[:, 0]
+    got = masked_cross_entropy(
+        hidden.T.contiguous().T, weight.T.contiguous().T, spread[0], twice, spread[1]
+    )
+    assert_near(got, want, terms=8)
+
+
+def test_autocast_sets_the_precision_of_the_head(interpreted: None) -> None:
+    hidden, weight, bias, targets, weights = inputs(9, 30, 8)
+    want = masked_cross_entropy(hidden.bfloat16(), weight, bias, targets, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = masked_cross_entropy(hidden, weight, bias, targets, weights)
+    assert got == want
+    assert torch.autograd.grad(got, hidden)[0].dtype == torch.float32
+
+
+def test_compiled_equals_eager() -> None:
+    args = inputs(20, 50, 8)
+    got = torch.compile(masked_cross_entropy, fullgraph=True)(*args)
+    want = masked_cross_entropy(*args)
+    assert_near(got, want, terms=50)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, args[:3]), torch.autograd.grad(want, args[:3]), strict=True
+    ):
+        assert_near(mine, theirs, terms=50)
+
+
+def test_op_is_well_registered(
+    interpreted: None, device: torch.device, opcheck: Callable[..., None]
+) -> None:
+    args = inputs(5, 7, 3, device)
+    masked_cross_entropy(*args)
+    opcheck("masked_cross_entropy", *args, 0.1, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden": torch.zeros(5, 4)}, r"\(5, 4\) and \(7, 3\)"),
+        ({"weight": torch.zeros(7)}, r"\(7,\)"),
+        ({"bias": torch.zeros(6)}, r"bias of shape \(7,\); got \(6,\)"),
+        ({"targets": torch.zeros(4).long()}, r"targets of shape \(5,\); got \(4,\)"),
+        ({"weights": torch.zeros(5, 1)}, r"weights of shape \(5,\); got \(5, 1\)"),
+        ({"targets": torch.zeros(5).int()}, r"int64 targets; got torch.int32"),
+        ({"bias": torch.zeros(7, device="meta")}, "bias is on meta"),
+        ({"weight": torch.zeros(7, 3, device="meta")}, "weight is on meta"),
+        ({"weights": torch.ones(5).bool()}, "floating-point.*bool"),
+        ({"weight": torch.zeros(0, 3), "bias": torch.zeros(0)}, "at least one code"),
+        ({"label_smoothing": 1.0}, r"\[0, 1\); got 1.0"),
+        ({"label_smoothing": -0.1}, "got -0.1"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, object], told: str) -> None:
+    names = ("hidden", "weight", "bias", "targets", "weights")
+    given_args: dict[str, object] = dict(zip(names, inputs(5, 7, 3), strict=True))
+    with pytest.raises(ValueError, match=f"^masked_cross_entropy wants.*{told}"):
+        masked_cross_entropy(**(given_args | change))  # type: ignore[arg-type]

@@ -1,0 +1,212 @@
+"""nearest_code against brute force in float64; indices are judged by the distance they reach."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from titok_fast.kernels.nearest_code import METRICS, nearest_code, nearest_code_ref
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+quick = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def distances(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """(N, K) squared distances in float64."""
+    z, codebook = z.double(), codebook.double()
+    if metric == "cosine":
+        z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
+    return (z[:, None] - codebook[None]).square().sum(-1)
+
+
+def assert_nearest(ids: Tensor, z: Tensor, codebook: Tensor, metric: str) -> None:
+    """Each index is in range and as near as float32 arithmetic can tell."""
+    assert ids.dtype == torch.int64
+    assert ids.shape == z.shape[:1]
+    if not len(z):
+        return
+    assert ids.min() >= 0
+    assert ids.max() < len(codebook)
+    d = distances(z, codebook, metric)
+    reached = d.gather(1, ids[:, None]).squeeze(1)
+    rows, codes = z.double(), codebook.double()
+    if metric == "cosine":
+        rows, codes = F.normalize(rows, dim=-1), F.normalize(codes, dim=-1)
+    # |f|^2 + |e|^2 - 2 f.e: roundings of terms of that size, more of them with more channels
+    size = rows.square().sum(1) + codes.square().sum(1).max()
+    bound = 2.0**-23 * (4 + z.shape[1] ** 0.5) * size
+    assert (reached - d.amin(1) <= bound).all()
+
+
+@quick
+@given(
+    N=st.integers(0, 70),
+    K=st.one_of(st.integers(1, 5), st.integers(1, 300)),
+    C=st.one_of(st.sampled_from((1, 12, 16, 64)), st.integers(1, 70)),
+    dtype=st.sampled_from(DTYPES),
+    metric=st.sampled_from(METRICS),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_finds_the_nearest(
+    interpreted: None,
+    device: torch.device,
+    N: int,
+    K: int,
+    C: int,
+    dtype: torch.dtype,
+    metric: str,
+    seed: int,
+) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    z = torch.randn(N, C, generator=gen).to(device, dtype)
+    codebook = torch.randn(K, C, generator=gen).to(device)
+    assert_nearest(nearest_code(z, codebook, metric=metric), z, codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("N", "K", "C"), [(33, 4096, 12), (7, 8192, 64), (5, 70, 256), (0, 3, 2)])
+def test_reference_finds_the_nearest(N: int, K: int, C: int, metric: str) -> None:
+    z, codebook = torch.randn(N, C), torch.randn(K, C)
+    assert_nearest(nearest_code(z, codebook, metric=metric), z, codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("C", [12, 16, 64, 256])
+def test_kernel_agrees_with_reference(
+    interpreted: None, device: torch.device, C: int, metric: str
+) -> None:
+    z, codebook = torch.randn(20, C, device=device), torch.randn(300, C, device=device)
+    got = nearest_code(z, codebook, metric=metric)
+    assert (got == nearest_code_ref(z, codebook, metric)).all()
+
+
+# sizes that take one program per row block, several per codebook, and rows beyond a block
+@pytest.mark.parametrize(("N", "K"), [(20, 1000), (2100, 9), (1, 2), (17, 64), (16, 65)])
+@pytest.mark.parametrize("path", [nearest_code, nearest_code_ref])
+def test_lowest_index_wins_a_tie(
+    interpreted: None, device: torch.device, N: int, K: int, path: Callable[..., Tensor]
+) -> None:
+    """Small integers make every float32 operation exact, so equal distances are equal."""
+    codebook = torch.randint(-1, 2, (K, 3), device=device).float()
+    z = torch.randint(-2, 3, (N, 3), device=device).float()
+    want = distances(z, codebook, "euclidean").argmin(1)
+    assert (path(z, codebook) == want).all()
+
+
+def test_all_codes_equal(interpreted: None, device: torch.device) -> None:
+    z, codebook = torch.randn(9, 5, device=device), torch.ones(200, 5, device=device)
+    for metric in METRICS:
+        assert (nearest_code(z, codebook, metric=metric) == 0).all()
+
+
+def test_rounding_decides_as_published() -> None:
+    """Distances are |f|^2 + |e|^2 - 2 f.e: nearer rivals than it can tell tie."""
+    # the exact distances are 1000^2 and (1000 - 2**-16)^2; their difference, 0.03, is lost
+    z = torch.tensor([[1000.0]])
+    codebook = torch.tensor([[0.0], [2.0**-16]])
+    assert distances(z, codebook, "euclidean").argmin() == 1
+    assert nearest_code_ref(z, codebook) == 0
+
+
+def test_rounding_of_the_kernel_is_the_published_one(
+    interpreted: None, device: torch.device
+) -> None:
+    z = torch.tensor([[1000.0]], device=device)
+    codebook = torch.tensor([[0.0], [2.0**-16]], device=device)
+    assert nearest_code(z, codebook) == 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e30, 1e-40, 0.0])
+def test_extreme_values_stay_in_range(
+    interpreted: None, device: torch.device, value: float, metric: str
+) -> None:
+    z, codebook = torch.randn(5, 7, device=device), torch.randn(130, 7, device=device)
+    clean = nearest_code(z, codebook, metric=metric)
+    z[2] = value
+    ids = nearest_code(z, codebook, metric=metric)
+    assert ((ids >= 0) & (ids < 130)).all()
+    others = [0, 1, 3, 4]
+    assert (ids[others] == clean[others]).all()
+    if value == 0.0:
+        assert_nearest(ids, z, codebook, metric)
+
+
+def test_nan_in_a_code_never_wins(interpreted: None, device: torch.device) -> None:
+    z, codebook = torch.randn(5, 7, device=device), torch.randn(130, 7, device=device)
+    want = nearest_code(z, codebook[1:]) + 1
+    codebook[0] = float("nan")
+    assert (nearest_code(z, codebook) == want).all()
+
+
+def test_strides(interpreted: None, device: torch.device) -> None:
+    z = torch.randn(12, 30, device=device)
+    codebook = torch.randn(12, 200, device=device)[:, ::2]
+    want = nearest_code(z.T.contiguous(), codebook.T.contiguous())
+    assert (nearest_code(z.T, codebook.T) == want).all()
+    assert (nearest_code_ref(z.T, codebook.T) == want).all()
+
+
+def test_chunks_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, codebook = torch.randn(100, 12), torch.randn(40, 12)
+    want = nearest_code_ref(z, codebook)
+    chunks = nearest_code_ref.__globals__["_CHUNK_ELEMENTS"]
+    monkeypatch.setitem(chunks, "cpu", 17 * 40)
+    assert (nearest_code_ref(z, codebook) == want).all()
+
+
+def test_autocast_is_ignored() -> None:
+    z, codebook = torch.randn(500, 12), torch.randn(4096, 12)
+    want = nearest_code(z, codebook)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (nearest_code(z, codebook) == want).all()
+
+
+def test_compiled_equals_eager() -> None:
+    z, codebook = torch.randn(40, 12), torch.randn(300, 12)
+    compiled = torch.compile(nearest_code, fullgraph=True)  # Inductor: it may add in its own order
+    for metric in METRICS:
+        assert_nearest(compiled(z, codebook, metric=metric), z, codebook, metric)
+
+
+def test_op_is_well_registered(
+    interpreted: None, device: torch.device, opcheck: Callable[..., None]
+) -> None:
+    z, codebook = torch.randn(5, 3, device=device), torch.randn(9, 3, device=device)
+    nearest_code(z, codebook)
+    opcheck("nearest_code", z, codebook, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("z", "codebook", "metric", "told"),
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(5, 4), "cosine", r"\(2, 3, 4\)"),
+        (torch.zeros(2, 3), torch.zeros(5, 4), "cosine", r"\(5, 4\)"),
+        (torch.zeros(2, 300), torch.zeros(5, 300), "cosine", "256 channels"),
+        (torch.zeros(2, 0), torch.zeros(5, 0), "cosine", "256 channels"),
+        (torch.zeros(2, 3), torch.zeros(0, 3), "cosine", "codes; got 3 and 0"),
+        (torch.zeros(2, 3).long(), torch.zeros(5, 3), "cosine", "int64"),
+        (torch.zeros(2, 3), torch.zeros(5, 3).double(), "cosine", "float64"),
+        (torch.zeros(2, 3), torch.zeros(5, 3, device="meta"), "cosine", "meta"),
+        (torch.zeros(2, 3), torch.zeros(5, 3), "dot", "'dot'"),
+    ],
+)
+def test_bad_input_is_named(z: Tensor, codebook: Tensor, metric: str, told: str) -> None:
+    with pytest.raises(ValueError, match=f"nearest_code.*{told}"):
+        nearest_code(z, codebook, metric=metric)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements(device: torch.device) -> None:
+    z = torch.zeros(2**31 // 12 + 5, 12, dtype=torch.bfloat16, device=device)
+    z[-3:] = 1
+    codebook = torch.stack([torch.zeros(12), torch.ones(12)]).to(device)
+    ids = nearest_code(z, codebook)
+    assert ids[-3:].tolist() == [1, 1, 1]
+    assert int(ids.sum()) == 3

@@ -1,0 +1,178 @@
+"""nearest_code_stats: every output and gradient of the kernel against autograd on the reference."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerances import assert_near
+from torch import Tensor
+
+from titok_fast.kernels.nearest_code import METRICS
+from titok_fast.kernels.nearest_code_stats import (
+    CodeStats,
+    nearest_code_stats,
+    nearest_code_stats_ref,
+)
+
+
+def gradients(stats: CodeStats, weight: Tensor, z: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+    """Of a sum in which the three differentiable outputs have different factors."""
+    total = (stats.quantized * weight).sum() + 3 * stats.commitment_loss + 5 * stats.codebook_loss
+    return torch.autograd.grad(total, (z, codebook))
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    N=st.integers(1, 40),
+    K=st.integers(1, 140),
+    C=st.one_of(st.sampled_from((1, 12, 64)), st.integers(1, 80)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    metric=st.sampled_from(METRICS),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_against_reference(
+    interpreted: None,
+    device: torch.device,
+    N: int,
+    K: int,
+    C: int,
+    dtype: torch.dtype,
+    metric: str,
+    seed: int,
+) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    z = torch.randn(N, C, generator=gen).to(device, dtype).requires_grad_()
+    codebook = torch.randn(K, C, generator=gen).to(device).requires_grad_()
+    weight = torch.randn(N, C, generator=gen).to(device)
+    got = nearest_code_stats(z, codebook, metric=metric, beta=0.3)
+    want = nearest_code_stats_ref(z, codebook, metric, beta=0.3)
+    # a swap of close rivals is test_nearest_code's business; here everything hangs on the ids
+    assert (got.ids == want.ids).all()
+    assert (got.counts == want.counts).all()
+    assert_near(got.quantized, want.quantized)
+    assert_near(got.commitment_loss, want.commitment_loss, terms=N * C)
+    assert_near(got.codebook_loss, want.codebook_loss, terms=N * C)
+    pairs = zip(
+        gradients(got, weight, z, codebook),
+        gradients(want, weight, z, codebook),
+        (z, codebook),
+        strict=True,
+    )
+    for mine, theirs, rows in pairs:
+        # cosine divides by a row's length, and what it divides may cancel
+        length = rows.detach().float().norm(dim=1, keepdim=True) if metric == "cosine" else 1.0
+        assert_near((mine * length).to(mine.dtype), theirs * length, terms=N * C, scale=8.0)
+
+
+def test_losses_by_hand(interpreted: None, device: torch.device) -> None:
+    z = torch.tensor([[0.0, 1.0], [3.0, 0.0]], device=device)
+    codebook = torch.tensor([[0.0, 2.0], [9.0, 9.0], [2.0, 0.0]], device=device)
+    stats = nearest_code_stats(z, codebook, beta=0.5)
+    assert stats.ids.tolist() == [0, 2]
+    assert stats.counts.tolist() == [1, 0, 1]
+    assert stats.quantized.tolist() == [[0.0, 2.0], [2.0, 0.0]]
+    assert float(stats.codebook_loss) == 0.5
+    assert float(stats.commitment_loss) == 0.25
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_reference_gradients_are_derivatives(metric: str) -> None:
+    """Where the published stop-gradients leave a true derivative: each loss in its own argument."""
+    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    codebook = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    fixed_z, fixed_codebook = z.detach(), codebook.detach()
+    assert torch.autograd.gradcheck(
+        lambda x: nearest_code_stats_ref(x, fixed_codebook, metric).commitment_loss, z
+    )
+    assert torch.autograd.gradcheck(
+        lambda e: nearest_code_stats_ref(fixed_z, e, metric).codebook_loss, codebook
+    )
+
+
+@pytest.mark.parametrize("path", [nearest_code_stats, nearest_code_stats_ref])
+def test_gradients_go_where_they_should(
+    interpreted: None, device: torch.device, path: Callable[..., CodeStats]
+) -> None:
+    z = torch.randn(6, 5, device=device, requires_grad=True)
+    codebook = torch.randn(4, 5, device=device, requires_grad=True)
+    stats = path(z, codebook)
+    ones = torch.ones_like(stats.quantized)
+    straight = torch.autograd.grad(stats.quantized, z, ones, retain_graph=True)[0]
+    assert (straight == 1).all()
+    to_code = torch.autograd.grad(
+        stats.commitment_loss, codebook, retain_graph=True, allow_unused=True
+    )[0]
+    assert to_code is None or (to_code == 0).all()
+    to_latent = torch.autograd.grad(stats.codebook_loss, z, retain_graph=True, allow_unused=True)[0]
+    assert to_latent is None or (to_latent == 0).all()
+    unused = torch.autograd.grad(stats.codebook_loss, codebook)[0][stats.counts == 0]
+    assert (unused == 0).all()
+
+
+def test_rows_of_length_zero(interpreted: None, device: torch.device) -> None:
+    """The bound on the length, 1e-12, is then what divides; one code, as all are equally near."""
+    z = torch.zeros(3, 4, device=device, requires_grad=True)
+    codebook = torch.randn(1, 4, device=device, requires_grad=True)
+    stats = nearest_code_stats(z, codebook, metric="cosine")
+    want = nearest_code_stats_ref(z, codebook, "cosine")
+    weight = torch.randn(3, 4, device=device)
+    for mine, theirs in zip(
+        gradients(stats, weight, z, codebook), gradients(want, weight, z, codebook), strict=True
+    ):
+        assert torch.isfinite(mine).all()
+        assert_near(mine, theirs, terms=4, scale=max(1.0, float(theirs.abs().max())))
+
+
+def test_no_rows(interpreted: None, device: torch.device) -> None:
+    stats = nearest_code_stats(torch.zeros(0, 4, device=device), torch.zeros(5, 4, device=device))
+    assert stats.ids.shape == (0,)
+    assert stats.quantized.shape == (0, 4)
+    assert stats.counts.tolist() == [0] * 5
+    assert stats.codebook_loss.isnan()
+
+
+def test_many_rows_share_a_code(interpreted: None, device: torch.device) -> None:
+    z = torch.randn(500, 3, device=device)
+    stats = nearest_code_stats(z, torch.zeros(2, 3, device=device))
+    assert stats.counts.tolist() == [500, 0]
+    assert_near(stats.codebook_loss, z.double().square().mean(), terms=1500)
+
+
+def test_unit_rows_are_looked_up(interpreted: None, device: torch.device) -> None:
+    z, codebook = torch.randn(9, 12, device=device), 7 * torch.randn(20, 12, device=device)
+    stats = nearest_code_stats(z, codebook, metric="cosine")
+    assert_near(stats.quantized, F.normalize(codebook.double(), dim=-1)[stats.ids])
+
+
+def test_compiled_equals_eager() -> None:
+    z = torch.randn(40, 12, requires_grad=True)
+    codebook = torch.randn(30, 12, requires_grad=True)
+    weight = torch.randn(40, 12)
+    compiled = torch.compile(nearest_code_stats, fullgraph=True, backend="aot_eager")
+    got, want = compiled(z, codebook), nearest_code_stats(z, codebook)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(
+        gradients(got, weight, z, codebook), gradients(want, weight, z, codebook)
+    )
+
+
+def test_op_is_well_registered(
+    interpreted: None, device: torch.device, opcheck: Callable[..., None]
+) -> None:
+    z = torch.randn(5, 3, device=device, requires_grad=True)
+    codebook = torch.randn(9, 3, device=device, requires_grad=True)
+    nearest_code_stats(z, codebook)
+    opcheck("nearest_code_stats", z, codebook, "cosine", 0.25)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"nearest_code_stats wants z \(N, C\).*\(5, 4\)"):
+        nearest_code_stats(torch.zeros(2, 3), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match=r"nearest_code_stats wants metric.*'l1'"):
+        nearest_code_stats(torch.zeros(2, 3), torch.zeros(5, 3), metric="l1")

@@ -1,0 +1,222 @@
+"""The offline gate: every kernel's machine code, and operators traced on CUDA without a GPU.
+
+Kernels are compiled here, so the work is done in processes without TRITON_INTERPRET.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ROOT / "bench" / "kernel_report.py"
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def load() -> ModuleType:
+    """By path: bench/ is no package."""
+    spec = importlib.util.spec_from_file_location("kernel_report", REPORT)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_report"] = found  # dataclasses look their module up
+    spec.loader.exec_module(found)
+    return found
+
+
+report = load()
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, env=env, cwd=ROOT, check=False
+    )
+
+
+def check_report(archs: list[int], path: Path) -> None:
+    done = python(str(REPORT), "--json", str(path), "--arch", *map(str, archs))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = json.loads(path.read_text())
+    assert {row["module"] for row in rows} == set(report.kernel_modules())
+    assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in archs}
+    for row in rows:
+        assert not row["failures"]
+        assert row["registers"] > 0
+        assert 0 < row["occupancy"] <= 1
+        assert 0 < row["floor_us_h100"] <= row["floor_us_a100"]
+        assert row["bytes_min"] <= row["bytes_unfused"]
+
+
+def test_tightest_architecture_passes(tmp_path: Path) -> None:
+    """sm_86 has the least shared memory and the fewest warps."""
+    check_report([86], tmp_path / "rows.json")
+
+
+@pytest.mark.slow
+def test_all_architectures_pass(tmp_path: Path) -> None:
+    check_report([80, 86, 89, 90], tmp_path / "rows.json")
+
+
+def test_every_kernel_file_is_covered() -> None:
+    """A file that registers an operator lists cases; that operator's kernels are all in them."""
+    folder = ROOT / "kernels"
+    with_op = {
+        path.stem for path in folder.glob("*.py") if "\n@lazy_triton_op(" in path.read_text()
+    }
+    assert with_op
+    assert with_op <= set(report.kernel_modules())
+
+
+GOOD = {
+    "arch": "sm_86",
+    "registers": 64,
+    "spill_bytes": 0,
+    "stack_bytes": 0,
+    "shared_bytes": 1024,
+    "mma": 4,
+    "loads_128": 2,
+}
+
+
+def test_a_good_row_passes() -> None:
+    assert report.failures(GOOD, expects_mma=True, vector_loads=True) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"spill_bytes": 8}, "8 B of spills"),
+        ({"stack_bytes": 16}, "16 B of stack"),
+        ({"shared_bytes": (99 << 10) + 1}, "101376 B is the limit"),
+        ({"mma": 0}, "without tensor-core"),
+        ({"loads_128": 0}, "no 128-bit loads"),
+        ({"registers": 0}, "no registers"),
+    ],
+)
+def test_a_bad_row_fails(change: dict[str, int], told: str) -> None:
+    (why,) = report.failures(GOOD | change, expects_mma=True, vector_loads=True)
+    assert told in why
+
+
+def test_tensor_cores_in_an_ieee_path_fail() -> None:
+    (why,) = report.failures(GOOD, expects_mma=False, vector_loads=True)
+    assert "IEEE" in why
+
+
+def test_shared_memory_limit_is_the_device_s() -> None:
+    row = GOOD | {"shared_bytes": 120 << 10}
+    assert report.failures(row | {"arch": "sm_80"}, True, True) == []
+    assert report.failures(row | {"arch": "sm_89"}, True, True)
+
+
+SPILLS = """
+import dataclasses, sys
+from pathlib import Path
+sys.path.insert(0, "bench")
+import kernel_report
+from titok_fast.kernels import _offline
+from titok_fast.kernels.nearest_code import offline_cases
+
+case = offline_cases()[0]
+wide = dataclasses.replace(
+    case, num_warps=4, constexprs=case.constexprs | {"BLOCK_N": 128, "BLOCK_K": 128}
+)
+kernel_report.kernel_modules = lambda: ["nearest_code"]
+import titok_fast.kernels.nearest_code
+sys.modules["titok_fast.kernels.nearest_code"].offline_cases = lambda: [case, wide]
+sys.exit(kernel_report.main(["--arch", "80", "--cache", sys.argv[1]]))
+"""
+
+
+def test_a_kernel_that_spills_fails_the_gate(tmp_path: Path) -> None:
+    """A tile four times the size that fits, through compiler, assembler, table and exit status."""
+    done = python("-c", SPILLS, str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "B of spills" in done.stdout
+    assert "2 rows, 1 failed" in done.stdout
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_cache_is_read_and_follows_the_source(tmp_path: Path) -> None:
+    """A kernel that cannot be compiled: only a cache that knows it can answer."""
+    kernel = SimpleNamespace(cache_key="one", __name__="_fake_kernel")
+    case = report.OfflineCase(kernel, "c", {}, {}, 4, 1, False, False, 1.0, 1.0, 1.0)
+    code = report.MachineCode(40, 0, 0, 0, 0, 0, 0, 0)
+    entry = tmp_path / f"{report._key(case, 80)}.json"
+    entry.write_text(json.dumps(asdict(code)))
+    assert report._compiled(case, 80, tmp_path) == code
+    other = SimpleNamespace(cache_key="two", __name__="_fake_kernel")
+    keys = [
+        report._key(changed, arch)
+        for changed, arch in (
+            (case, 90),
+            (replace(case, kernel=other), 80),
+            (replace(case, num_warps=8), 80),
+            (replace(case, constexprs={"BLOCK": 2}), 80),
+            (replace(case, signature={"x_ptr": "*fp32"}), 80),
+        )
+    ]
+    assert len({*keys, entry.stem}) == 6
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    case = importlib.import_module("titok_fast.kernels.soft_codes").offline_cases()[0]
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled in this process")
+    offline = importlib.import_module("titok_fast.kernels._offline")
+    with pytest.raises(RuntimeError, match="without TRITON_INTERPRET"):
+        offline.compile_offline(case, 80)
+
+
+def test_occupancy() -> None:
+    """By hand: 64 registers for 8 warps are 16384 of 65536; 20 KiB of shared memory fit 7 times."""
+    code: dict[str, Any] = dict.fromkeys(("spill_bytes", "stack_bytes", "mma", "fma"), 0)
+    code |= {"loads_128": 1, "loads_narrow": 0}
+    free = report.MachineCode(registers=64, shared_bytes=0, **code)
+    assert report.occupancy(free, 8, 80) == 4 * 8 / 64
+    full = report.MachineCode(registers=16, shared_bytes=20 << 10, **code)
+    assert report.occupancy(full, 4, 80) == 7 * 4 / 64
+
+
+FAKE = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from titok_fast import kernels
+
+last, half = torch.channels_last, torch.bfloat16
+with FakeTensorMode(), torch.no_grad():
+    def new(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    def check(x, shape, dtype=torch.float32):
+        assert (x.shape, x.dtype, x.device.type) == (shape, dtype, "cuda"), x
+
+    book = new(4096, 12)
+    for N in (0, 32, 5000):  # no rows, a shared codebook, one program for all of it
+        check(kernels.nearest_code(new(N, 12), book, metric="cosine"), (N,), torch.int64)
+    stats = kernels.nearest_code_stats(new(64, 12, dtype=half), book)
+    check(stats.quantized, (64, 12))
+    check(stats.counts, (4096,), torch.int64)
+    check(stats.codebook_loss, ())
+    check(kernels.soft_codes(new(256, 1024, dtype=half), new(1024, 256)), (256, 256), half)
+    x, w = new(2, 64, 8, 8, dtype=half).contiguous(memory_format=last), new(64)
+    for y in (kernels.group_norm_silu(x, w, w), *kernels.add_group_norm_silu(x, x, w, w)):
+        check(y, (2, 64, 8, 8), half)
+        assert y.is_contiguous(memory_format=last)
+    targets = torch.empty(40, dtype=torch.int64, device="cuda")
+    check(kernels.masked_cross_entropy(new(40, 16), new(9, 16), new(9), targets, new(40)), ())
+"""
+
+
+def test_operators_on_fake_cuda_tensors() -> None:
+    """Shapes and dtypes of the kernel path, and no wait: a fake tensor has no value to wait for."""
+    done = python("-c", FAKE)
+    assert done.returncode == 0, done.stderr[-4000:]

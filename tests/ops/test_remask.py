@@ -1,0 +1,288 @@
+"""remask: both rules with their ties, the kernel against them, and a whole official run."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from draws import any_seeds, chi_square_limit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from titok_fast.kernels._sampling import RULES
+from titok_fast.kernels.guided_sample import guided_sample
+from titok_fast.kernels.philox import REMASK_STREAM, gumbel
+from titok_fast.kernels.remask import MAX_TOKENS, remask
+
+MASK_ID = 4096
+quick = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+INF = float("inf")
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """The device to put tensors on so that this implementation runs."""
+    if request.param == "reference":
+        return torch.device("cpu")
+    request.getfixturevalue("interpreted")
+    return device
+
+
+def plain_remask(
+    candidates: Tensor, confidence: Tensor, num_masked: Tensor, rule: str
+) -> list[list[int]]:
+    """The definition on Python numbers; known tokens have confidence +inf."""
+    out = []
+    for ids, values, n in zip(
+        candidates.tolist(), confidence.tolist(), num_masked.tolist(), strict=True
+    ):
+        ascending = sorted(values)
+        if rule == "logit":
+            cutoff = ascending[max(1, min(n, len(values))) - 1]
+            gone = [n > 0 and v <= cutoff and v != INF for v in values]
+        else:
+            cutoff = ascending[n] if 0 <= n < len(values) else INF
+            gone = [n > 0 and v < cutoff for v in values]
+        out.append([MASK_ID if g else i for g, i in zip(gone, ids, strict=True)])
+    return out
+
+
+@quick
+@given(
+    B=st.integers(0, 3),
+    K=st.one_of(st.integers(1, 9), st.sampled_from((31, 32, 33, 127))),
+    known=st.sampled_from((0.0, 0.4, 1.0)),
+    values=st.sampled_from(("normal", "ties", "equal", "infinite", "subnormal")),
+    source=st.sampled_from(("counter", "given", "none")),
+    rule=st.sampled_from(RULES),
+    strided=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_follows_the_definition(
+    place: torch.device,
+    B: int,
+    K: int,
+    known: float,
+    values: str,
+    source: str,
+    rule: str,
+    strided: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(B, K) * 3
+    if values == "ties":
+        scores = scores.round()
+    elif values == "equal":
+        scores = torch.full((B, K), 0.25)
+    elif values == "infinite":
+        scores[torch.rand(B, K) < 0.3] = -INF
+    elif values == "subnormal":
+        scores *= 1e-39
+    scores[torch.rand(B, K) < known] = INF
+    candidates = torch.randint(MASK_ID, (B, K))
+    num_masked = torch.randint(-1, K + 2, (B,))
+    seeds = any_seeds(B)
+    noise = gumbel(seeds, 3, torch.arange(K), 1, REMASK_STREAM).squeeze(-1)
+    given = None
+    if source == "given":
+        given = noise = noise.round()  # so that ties stay ties
+    if strided:
+        scores, candidates = (x.T.contiguous().T for x in (scores, candidates))
+        seeds, num_masked = (x.repeat_interleave(2)[::2] for x in (seeds, num_masked))
+    t = 0.0 if source == "none" else 2.0
+    got = remask(
+        candidates.to(place), scores.to(place), num_masked.to(place), mask_id=MASK_ID,
+        seeds=seeds.to(place), step=3, noise_temperature=t, rule=rule,
+        noise=None if given is None else given.to(place),
+    )  # fmt: skip
+    confidence = scores if t == 0.0 else scores + t * noise
+    if source == "counter":
+        assert_cut_where_expected(got.cpu(), candidates, confidence, num_masked, rule)
+    else:
+        assert got.tolist() == plain_remask(candidates, confidence, num_masked, rule)
+
+
+def assert_cut_where_expected(
+    got: Tensor, candidates: Tensor, confidence: Tensor, num_masked: Tensor, rule: str
+) -> None:
+    """As defined, but for tokens whose confidence is within rounding of the cut-off's."""
+    want = torch.tensor(plain_remask(candidates, confidence, num_masked, rule), dtype=torch.int64)
+    for b, k in (got != want.view_as(got)).nonzero().tolist():
+        others = torch.cat([confidence[b, :k], confidence[b, k + 1 :]])
+        assert (others - confidence[b, k]).abs().min() < 1e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("K", [257, MAX_TOKENS])
+def test_many_tokens(place: torch.device, K: int, rule: str) -> None:
+    candidates, scores = torch.randint(MASK_ID, (2, K)), (torch.randn(2, K) * 50).round()
+    scores[torch.rand(2, K) < 0.3] = INF
+    num_masked = torch.tensor([K // 3, 7])
+    ids = remask(
+        candidates.to(place), scores.to(place), num_masked.to(place), mask_id=MASK_ID,
+        noise_temperature=0.0, rule=rule,
+    )  # fmt: skip
+    assert ids.tolist() == plain_remask(candidates, scores, num_masked, rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_masked", "masked"),
+    [
+        ("logit", 2, [1, 3]),
+        ("logit", 3, [1, 3, 4, 5]),  # ties at the cut-off enlarge the mask
+        ("logit", 4, [1, 3, 4, 5]),
+        ("probability", 2, [1, 3]),
+        ("probability", 3, [1, 3]),  # and shrink it
+        ("probability", 4, [1, 3, 4, 5]),
+        ("logit", 0, []),
+        ("probability", 0, []),
+        ("logit", -3, []),
+        ("probability", -3, []),
+        ("logit", 5, [0, 1, 3, 4, 5]),
+        ("probability", 5, [0, 1, 3, 4, 5]),
+        ("logit", 99, [0, 1, 3, 4, 5]),  # more than are unknown: the known one stays
+        ("probability", 99, [0, 1, 3, 4, 5]),
+    ],
+)
+def test_ties_and_ends(place: torch.device, rule: str, num_masked: int, masked: list[int]) -> None:
+    scores = torch.tensor([[9.0, -2.0, INF, 0.0, 3.0, 3.0]], device=place)
+    candidates = torch.arange(6, device=place)[None]
+    n = torch.tensor([num_masked], device=place)
+    ids = remask(candidates, scores, n, mask_id=MASK_ID, noise_temperature=0.0, rule=rule)
+    assert (ids == MASK_ID).nonzero()[:, 1].tolist() == masked
+    assert torch.equal(ids[ids != MASK_ID], candidates[ids != MASK_ID])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_given_noise_of_minus_infinity_masks_no_known_token(place: torch.device, rule: str) -> None:
+    scores = torch.tensor([[INF, 1.0, 2.0]], device=place)
+    noise = torch.full((1, 3), -INF, device=place)
+    ids = remask(
+        torch.zeros(1, 3, dtype=torch.int64, device=place), scores,
+        torch.tensor([3], device=place), mask_id=7, noise_temperature=1.0, noise=noise, rule=rule,
+    )  # fmt: skip
+    assert ids[0, 0] == 0
+
+
+def test_a_whole_official_run(place: torch.device) -> None:
+    """`ImageBert.generate` in plain torch on given noise, T = 8, against both ops, step by step."""
+    B, K, N, T = 2, 32, 40, 8
+    ids = torch.full((B, K), N)
+    for step in range(T):
+        ratio = (step + 1) / T
+        t, cfg = 9.5 * (1 - ratio), 4.5 * step / T
+        unknown = ids == N
+        cond, uncond = torch.randn(2, B, K, N) * 2
+        uniform, uniform_k = torch.rand(B, K, N), torch.rand(B, K)
+        g, g_k = (-(-u.clamp(1e-20).log()).clamp(1e-20).log() for u in (uniform, uniform_k))
+
+        logits = (cond + cfg * (cond - uncond)) / (0.5 + 0.8 * (1 - ratio))
+        drawn = (logits + t * g).argmax(-1)
+        confidence = logits.gather(-1, drawn[..., None])[..., 0]
+        drawn = torch.where(unknown, drawn, ids)
+        confidence = torch.where(unknown, confidence, INF)
+        length = math.floor(K * math.acos(ratio) / (math.pi / 2))
+        length = max(1, min(int(unknown[0].sum()) - 1, length))
+        noisy = confidence + t * g_k
+        cutoff = noisy.sort(-1).values[:, length - 1 : length]
+        want = drawn if step == T - 1 else torch.where(noisy <= cutoff, N, drawn)
+
+        candidates, scores = guided_sample(
+            cond.to(place), uncond.to(place), mask=unknown.to(place), ids=ids.to(place),
+            guidance=cfg, softmax_temperature=0.5 + 0.8 * (1 - ratio), noise_temperature=t,
+            noise=g.to(place),
+        )  # fmt: skip
+        assert torch.equal(candidates.cpu(), drawn)
+        count = torch.full((B,), 0 if step == T - 1 else length, device=place)
+        ids = remask(
+            candidates, scores, count, mask_id=N, noise_temperature=t, noise=g_k.to(place)
+        ).cpu()
+        assert torch.equal(ids, want)
+    assert (ids < N).all()
+
+
+def test_which_token_stays_follows_the_softmax(device: torch.device) -> None:
+    """With all but one masked, the one kept is a draw from softmax(score / temperature)."""
+    B, K = 100_000, 6
+    scores = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 2.5], device=device).expand(B, K)
+    ids = remask(
+        torch.zeros(B, K, dtype=torch.int64, device=device), scores,
+        torch.full((B,), K - 1, device=device), mask_id=1, seeds=any_seeds(B, device), step=2,
+        noise_temperature=1.5,
+    )  # fmt: skip
+    counts = (ids == 0).sum(0).double().cpu()
+    assert counts.sum() == B
+    expected = (scores[0].double().cpu() / 1.5).softmax(0) * B
+    assert ((counts - expected) ** 2 / expected).sum() < chi_square_limit(K - 1)
+
+
+def test_a_sample_does_not_depend_on_its_batch(place: torch.device) -> None:
+    B, K = 4, 33
+    candidates = torch.randint(MASK_ID, (B, K), device=place)
+    scores, seeds = torch.randn(B, K, device=place), any_seeds(B, place)
+    n = torch.tensor([5, 0, 33, 12], device=place)
+
+    def run(part: slice) -> Tensor:
+        return remask(
+            candidates[part], scores[part], n[part], mask_id=MASK_ID, seeds=seeds[part], step=1,
+            noise_temperature=3.0,
+        )  # fmt: skip
+
+    together = run(slice(None))
+    for b in range(B):
+        assert torch.equal(run(slice(b, b + 1))[0], together[b])
+    assert (together == MASK_ID).sum(1).tolist() == n.tolist()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend: str) -> None:
+    compiled = torch.compile(remask, fullgraph=True, backend=backend)
+    for step in range(4):  # the last one without noise
+        arguments = (torch.randint(9, (2, 8)), torch.randn(2, 8), torch.randint(1, 8, (2,)))
+        keywords = {"mask_id": 9, "seeds": any_seeds(2), "noise_temperature": 3.0 - step}
+        got = compiled(*arguments, step=step, **keywords)
+        assert torch.equal(got, remask(*arguments, step=step, **keywords))
+
+
+def test_op_is_well_registered(
+    interpreted: None, device: torch.device, opcheck: Callable[..., None]
+) -> None:
+    candidates = torch.randint(9, (2, 8), device=device)
+    scores, n = torch.randn(2, 8, device=device), torch.tensor([3, 1], device=device)
+    remask(candidates, scores, n, mask_id=9, noise_temperature=0.0)  # registers
+    opcheck("remask", candidates, scores, n, any_seeds(2, device), None, 9, 1, 2.0, "logit")
+
+
+SCORES = torch.zeros(2, 8)
+IDS = torch.zeros(2, 8, dtype=torch.int64)
+GOOD = {"candidates": IDS, "scores": SCORES, "num_masked": IDS[:, 0], "mask_id": 9}
+GOOD |= {"seeds": IDS[:, 0], "noise_temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"scores": SCORES[0]}, r"scores \(B, K\).*\(8,\)"),
+        ({"scores": SCORES[:, :0]}, r"K in \[1, 1024\].*\(2, 0\)"),
+        ({"scores": torch.zeros(1, 1025)}, r"K in \[1, 1024\].*\(1, 1025\)"),
+        ({"scores": SCORES.half()}, "scores .*float32.*float16"),
+        ({"candidates": IDS[:1]}, "candidates"),
+        ({"candidates": IDS.int()}, "candidates .*int64.*int32"),
+        ({"candidates": IDS.to("meta")}, "candidates .*cpu.*meta"),
+        ({"num_masked": IDS[0]}, r"num_masked .*\(2,\).*\(8,\)"),
+        ({"num_masked": SCORES[:, 0]}, "num_masked .*int64.*float32"),
+        ({"seeds": IDS[:1, 0]}, "seeds"),
+        ({"seeds": None}, "seeds or noise"),
+        ({"noise": SCORES[:1]}, "noise"),
+        ({"rule": "entropy"}, "rule .*entropy"),
+        ({"step": -1}, "step"),
+        ({"noise_temperature": -0.5}, "noise_temperature >= 0"),
+    ],
+)
+def test_bad_input_is_named(place: torch.device, changed: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"remask wants .*{message}"):
+        remask(**(GOOD | changed))

@@ -1,0 +1,176 @@
+"""soft_codes against softmax and product in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerances import ROUNDOFF, assert_near
+from torch import Tensor
+
+from titok_fast.kernels.soft_codes import soft_codes, soft_codes_ref
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INF = float("inf")
+
+
+def exact(logits: Tensor, codebook: Tensor) -> Tensor:
+    # the table is read in the logits' dtype: that is part of the definition
+    return torch.softmax(logits.double(), dim=-1) @ codebook.to(logits.dtype).double()
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    M=st.integers(0, 70),
+    K=st.integers(1, 200),
+    C=st.one_of(st.sampled_from((1, 16, 256)), st.integers(1, 100)),
+    dtype=st.sampled_from(DTYPES),
+    spread=st.sampled_from((0.0, 1.0, 30.0)),
+    forbidden=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_against_float64(
+    interpreted: None,
+    device: torch.device,
+    M: int,
+    K: int,
+    C: int,
+    dtype: torch.dtype,
+    spread: float,
+    forbidden: bool,
+    seed: int,
+) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(M, K, generator=gen)).to(device, dtype)
+    if forbidden:
+        # all but the last code: whole tiles of -inf come before the first finite logit
+        logits[:, :-1] = -INF
+    codebook = torch.randn(K, C, generator=gen).to(device)
+    got = soft_codes(logits, codebook)
+    assert got.dtype == dtype
+    # exp of a float32 difference of logits errs by that difference times its roundoff
+    assert_near(got, exact(logits, codebook), terms=K, scale=1 + spread)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [7, 4100])
+def test_published_width(
+    interpreted: None, device: torch.device, M: int, dtype: torch.dtype
+) -> None:
+    """1024 codes of 256 channels in small tiles; large tiles, which start at 4097 rows."""
+    K, C = (1024, 256) if M == 7 else (70, 20)
+    logits = torch.randn(M, K, device=device).to(dtype)
+    codebook = torch.randn(K, C, device=device)
+    assert_near(soft_codes(logits, codebook), exact(logits, codebook), terms=K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_against_float64(dtype: torch.dtype) -> None:
+    logits, codebook = torch.randn(50, 1024).to(dtype), torch.randn(1024, 256)
+    assert_near(soft_codes_ref(logits, codebook), exact(logits, codebook), terms=1024)
+
+
+@pytest.mark.parametrize("path", [soft_codes, soft_codes_ref])
+@pytest.mark.parametrize("value", [1e30, -1e30, 1e-40, INF, -INF, float("nan")])
+def test_extreme_rows(
+    interpreted: None, device: torch.device, value: float, path: Callable[..., Tensor]
+) -> None:
+    logits, codebook = torch.randn(5, 70, device=device), torch.randn(70, 8, device=device)
+    want = path(logits, codebook)
+    logits[2, :3] = value
+    logits[3] = value
+    got = path(logits, codebook)
+    assert_near(got, exact(logits, codebook), terms=70)
+    assert (got[[0, 1, 4]] == want[[0, 1, 4]]).all()
+    assert got[3].isnan().all() == (abs(value) == INF or value != value)
+
+
+def test_equal_logits_give_the_mean(interpreted: None, device: torch.device) -> None:
+    codebook = torch.randn(100, 8, device=device)
+    got = soft_codes(torch.full((3, 100), 5.0, device=device), codebook)
+    assert_near(got, codebook.double().mean(0).expand(3, -1), terms=100)
+
+
+def test_one_certain_code_is_copied(interpreted: None, device: torch.device) -> None:
+    codebook = torch.randn(100, 8, device=device)
+    logits = torch.full((3, 100), -INF, device=device)
+    logits[range(3), [0, 50, 99]] = 2.0
+    assert (soft_codes(logits, codebook) == codebook[[0, 50, 99]]).all()
+
+
+def test_strides(interpreted: None, device: torch.device) -> None:
+    logits = torch.randn(40, 6, device=device).T
+    codebook = torch.randn(40, 18, device=device)[:, ::2]
+    assert_near(soft_codes(logits, codebook), exact(logits, codebook), terms=40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(interpreted: None, device: torch.device, dtype: torch.dtype) -> None:
+    logits = torch.randn(9, 90, device=device).to(dtype).requires_grad_()
+    codebook = torch.randn(90, 20, device=device).requires_grad_()
+    weight = torch.randn(9, 20, device=device).to(dtype)
+    got = torch.autograd.grad(soft_codes(logits, codebook), (logits, codebook), weight)
+    wide = (logits.detach().double().requires_grad_(), codebook.detach().double().requires_grad_())
+    want = torch.autograd.grad(torch.softmax(wide[0], -1) @ wide[1], wide, weight.double())
+    for mine, theirs, name in zip(got, want, ("logits", "codebook"), strict=True):
+        assert mine.dtype == (dtype if name == "logits" else torch.float32)
+        # in half precision inputs, probabilities and products are rounded on the way
+        error = (mine.double() - theirs).norm() / theirs.norm()
+        assert error < 4 * ROUNDOFF[dtype], name
+
+
+def test_reference_gradcheck() -> None:
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    codebook = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(soft_codes_ref, (logits, codebook))
+
+
+def test_autocast_is_ignored(interpreted: None) -> None:
+    logits, codebook = torch.randn(5, 70), torch.randn(70, 8)
+    for path in (soft_codes, soft_codes_ref):
+        want = path(logits, codebook)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (path(logits, codebook) == want).all()
+
+
+def test_compiled_equals_eager() -> None:
+    logits = torch.randn(9, 90, requires_grad=True)
+    codebook = torch.randn(90, 20, requires_grad=True)
+    got = torch.compile(soft_codes, fullgraph=True)(logits, codebook)
+    want = soft_codes(logits, codebook)
+    assert_near(got, want, terms=90)
+    for mine, theirs in zip(
+        torch.autograd.grad(got.sum(), (logits, codebook)),
+        torch.autograd.grad(want.sum(), (logits, codebook)),
+        strict=True,
+    ):
+        assert_near(mine, theirs, terms=90)
+
+
+def test_op_is_well_registered(
+    interpreted: None, device: torch.device, opcheck: Callable[..., None]
+) -> None:
+    logits = torch.randn(5, 9, device=device, requires_grad=True)
+    codebook = torch.randn(9, 3, device=device, requires_grad=True)
+    soft_codes(logits, codebook)
+    opcheck("soft_codes", logits, codebook)
+
+
+@pytest.mark.parametrize(
+    ("logits", "codebook", "told"),
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(4, 5), r"\(2, 3, 4\)"),
+        (torch.zeros(2, 3), torch.zeros(4, 5), r"\(4, 5\)"),
+        (torch.zeros(2, 0), torch.zeros(0, 5), r"entries; got \(0, 5\)"),
+        (torch.zeros(2, 3), torch.zeros(3, 0), r"entries; got \(3, 0\)"),
+        (torch.zeros(2, 3).double(), torch.zeros(3, 5), "float64"),
+        (torch.zeros(2, 3), torch.zeros(3, 5).long(), "int64"),
+        (torch.zeros(2, 3), torch.zeros(3, 5, device="meta"), "meta"),
+    ],
+)
+def test_bad_input_is_named(logits: Tensor, codebook: Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match=f"soft_codes.*{told}"):
+        soft_codes(logits, codebook)

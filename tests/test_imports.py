@@ -1,0 +1,114 @@
+"""What an import costs and drags in, and which way imports point."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torchvision", "transformers", "einops", "flash_attn", "xformers", "matplotlib", "skimage")
+
+
+def python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+
+
+def test_import_needs_neither_network_nor_gpu_nor_heavy_packages(tmp_path: Path) -> None:
+    code = f"""
+import socket, sys
+def refuse(*args, **options): raise AssertionError("network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import torch
+torch.cuda.init = torch.cuda._lazy_init = refuse
+import titok_fast
+from titok_fast import *
+print([name for name in {HEAVY!r} if name in sys.modules])
+print(sorted(set(titok_fast.__all__) - set(dir(titok_fast))))
+"""
+    done = python(code, tmp_path)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
+def test_import_takes_at_most_half_a_second_more_than_torch(tmp_path: Path) -> None:
+    code = """
+import time, torch
+start = time.process_time()
+import titok_fast
+print(time.process_time() - start)
+"""
+    # processor time: the wall clock also counts whatever else runs on a test machine
+    times = [float(python(code, tmp_path).stdout) for _ in range(3)]
+    assert statistics.median(times) < 0.5, times
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules named by the import statements of a file, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def files(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert len(found) > 5
+    return found
+
+
+def test_kernels_import_nothing_from_the_model_layer() -> None:
+    for path in files("kernels"):
+        ours = {name for name in imports_of(path) if name.split(".")[0] == "titok_fast"}
+        wrong = {n for n in ours if not (n + ".").startswith("titok_fast.kernels.")}
+        assert wrong <= {"titok_fast"}, f"{path.name} imports {sorted(wrong)}"
+        assert "titok_fast" not in ours or all(n == "titok_fast.kernels" for n in wrong)
+
+
+def test_nothing_imports_tests_or_benchmarks() -> None:
+    for path in [*files("titok_fast"), *files("kernels")]:
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        assert not roots & {"bench", "tests", "harness", "conftest", "kernels"}, path.name
+
+
+# data meets these files in this order: an import at the top of a file points up the list
+ORDER = (
+    "config",
+    "presets",
+    "files",
+    "attention",
+    "blocks",
+    "checkpoint",
+    "images",
+    "encoder",
+    "quantizer",
+    "decoder",
+    "maskgit_vqgan",
+    "tokenizer",
+    "generator",
+    "schedules",
+    "reference",
+    "sampling",
+    "pipeline",
+)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_one_way(name: str) -> None:
+    tree = ast.parse((ROOT / "titok_fast" / f"{name}.py").read_text())
+    modules = [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and n.module]
+    ours = [m.removeprefix("titok_fast.") for m in modules if m.startswith("titok_fast.")]
+    below = [m for m in ours if m in ORDER and ORDER.index(m) >= ORDER.index(name)]
+    assert below == []
+
+
+def test_bare_kernels_is_refused() -> None:
+    done = python("import kernels", ROOT)
+    assert done.returncode != 0
+    assert "ImportError: this folder is the package titok_fast.kernels: install" in done.stderr

@@ -1,0 +1,206 @@
+"""Tables from result files: what is chosen, what is computed, what --check notices."""
+
+import copy
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
+try:
+    report = importlib.import_module("report")
+finally:
+    sys.path.remove(str(BENCH))
+
+MARKERS = "\n".join(
+    f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->"
+    for name in ("sampling", "reconstruction")
+)
+
+
+def case(implementation: str, dtype: str, rate: float, **more: Any) -> dict[str, Any]:
+    return {
+        "model": "titok-l-32",
+        "batch": 8,
+        "sampling": {"num_sample_steps": 8},
+        "gflop_per_image": {"generator": 100.0, "pixel_decoder": 400.0},
+        "paper_a100_images_per_s": 101.6,
+        "implementation": implementation,
+        "dtype": dtype,
+        "mode": "eager",
+        "first_call_s": 1.5,
+        "weight_bytes": 2**30,
+        "peak_bytes": 3 * 2**30,
+        "agreement": {"ids_equal": 0.5, "pixel_rms": 0.01},
+        "images_per_s": {"median": rate, "p20": rate * 0.9, "p80": rate * 1.1, "repeats": 3},
+        "stages_s": {"generator": 1.0, "vit_decoder": 0.05},
+    } | more
+
+
+def record(device: str = "Some CPU", commit: str = "aaaa", day: int = 1, **environment: Any) -> Any:
+    return {
+        "benchmark": "sampling",
+        "environment": {
+            "date_utc": f"2026-01-{day:02}T00:00:00+00:00",
+            "commit": commit,
+            "dirty": False,
+            "device": device,
+            "threads": 2,
+            "torch": "2.14.1",
+        }
+        | environment,
+        "protocol": {"weights": "random"},
+        "matmul_flop_per_s": {"fp32-ieee": 1e12, "bf16": 4e12},
+        "cases": [
+            case("reference", "fp32-ieee", 0.25),
+            case("ours", "bf16", 1.0),
+            case("upstream", "fp32-ieee", 0.2),
+            case("upstream", "bf16", 0.4),
+        ],
+    }
+
+
+def cells(text: str, *wanted: str) -> list[dict[str, str]]:
+    """Rows of the first table of `text` that hold all of some words, by column."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [dict(zip(split[0], row, strict=True)) for row in split[2:] if len(row) == len(split[0])]
+    return [row for row in rows if all(word in row.values() for word in wanted)]
+
+
+def save(folder: Path, name: str, content: Any) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_row_says_it_all() -> None:
+    (row,) = cells(report.sampling_table(record()), "ours, eager")
+    assert row == {
+        "model": "titok-l-32",
+        "batch": "8",
+        "implementation": "ours, eager",
+        "dtype": "bf16",
+        "device": "Some CPU",
+        "samples/s (p20-p80)": "1 (0.9-1.1)",
+        "x upstream as shipped": "5.00",
+        "x upstream, same dtype": "2.50",
+        "peak GiB": "3.00",
+    }
+
+
+def test_details_for_the_terminal() -> None:
+    (row,) = cells(report.sampling_table(record(), details=True), "ours, eager")
+    assert row["x reference"] == "4.00"
+    assert row["of matmul peak"] == "12%"  # 500 GFLOP/s of 4 TFLOP/s, 12.5 rounded to even
+    assert (row["generator ms"], row["ViT decoder ms"]) == ("1,000", "50.00")
+    assert row["pixel decoder ms"] == "not measured"
+    assert (row["ids equal"], row["PSNR dB"]) == ("50.0%", "40.0")
+    assert row["paper's figure: A100"] == "102"
+
+
+def test_upstream_as_shipped_is_tf32_on_cuda() -> None:
+    gpu = record("Some GPU", driver="550")
+    (row,) = cells(report.sampling_table(gpu), "ours, eager")
+    assert row["x upstream as shipped"] == "not measured"
+    gpu["cases"].append(case("upstream", "tf32", 0.8))
+    (row,) = cells(report.sampling_table(gpu), "ours, eager")
+    assert row["x upstream as shipped"] == "1.25"
+
+
+def test_gaps_and_failures_are_named() -> None:
+    run = record()
+    run["cases"] = [case("ours", "bf16", 1.0, peak_bytes=None), case("ours", "fp32-ieee", 1.0)]
+    del run["cases"][1]["images_per_s"]
+    run["cases"][1]["error"] = "OutOfMemoryError"
+    first, second = cells(report.sampling_table(run))
+    assert first["x upstream as shipped"] == first["peak GiB"] == "not measured"
+    assert second["samples/s (p20-p80)"] == "failed (OutOfMemoryError)"
+
+
+def test_ratios_stay_within_model_batch_and_settings() -> None:
+    run = record()
+    run["cases"] = [
+        case("ours", "bf16", 1.0),
+        case("upstream", "fp32-ieee", 0.1, batch=1),
+        case("upstream", "fp32-ieee", 0.1, sampling={"num_sample_steps": 64}),
+    ]
+    assert cells(report.sampling_table(run))[0]["x upstream as shipped"] == "not measured"
+
+
+def test_newest_commit_of_each_device(tmp_path: Path) -> None:
+    old, new, more = record(day=1), record(commit="bbbb", day=2), record(commit="bbbb", day=3)
+    old["cases"] = [case("ours", "bf16", 111.0)]
+    new["cases"] = [case("ours", "bf16", 222.0), case("ours", "bf16", 333.0, batch=1)]
+    more["cases"] = [case("ours", "bf16", 444.0)]
+    for name, content in [("a", old), ("b", new), ("c", more), ("d", record("Other", day=1))]:
+        save(tmp_path, name, content)
+    save(tmp_path, "kernels", {"rows": []})
+    save(tmp_path, "list", [1, 2])
+    first, second = report.load(tmp_path, "sampling")
+    assert (first["environment"]["device"], second["environment"]["device"]) == (
+        "Other",
+        "Some CPU",
+    )
+    assert [c["images_per_s"]["median"] for c in second["cases"]] == [444.0, 333.0]
+    assert json.loads((tmp_path / "c.json").read_text()) == more
+    assert report.load(tmp_path, "reconstruction") == []
+
+
+def test_caption_says_dirty(tmp_path: Path) -> None:
+    save(tmp_path, "a", record(dirty=True))
+    assert "commit aaaa with local changes, 2026-01-01; random weights" in report.section(
+        tmp_path, "sampling"
+    )
+
+
+def test_the_papers_column_and_ours(tmp_path: Path) -> None:
+    text = report.section(tmp_path, "sampling")
+    assert text.startswith("Samples/s beside the paper's")
+    (row,) = cells(text, "titok-l-32")
+    assert row["paper's figure: A100"] == "102"
+    assert row["ours: A100, best"] == "not measured"
+    save(tmp_path, "a", record("NVIDIA A100-SXM4-80GB", driver="550"))
+    text = report.section(tmp_path, "sampling")
+    (row,) = cells(text[text.index("beside the paper's") :], "titok-l-32")
+    assert row["ours: A100, best"] == "1"  # ours, not upstream's
+
+
+def test_check_notices_what_report_repairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    readme.write_text(f"before\n{MARKERS}\nafter\n")
+    save(results, "a", record())
+    words = ["--readme", str(readme), "--results", str(results)]
+    assert report.main(["--check", *words]) == 1
+    assert "README.md differs" in capsys.readouterr().out
+    assert "old" in readme.read_text()
+    assert report.main(words) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "1 (0.9-1.1)" in text
+    assert "Not measured yet." in text  # reconstruction
+    assert report.main(["--check", *words]) == 0
+    faster = copy.deepcopy(record())
+    faster["cases"][1]["images_per_s"]["median"] = 9.0
+    save(results, "a", faster)
+    assert report.main(["--check", *words]) == 1
+
+
+def test_missing_markers_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit):
+        report.main(["--readme", str(readme), "--results", str(tmp_path)])
+    assert "<!-- results:sampling -->" in capsys.readouterr().err
+    assert readme.read_text() == "no markers"
+
+
+def test_the_committed_readme_agrees_with_the_committed_results() -> None:
+    assert report.main(["--check"]) == 0
