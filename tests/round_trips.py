@@ -1,10 +1,8 @@
 """What the tests of titok_fast.integrations share."""
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +11,6 @@ from torch import Tensor
 
 from titok_fast.integrations import accelerate, restore
 from titok_fast.kernels._launch import interpret_on_cpu
-
-# `python -m pytest` puts the root of the repository here, where transformers would take the folder
-# kernels/ for another project's package
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent.parent]
 
 KERNELS = ("nearest_code", "group_norm_silu", "soft_codes", "guided_sample", "remask")
 

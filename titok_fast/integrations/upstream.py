@@ -95,13 +95,10 @@ class FastLastLevel(Fast, nn.Module):
 
 
 class FastPixelDecoder(Fast, nn.Module):
-    """Channels-last within."""
+    """Channels-last throughout, as upstream's is on the output of its einsum."""
 
+    forward = vqgan.PixelDecoder.forward
     _decode = vqgan.PixelDecoder._decode
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, G, G) -> (B, 3, S, S), in the memory format that callers may `view`."""
-        return vqgan.PixelDecoder.forward(self, x).contiguous()  # type: ignore[arg-type]
 
 
 class FastImageBert(Fast, nn.Module):
@@ -126,26 +123,18 @@ class FastImageBert(Fast, nn.Module):
         num_sample_steps: int = 8,
     ) -> Tensor:
         """(B,) labels -> (B, K) int64 ids, by the random stream of the replaced method."""
-        # in half precision the replaced code rounds its noise, and the rounding decides
-        half = self._head().weight.dtype != torch.float32
-        if self.training or half or torch.is_autocast_enabled(condition.device.type):
-            return super().generate(  # type: ignore[misc]
-                condition,
-                guidance_scale,
-                guidance_decay,
-                guidance_scale_pow,
-                randomize_temperature,
-                softmax_temperature_annealing,
-                num_sample_steps,
-            )
-        config = SamplingConfig(
-            num_sample_steps,
+        settings = (
             guidance_scale,
             guidance_decay,
             guidance_scale_pow,
             randomize_temperature,
             softmax_temperature_annealing,
         )
+        # in half precision the replaced code rounds its noise, and the rounding decides
+        half = self._head().weight.dtype != torch.float32
+        if self.training or half or torch.is_autocast_enabled(condition.device.type):
+            return super().generate(condition, *settings, num_sample_steps)  # type: ignore[misc]
+        config = SamplingConfig(num_sample_steps, *settings)
         B, K = condition.shape[0], self.image_seq_len
         ids = torch.full((B, K), self.mask_token_id, device=condition.device)
         for step in steps(config):
