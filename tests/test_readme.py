@@ -41,10 +41,11 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     Image.fromarray(data.astronaut()).save("photo.jpg")
     names: dict[str, Any] = {"images": photographs(32), "labels": torch.tensor([1, 7, 282])}
     found = blocks("python")
-    assert len(found) == 4
+    assert len(found) == 5
     for block in found:
         exec(compile(block, "README.md", "exec"), names)
     assert (names["ids"].shape, names["pixels"].shape) == ((3, 8), (3, 3, 32, 32))
+    assert names["codes"].shape == (1000,)
     assert Image.open("back.png").size == Image.open("goldfish.png").size == (32, 32)
     assert asked[0] == (("titok-l-32",), {"device": "cpu"})
 
