@@ -97,18 +97,22 @@ class Case:
 
 def judged(calls: Mapping[str, Call], judge: Judge) -> dict[str, Rival]:
     """Rivals that answer to one judge."""
-    return {name: Rival(call, lambda call=call: judge(call())) for name, call in calls.items()}
+
+    def rival(call: Call) -> Rival:
+        return Rival(call, lambda: judge(call()))
+
+    return {name: rival(call) for name, call in calls.items()}
 
 
 def gradients(fn: Callable[..., Any], leaves: Sequence[Tensor]) -> Call:
-    """A call that forms one objective of all differentiable outputs, and returns its gradients."""
+    """A call that returns the gradients of the sum of all losses and squared outputs."""
 
     def run() -> tuple[Tensor, ...]:
         out = fn(*leaves)
         parts = [out] if isinstance(out, Tensor) else [x for x in out if x.requires_grad]
         # a scalar is a loss; of the rest, random cotangents would be one more tensor to read
-        objective = sum(x if x.ndim == 0 else x.float().square().sum() for x in parts)
-        return torch.autograd.grad(objective, [x for x in leaves if x.requires_grad])
+        terms = [x if x.ndim == 0 else x.float().square().sum() for x in parts]
+        return torch.autograd.grad(terms, [x for x in leaves if x.requires_grad])
 
     return run
 

@@ -29,8 +29,10 @@ from kernel_timing import peaks, time_calls
 from options import result_path
 
 BUDGET_S, QUICK_BUDGET_S = 5.0, 0.5  # of timed rounds, per case
-_COLUMNS = ("op", "model", "B", "dtype", "work", "by", "ms (p20-p80)", "host us", "GB/s")
-_COLUMNS += ("of peak", "x upstream", "checked", "status")
+_COLUMNS = [
+    *("op", "model", "B", "dtype", "work", "by", "ms (p20-p80)", "host us", "GB/s", "of peak"),
+    *("x upstream", "checked", "status"),
+]
 
 
 def plan(on_cuda: bool, quick: bool) -> list[Spec]:

@@ -42,9 +42,10 @@ def guided_sample_ref(
     """What the kernel must compute, in float32 on any device; arguments as in `guided_sample`."""
     l = logits.float()
     if uncond_logits is not None:
-        l = l + guidance * (l - uncond_logits.float())
+        # in place where the memory is ours: on a CPU fresh pages cost more than the arithmetic
+        l = torch.sub(l, uncond_logits).mul_(guidance).add_(l)
     if softmax_temperature != 1.0:
-        l = l / softmax_temperature
+        l = l / softmax_temperature if uncond_logits is None else l.div_(softmax_temperature)
     if noise is None and noise_temperature != 0.0:
         assert seeds is not None  # guided_sample has checked
         positions = torch.arange(l.shape[1], device=l.device)

@@ -9,8 +9,8 @@ happens in the forward; the backward only scales. Gradients are kept without the
 1 / sum(weights), which would push them below the smallest float16.
 Why ours. cut-cross-entropy 25.1 has neither bias nor smoothing. Liger 0.8 has both, but per-token
 weights only through reduction="none", which forms the logits a second time in the backward.
-Why not the head inside the kernel: with N = 4096 the three products are 98 % of the work, and
-cuBLAS does them best. Floor: 6 R N D operations; memory, 4 R N bytes of logits, hides in L2.
+Why not the head inside the kernel: with N = 4096 the three products are nearly all of the
+arithmetic, and cuBLAS does them best. Floor: 6 R N D operations; the 2 R N logits stay in L2.
 Definition: arXiv:2406.07550 appendix A and the training code of its release.
 """
 

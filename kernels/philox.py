@@ -29,8 +29,8 @@ def _philox4(seeds: Tensor, step: int, positions: Tensor, quads: int, stream: in
     """The four results of each counter, int64 holding uint32, of the shape (*S, quads).
 
     S is what seeds and positions broadcast to. 64-bit products wrap, but their bits are right, so
-    an arithmetic shift and one mask give the high word. The low words keep stray high bits until
-    they are masked at the end.
+    an arithmetic shift and one mask give the high word. In the full-size rounds the low words keep
+    stray high bits until they are masked at the end.
     """
     device = positions.device
     shape = (*torch.broadcast_shapes(seeds.shape, positions.shape), quads)
@@ -43,14 +43,14 @@ def _philox4(seeds: Tensor, step: int, positions: Tensor, quads: int, stream: in
     # two rounds mix the counter so little that broadcasting does most of their work
     for _ in range(2):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((p1 >> 32) ^ c1 ^ k0) & _LOW, ((p0 >> 32) ^ c3 ^ k1) & _LOW
-        c1, c3 = p1, p0
+        # masked before c1 and c3 come in, while the operands are small
+        c0, c2 = (((p1 >> 32) ^ k0) & _LOW) ^ c1, (((p0 >> 32) ^ k1) & _LOW) ^ c3
+        c1, c3 = p1 & _LOW, p0 & _LOW
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
-    # the rest in place: on a CPU fresh memory costs several times the arithmetic
-    c0, c1, c2, c3 = (
-        torch.empty(shape, dtype=torch.int64, device=device).copy_(c) for c in (c0, c1, c2, c3)
-    )
-    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
+    # the rest in one block of memory: on a CPU fresh pages cost several times the arithmetic
+    block = torch.empty((6, *shape), dtype=torch.int64, device=device).unbind(0)
+    c0, c1, c2, c3 = (part.copy_(c) for part, c in zip(block[:4], (c0, c1, c2, c3), strict=True))
+    p0, p1 = block[4:]
     for _ in range(2, _ROUNDS):
         torch.mul(c0, _MULTIPLIERS[0], out=p0)
         torch.mul(c2, _MULTIPLIERS[1], out=p1)

@@ -6,10 +6,10 @@ Design. A program holds BLOCK_M rows and all of C (half of it and less in float3
 the codes: running maximum and sum in float32, products of the exponentials with the code table on
 the tensor cores, one division at the end.
 Why. The (M, Kc) probabilities, as large as the logits, are neither written nor read.
-Floor. L-32, per row: 2 KiB of bf16 logits read and 0.5 KiB written; 0.5 MFLOP. On A100 1.6 ns of
-memory and 1.7 ns of tensor cores, about even, so 60 % of either is expected.
+Floor. L-32, per row: 2 KiB of bf16 logits read and 0.5 KiB written; 0.5 MFLOP. On an A100 1.3 ns of
+memory and 1.7 ns of tensor cores, near enough to expect no more than 60 % of either.
 Not fused with the last 1x1 convolution: its 4.2 MFLOP per row cost 13.4 ns at the peak of cuBLAS,
-the 4 KiB of logits written and read 2.6 ns. A fused kernel holds so few rows that it fetches the
+the 4 KiB of logits written and read 2.0 ns. A fused kernel holds so few rows that it fetches the
 4 MiB weight from L2 once for every 64 rows, and would lose more than the logits cost.
 The backward is plain PyTorch: it is two matrix products and a softmax gradient.
 """

@@ -146,8 +146,10 @@ def test_compiled_networks_agree_and_are_timed_by_stage(tmp_path: Path) -> None:
     assert status == 0
     assert compiled["mode"] == "compiled"
     assert compiled["agreement"]["ids_equal"] == 1.0
-    assert compiled["agreement"]["pixel_rms"] < 1e-5
+    # these weights are badly conditioned: eager float32 is 6e-5 from float64, bfloat16 2e-2
+    assert compiled["agreement"]["pixel_rms"] < 1e-4
     assert len(compiled["stages_s"]) == 4
+    # it was compiled, and the timed rounds were not
     assert compiled["first_call_s"] > 10 * min(compiled["seconds"])
 
 

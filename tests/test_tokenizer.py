@@ -261,7 +261,6 @@ def test_folded_block_equals_the_plain_one(c_out: int, seed: int) -> None:
 def test_phases_equal_upsampling(
     dtype: torch.dtype, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folded kernels are summed in float32, so float64 tensors do not get closer than that."""
     x = torch.randn(2, 5, *size, dtype=dtype)
     weight, bias = torch.randn(7, 5, 3, 3, dtype=dtype), torch.randn(7, dtype=dtype)
     want = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
@@ -269,7 +268,7 @@ def test_phases_equal_upsampling(
         monkeypatch.setattr(vqgan_module, "PHASES_FROM_PIXELS", threshold)
         got = upsample_conv(x, weight, bias)
         assert (got.shape, got.dtype) == (want.shape, dtype)
-        assert relative(got, want) < 1e-6
+        assert relative(got, want) < (1e-6 if dtype == torch.float32 else 1e-12)
 
 
 @torch.no_grad()

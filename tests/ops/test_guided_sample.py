@@ -1,6 +1,6 @@
 """guided_sample: the official arithmetic, the kernel against it, and the law of its draws."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 quick = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -228,11 +228,14 @@ def compiled_arguments(step: int) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_equals_eager(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [("aot_eager", (1, 2)), pytest.param("inductor", range(4), marks=pytest.mark.slow)],
+)
+def test_compiled_equals_eager(backend: str, steps: Sequence[int]) -> None:
     compiled = torch.compile(guided_sample, fullgraph=True, backend=backend)
     logits, uncond = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
-    for step in range(4):  # the last one without noise
+    for step in steps:  # step 3 without noise
         arguments = compiled_arguments(step)
         got = compiled(logits, uncond, **arguments)
         want = guided_sample(logits, uncond, **arguments)

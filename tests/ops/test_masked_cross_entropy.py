@@ -81,6 +81,24 @@ def test_kernel_against_float64(
         assert_near(mine, theirs, terms=D * (N + R), scale=3.0)
 
 
+def test_more_codes_than_a_block(
+    interpreted: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ascending logits: every block of codes moves the running maximum."""
+    monkeypatch.setattr(module, "_MAX_BLOCK", 32)
+    hidden, weight, bias, targets, weights = inputs(6, 300, 8, device)
+    bias = torch.linspace(-9, 9, 300, device=device).requires_grad_()
+    leaves = (hidden, weight, bias)
+    got = masked_cross_entropy(*leaves, targets, weights)
+    wide = widened(*leaves)
+    want = exact(*wide, targets, weights)
+    assert_near(got, want, terms=8, scale=9.0)
+    for mine, theirs in zip(
+        torch.autograd.grad(2 * got, leaves), torch.autograd.grad(2 * want, wide), strict=True
+    ):
+        assert_near(mine, theirs, terms=8 * 300, scale=3.0)
+
+
 @pytest.mark.parametrize("path", [masked_cross_entropy, masked_cross_entropy_ref])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_precision(

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from titok_fast.kernels.nearest_code import METRICS, nearest_code, nearest_code_ref
+from titok_fast.kernels.nearest_code import METRICS, nearest_code, nearest_code_ref, search_codes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 quick = settings(
@@ -86,8 +86,8 @@ def test_kernel_agrees_with_reference(
     assert (got == nearest_code_ref(z, codebook, metric)).all()
 
 
-# sizes that take one program per row block, several per codebook, and rows beyond a block
-@pytest.mark.parametrize(("N", "K"), [(20, 1000), (2100, 9), (1, 2), (17, 64), (16, 65)])
+# 700 codes: eight programs share eleven tiles, so some see two; 2100 rows: large tiles
+@pytest.mark.parametrize(("N", "K"), [(20, 700), (2100, 9), (1, 2), (17, 64), (16, 65)])
 @pytest.mark.parametrize("path", [nearest_code, nearest_code_ref])
 def test_lowest_index_wins_a_tie(
     interpreted: None, device: torch.device, N: int, K: int, path: Callable[..., Tensor]
@@ -100,7 +100,7 @@ def test_lowest_index_wins_a_tie(
 
 
 def test_all_codes_equal(interpreted: None, device: torch.device) -> None:
-    z, codebook = torch.randn(9, 5, device=device), torch.ones(200, 5, device=device)
+    z, codebook = torch.randn(9, 5, device=device), torch.ones(700, 5, device=device)
     for metric in METRICS:
         assert (nearest_code(z, codebook, metric=metric) == 0).all()
 
@@ -120,6 +120,23 @@ def test_rounding_of_the_kernel_is_the_published_one(
     z = torch.tensor([[1000.0]], device=device)
     codebook = torch.tensor([[0.0], [2.0**-16]], device=device)
     assert nearest_code(z, codebook) == 0
+
+
+def test_negative_distances_keep_their_order(interpreted: None, device: torch.device) -> None:
+    """Rounding makes the distance of near-equal rows negative; the packed key has to sort those.
+
+    The kernel's own distances come from searches in which all other codes are far away.
+    """
+    base = torch.randn(1, 64, device=device)
+    z = base + 1e-4 * torch.randn(5, 64, device=device)
+    codebook = base + 1e-4 * torch.randn(40, 64, device=device)
+    lone = [codebook + 100 * (torch.arange(40, device=device) != k)[:, None] for k in range(40)]
+    bits = torch.cat([search_codes(z, e, False, packed=True) for e in lone], dim=1) >> 32
+    dist = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
+    assert len(dist[dist < 0].unique()) > 1
+    assert (dist.abs() < 1e-3).all()
+    got = nearest_code(z, codebook)
+    assert (dist.gather(1, got[:, None]).squeeze(1) == dist.amin(1)).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)

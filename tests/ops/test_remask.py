@@ -1,7 +1,7 @@
 """remask: both rules with their ties, the kernel against them, and a whole official run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from titok_fast.kernels.remask import MAX_TOKENS, remask
 
 MASK_ID = 4096
 quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 INF = float("inf")
 
@@ -238,10 +238,13 @@ def test_a_sample_does_not_depend_on_its_batch(place: torch.device) -> None:
     assert (together == MASK_ID).sum(1).tolist() == n.tolist()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_equals_eager(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [("aot_eager", (1, 2)), pytest.param("inductor", range(4), marks=pytest.mark.slow)],
+)
+def test_compiled_equals_eager(backend: str, steps: Sequence[int]) -> None:
     compiled = torch.compile(remask, fullgraph=True, backend=backend)
-    for step in range(4):  # the last one without noise
+    for step in steps:  # step 3 without noise
         arguments = (torch.randint(9, (2, 8)), torch.randn(2, 8), torch.randint(1, 8, (2,)))
         keywords = {"mask_id": 9, "seeds": any_seeds(2), "noise_temperature": 3.0 - step}
         got = compiled(*arguments, step=step, **keywords)
