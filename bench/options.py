@@ -23,7 +23,7 @@ def parser(description: str, default_models: Sequence[str]) -> argparse.Argument
     )
     add = p.add_argument
     add("--models", nargs="+", metavar="NAME", help=f"presets: {', '.join(PRESETS)}")
-    add("--batch", nargs="+", type=int, metavar="B", help="CPU: 4; CUDA: 1 32 128")
+    add("--batch", nargs="+", type=int, metavar="B", help="CPU: 2; CUDA: 1 32 128")
     add("--dtype", nargs="+", choices=PRECISIONS, help="default: all that the device has")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
         help="also through torch.compile; on by default on CUDA alone")  # fmt: skip
@@ -47,7 +47,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
     if on_cuda and not torch.cuda.is_available():
         p.error("--device cuda: torch sees no CUDA device here")
     args.models = args.models or args.default_models[: None if on_cuda else 1]
-    args.batch = args.batch or ([1, 32, 128] if on_cuda else [4])
+    args.batch = args.batch or ([1, 32, 128] if on_cuda else [2])
     args.dtype = args.dtype or [d for d in PRECISIONS if on_cuda or d != "tf32"]
     args.modes = ["eager"] + ["compiled"] * (on_cuda if args.compile is None else args.compile)
     unknown = [name for name in args.models if name not in PRESETS]

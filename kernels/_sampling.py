@@ -7,6 +7,17 @@ RULES = ("logit", "probability")  # a candidate's score: TiTok's raw logit, Mask
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def mix(l: Tensor, uncond: Tensor | None, guidance: float, softmax_temperature: float) -> Tensor:
+    """(l + guidance * (l - uncond)) / softmax_temperature in float32, any shape."""
+    l = l.float()
+    if uncond is not None:
+        # in place where the memory is ours: on a CPU fresh pages cost more than the arithmetic
+        l = torch.sub(l, uncond).mul_(guidance).add_(l)
+    if softmax_temperature != 1.0:
+        l = l / softmax_temperature if uncond is None else l.div_(softmax_temperature)
+    return l
+
+
 def draw_ref(
     l: Tensor, noise: Tensor | None, noise_temperature: float, rule: str
 ) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ from torch.library import wrap_triton
 
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref
-from titok_fast.kernels.philox import TOKEN_STREAM, gumbel, token_gumbel
+from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref, mix
+from titok_fast.kernels.philox import TOKEN_STREAM, gumbel, row_gumbel, token_gumbel
 
 _WARPS = 8
 
@@ -40,18 +40,42 @@ def guided_sample_ref(
     rule: str,
 ) -> tuple[Tensor, Tensor]:
     """What the kernel must compute, in float32 on any device; arguments as in `guided_sample`."""
-    l = logits.float()
-    if uncond_logits is not None:
-        # in place where the memory is ours: on a CPU fresh pages cost more than the arithmetic
-        l = torch.sub(l, uncond_logits).mul_(guidance).add_(l)
-    if softmax_temperature != 1.0:
-        l = l / softmax_temperature if uncond_logits is None else l.div_(softmax_temperature)
+    l = mix(logits, uncond_logits, guidance, softmax_temperature)
     if noise is None and noise_temperature != 0.0:
         assert seeds is not None  # guided_sample has checked
         positions = torch.arange(l.shape[1], device=l.device)
         noise = gumbel(seeds, step, positions, l.shape[2], TOKEN_STREAM)
     candidates, scores = draw_ref(l, noise, noise_temperature, rule)
     return torch.where(mask, candidates, ids), scores.masked_fill(~mask, float("inf"))
+
+
+def _masked_rows(
+    logits: Tensor,
+    uncond_logits: Tensor | None,
+    mask: Tensor,
+    ids: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    step: int,
+    guidance: float,
+    softmax_temperature: float,
+    noise_temperature: float,
+    rule: str,
+) -> tuple[Tensor, Tensor]:
+    """The reference on the masked rows alone, a third fewer over a run: for eager CPU tensors.
+
+    Their number is a shape here, which a GPU would have to be waited for and a graph cannot hold.
+    """
+    b, k = mask.nonzero(as_tuple=True)
+    uncond = None if uncond_logits is None else uncond_logits[b, k]
+    l = mix(logits[b, k], uncond, guidance, softmax_temperature)  # (R, N)
+    rows = None if noise is None else noise[b, k]
+    if rows is None and noise_temperature != 0.0:
+        assert seeds is not None  # guided_sample has checked
+        rows = row_gumbel(seeds[b], step, k, l.shape[1], TOKEN_STREAM)
+    candidates, scores = ids.clone(), torch.full(ids.shape, float("inf"))
+    candidates[b, k], scores[b, k] = draw_ref(l, rows, noise_temperature, rule)
+    return candidates, scores
 
 
 @triton.jit
@@ -252,6 +276,9 @@ def guided_sample(
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("guided_sample wants seeds or noise unless noise_temperature is 0")
     implementation = _guided_sample if runs_triton(logits) else guided_sample_ref
+    eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if implementation is guided_sample_ref and eager_cpu and not mask.all():
+        implementation = _masked_rows
     return implementation(
         logits,
         uncond_logits,
