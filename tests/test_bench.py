@@ -269,7 +269,7 @@ def test_defaults_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     on_cpu = defaults("--device", "cpu")
     assert on_cpu.models == ("titok-l-32",)
-    assert (on_cpu.batch, on_cpu.dtype, on_cpu.modes) == ([4], ["fp32-ieee", "bf16"], ["eager"])
+    assert (on_cpu.batch, on_cpu.dtype, on_cpu.modes) == ([2], ["fp32-ieee", "bf16"], ["eager"])
     assert defaults("--device", "cpu", "--compile").modes == ["eager", "compiled"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     on_cuda = defaults("--device", "cuda")
