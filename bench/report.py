@@ -18,6 +18,7 @@ from typing import Any
 
 from harness import NOT_MEASURED, table
 
+from titok_fast import PRESETS
 from titok_fast.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,27 +36,44 @@ PAPER_A100 = {
 Record = dict[str, Any]
 Case = dict[str, Any]
 
-_COMMON = ("model", "batch", "implementation", "dtype", "device")
+_COMMON = ("model", "batch", "implementation", "dtype")
 _RATIOS = ("x upstream as shipped", "x upstream, same dtype")
-_DETAILS = ("first call s", "peak GiB", "GFLOP", "of matmul peak", "ids equal", "PSNR dB")
+_DETAILS = ("first call s", "GFLOP")
+_COST_AND_QUALITY = ("of matmul peak", "peak GiB", "ids equal", "PSNR dB")
 _STAGES = ("generator ms", "ViT decoder ms", "pixel decoder ms", "transfer ms")
 _PAPER = "paper's figure: A100"
+_KERNEL_KEYS = ("op", "shape", "batch", "dtype", "pass")
 
 
 def sampling_table(record: Record, *, details: bool = False) -> str:
     """The Markdown table of one sampling record; with details as the terminal shows it."""
-    more = ("x reference", *_STAGES, *_DETAILS, _PAPER) if details else ("peak GiB",)
-    columns = (*_COMMON, "samples/s (p20-p80)", *_RATIOS, *more)
+    more = ("x reference", *_STAGES, *_DETAILS, _PAPER) if details else ()
+    rates = ("steps", "samples/s (p20-p80)", *_RATIOS)
+    columns = (*_COMMON, *rates, *_COST_AND_QUALITY, *more)
     rows = [_row(case, record, "samples/s (p20-p80)") for case in record["cases"]]
     return table(rows, columns)
 
 
 def reconstruction_table(record: Record, *, details: bool = False) -> str:
     """The Markdown table of one reconstruction record."""
-    more = _DETAILS if details else ("peak GiB",)
-    columns = ("direction", *_COMMON, "images/s (p20-p80)", *_RATIOS, *more)
+    rates = ("images/s (p20-p80)", *_RATIOS, *_COST_AND_QUALITY)
+    columns = ("direction", *_COMMON, *rates, *(_DETAILS if details else ()))
     rows = [_row(case, record, "images/s (p20-p80)") for case in record["cases"]]
     return table(rows, columns)
+
+
+def kernels_table(record: Record) -> str:
+    """The Markdown table of one kernel record: a row per op, shape and pass, a column per rival."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for case in record["cases"]:
+        key = case["op"], case["model"], case["batch"], case["dtype"], case["work"]
+        row = rows.setdefault(key, dict(zip(_KERNEL_KEYS, key, strict=True)))
+        if case.get("seconds"):
+            row[f"{case['by']} ms"] = f"{1000 * case['seconds']['median']:.3g}"
+        if case["by"] == "ours":
+            ratio = case.get("x_upstream")
+            row["x upstream"] = ratio and f"{ratio:.2f}"
+    return table(list(rows.values()), (*_KERNEL_KEYS, "ours ms", "upstream ms", "x upstream"))
 
 
 def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:
@@ -65,7 +83,7 @@ def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:
         "direction": case.get("direction"),
         "implementation": _implementation(case),
         "dtype": case["dtype"],
-        "device": record["environment"]["device"],
+        "steps": case.get("sampling", {}).get("num_sample_steps"),
         _PAPER: case.get("paper_a100_images_per_s"),
         "GFLOP": sum(case["gflop_per_image"].values()),
         rate: f"failed ({case.get('error')})",
@@ -110,7 +128,8 @@ def _implementation(case: Case) -> str:
 
 
 def _group(case: Case) -> tuple[Any, ...]:
-    return case["model"], case["batch"], case.get("direction"), str(case.get("sampling"))
+    sampling = str(case.get("sampling"))
+    return case["model"], case["batch"], case.get("direction"), sampling, case.get("op")
 
 
 def _ratio(case: Case, group: Sequence[Case], implementation: str, dtype: str) -> str | None:
@@ -144,13 +163,20 @@ def load(folder: Path, benchmark: str) -> list[Record]:
             continue
         done = {_group(case) for case in newest["cases"]}
         newest["cases"] += [case for case in record["cases"] if _group(case) not in done]
+    order = list(PRESETS)
+    for newest in devices.values():
+        newest["cases"].sort(key=lambda c: order.index(c["model"]) if c["model"] in order else -1)
     return [devices[name] for name in sorted(devices)]
 
 
 def section(folder: Path, benchmark: str) -> str:
     """What stands between a pair of markers."""
     records = load(folder, benchmark)
-    make = sampling_table if benchmark == "sampling" else reconstruction_table
+    make = {
+        "sampling": sampling_table,
+        "reconstruction": reconstruction_table,
+        "kernels": kernels_table,
+    }[benchmark]
     parts = [f"{_caption(record)}\n\n{make(record)}" for record in records]
     if benchmark == "sampling":
         parts.append(_beside_the_paper(records))
@@ -161,10 +187,12 @@ def _caption(record: Record) -> str:
     e, protocol = record["environment"], record["protocol"]
     commit = (e["commit"] or "unknown")[:10] + (" with local changes" if e["dirty"] else "")
     threads = "" if "driver" in e else f", {e['threads']} threads"
+    run = f"{e['device']}{threads}: torch {e['torch']}, commit {commit}, {e['date_utc'][:10]}"
+    if "weights" not in protocol:
+        return f"{run}."
     inputs = f"; input: {protocol['inputs']}" if "inputs" in protocol else ""
     return (
-        f"{e['device']}{threads}: torch {e['torch']}, commit {commit}, {e['date_utc'][:10]}; "
-        f"{protocol['weights']} weights{inputs}. Upstream as shipped is its float32"
+        f"{run}; {protocol['weights']} weights{inputs}. Upstream as shipped is its float32"
         f"{' with TF32' if 'driver' in e else ''}."
     )
 
@@ -196,7 +224,7 @@ def fill(readme: str, folder: Path) -> str:
     Raises:
         ValueError: a pair of markers is missing.
     """
-    for benchmark in ("sampling", "reconstruction"):
+    for benchmark in ("sampling", "reconstruction", "kernels"):
         begin, end = f"<!-- results:{benchmark} -->", f"<!-- /results:{benchmark} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(readme):

@@ -18,7 +18,7 @@ finally:
 
 MARKERS = "\n".join(
     f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->"
-    for name in ("sampling", "reconstruction")
+    for name in ("sampling", "reconstruction", "kernels")
 )
 
 
@@ -83,21 +83,33 @@ def test_a_row_says_it_all() -> None:
         "batch": "8",
         "implementation": "ours, eager",
         "dtype": "bf16",
-        "device": "Some CPU",
+        "steps": "8",
         "samples/s (p20-p80)": "1 (0.9-1.1)",
         "x upstream as shipped": "5.00",
         "x upstream, same dtype": "2.50",
+        "of matmul peak": "12%",  # 500 GFLOP/s of 4 TFLOP/s, 12.5 rounded to even
         "peak GiB": "3.00",
+        "ids equal": "50.0%",
+        "PSNR dB": "40.0",
     }
+
+
+def test_a_kernel_row_sets_ours_beside_upstream() -> None:
+    key = {"op": "remask", "model": "L-32", "batch": 8, "dtype": "float32", "work": "forward"}
+    ours = key | {"by": "ours", "seconds": {"median": 0.002}, "x_upstream": 0.5}
+    others = [key | {"by": "upstream", "seconds": {"median": 0.001}}, key | {"by": "compiled"}]
+    (row,) = cells(report.kernels_table({"cases": [ours, *others]}), "remask")
+    assert row == {
+        "op": "remask", "shape": "L-32", "batch": "8", "dtype": "float32", "pass": "forward",
+        "ours ms": "2", "upstream ms": "1", "x upstream": "0.50",
+    }  # fmt: skip
 
 
 def test_details_for_the_terminal() -> None:
     (row,) = cells(report.sampling_table(record(), details=True), "ours, eager")
     assert row["x reference"] == "4.00"
-    assert row["of matmul peak"] == "12%"  # 500 GFLOP/s of 4 TFLOP/s, 12.5 rounded to even
     assert (row["generator ms"], row["ViT decoder ms"]) == ("1,000", "50.00")
     assert row["pixel decoder ms"] == "not measured"
-    assert (row["ids equal"], row["PSNR dB"]) == ("50.0%", "40.0")
     assert row["paper's figure: A100"] == "102"
 
 
