@@ -121,16 +121,29 @@ def compile_offline(case: OfflineCase, capability: int) -> MachineCode:
 
 
 def _assemble(ptx: str, capability: int) -> str:
-    """What `ptxas -v` prints for `ptx`."""
+    """What `ptxas -v` prints for `ptx`.
+
+    Triton ships two assemblers, and from 3.9 on writes PTX that only the newer one reads.
+
+    Raises:
+        RuntimeError: neither takes it; the message is the assembler's.
+    """
     # 90a: the wgmma instructions that Triton emits for Hopper exist only there
     arch = "sm_90a" if capability == 90 else f"sm_{capability}"
+    nvidia = triton.knobs.nvidia
+    newer = getattr(nvidia, "ptxas_blackwell", None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", str(path)]
-        command += ["-o", str(Path(folder) / "kernel.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+        for tool in (nvidia.ptxas, newer):
+            if tool is None:
+                continue
+            command = [tool.path, "-v", f"--gpu-name={arch}", str(path)]
+            command += ["-o", str(Path(folder) / "kernel.cubin")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout + done.stderr
+    raise RuntimeError(f"ptxas refuses the kernel for {arch}: {done.stderr.strip()}")
 
 
 def _read_machine_code(ptx: str, log: str, shared: int) -> MachineCode:
