@@ -9,7 +9,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,15 @@ def wanted(weights: Path) -> np.ndarray:
     assert isinstance(pixels, np.ndarray)
     assert len({picture.tobytes() for picture in pixels}) == NUM
     return pixels
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """As torchrun sets it: the order of float32 sums follows the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def options(weights: Path, out: Path, *more: object) -> list[str]:
