@@ -21,6 +21,7 @@ from typing import Any
 import triton
 
 import titok_fast.kernels
+from titok_fast.costs import DEVICES
 from titok_fast.kernels._offline import MachineCode, OfflineCase, compile_offline
 
 DEFAULT_CACHE = Path.home() / ".cache" / "titok_fast" / "kernel_report"
@@ -57,8 +58,8 @@ class Peak:
 
 
 PEAKS = {
-    "a100": Peak(memory=2.039e12, fp32=19.5e12, tensor=312e12),  # SXM, 80 GB
-    "h100": Peak(memory=3.35e12, fp32=67e12, tensor=989e12),  # SXM
+    name: Peak(card.gbps * 1e9, card.tflops["float32"] * 1e12, card.tflops["bfloat16"] * 1e12)
+    for name, card in (("a100", DEVICES["a100-sxm-80gb"]), ("h100", DEVICES["h100-sxm"]))
 }
 
 

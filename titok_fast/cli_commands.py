@@ -275,7 +275,7 @@ def _load(args: argparse.Namespace) -> TiTokPipeline:
 
 
 def _batch_size(args: argparse.Namespace, pipe: TiTokPipeline) -> int:
-    return args.batch_size or (8 if pipe.device.type == "cpu" else 128)
+    return args.batch_size or pipe.default_batch_size
 
 
 def _pictures(inputs: Sequence[Path]) -> list[Path]:

@@ -94,7 +94,7 @@ def lead(args: argparse.Namespace, crew: Crew) -> None:
         archived = args.npz is not None and archive_exists(args.npz, manifest)
         album = _album(args.out, pipe, manifest)
         done = np.full(args.num, archived and args.no_png) | album.done(args.num)
-        batch = args.batch_size or (8 if pipe.device.type == "cpu" else 128)
+        batch = args.batch_size or pipe.default_batch_size
         # fixed borders: which pictures share a batch depends on its size, not on ranks or resumes
         chunks = [i for i in range(0, args.num, batch) if not done[i : i + batch].all()]
     except BaseException:
