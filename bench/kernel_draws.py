@@ -8,13 +8,14 @@ from functools import partial
 
 import kernel_rivals as rivals
 import torch
-from kernel_cases import MODELS, Call, Case, Rival, Spec, judge_draws, judged
+from kernel_cases import MODELS, Case, Rival, Spec, judge_draws, judged
 from torch import Tensor
 
 from titok_fast.kernels.guided_sample import guided_sample, guided_sample_ref
 from titok_fast.kernels.lm_head_sample import lm_head_sample, lm_head_sample_ref
 from titok_fast.kernels.philox import REMASK_STREAM, TOKEN_STREAM, gumbel, row_gumbel
 from titok_fast.kernels.remask import remask, remask_ref
+from titok_fast.sampling import num_masked
 
 GUIDANCE, STEP, TEMPERATURE = 2.25, 4, 4.75  # near the middle of a published schedule
 
@@ -72,21 +73,26 @@ def _drawing_upstream(call: Callable[..., object], judge: Callable[..., None]) -
 
 
 def remask_case(spec: Spec, device: torch.device) -> Case:
-    """Half of the unknown tokens are masked again."""
+    """From the unknown tokens and the schedule's ratio: half of all tokens are masked again."""
     m, B = MODELS[spec.model], spec.batch
     candidates = torch.randint(m.N, (B, m.K), device=device)
     scores = torch.randn(B, m.K, device=device)
-    count = torch.full((B,), m.K // 2, device=device)
+    unknown = torch.ones(B, m.K, dtype=torch.bool, device=device)
     seeds = torch.arange(B, device=device)
     positions = torch.arange(m.K, device=device)
     noise = TEMPERATURE * gumbel(seeds, STEP, positions, 1, REMASK_STREAM).squeeze(-1).double()
-    common = {"mask_id": m.N, "noise_temperature": TEMPERATURE}
-    calls: dict[str, Call] = {
-        "ours": partial(remask, candidates, scores, count, seeds=seeds, step=STEP, **common),
-        "reference": partial(
-            remask_ref, candidates, scores, count, seeds, None, m.N, STEP, TEMPERATURE, "logit"
-        ),
-    }
+
+    def ours() -> Tensor:
+        return remask(
+            candidates, scores, num_masked(unknown, m.K, 0.5), mask_id=m.N, seeds=seeds, step=STEP,
+            noise_temperature=TEMPERATURE,
+        )  # fmt: skip
+
+    def reference() -> Tensor:
+        count = num_masked(unknown, m.K, 0.5)
+        return remask_ref(
+            candidates, scores, count, seeds, None, m.N, STEP, TEMPERATURE, "logit"
+        )  # fmt: skip
 
     def judge(got: Tensor, drawn: Tensor | None = noise) -> None:
         confidence = scores.double() if drawn is None else scores + drawn
@@ -97,9 +103,9 @@ def remask_case(spec: Spec, device: torch.device) -> Case:
         lowest = confidence.masked_fill(masked, torch.inf).amin(1)
         assert bool((highest <= lowest + 1e-5).all()), "a masked token is surer than a kept one"
 
-    upstream = partial(rivals.remask_upstream, candidates, scores, count, m.N)
+    upstream = partial(rivals.remask_upstream, candidates, scores, unknown, m.N, 0.5)
     return Case(
-        judged(calls, judge)
+        judged({"ours": ours, "reference": reference}, judge)
         | {"upstream": _drawing_upstream(upstream, partial(judge, drawn=None))},
         judge,
         bytes_min=20 * B * m.K + 16 * B,

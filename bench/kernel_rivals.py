@@ -6,6 +6,7 @@ file each comes from is named. They take what our functions take, though noise i
 
 import importlib.util
 from collections.abc import Callable
+from math import floor
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +81,15 @@ def lm_head_sample_upstream(
 def remask_upstream(
     candidates: Tensor,
     scores: Tensor,
-    num_masked: Tensor,
+    is_mask: Tensor,
     mask_id: int,
+    mask_ratio: float,
     noise_temperature: float,
 ) -> Tensor:
     """modeling/maskgit.py: one count for the whole batch, read by the host as a slice bound."""
-    n = num_masked[0]
+    n = torch.Tensor([floor(scores.shape[1] * mask_ratio)]).to(scores.device)
+    n = torch.minimum(is_mask.sum(dim=-1, keepdim=True) - 1, n)
+    n = torch.maximum(torch.Tensor([1]).to(scores.device), n)[0].squeeze().long()
     confidence = scores + noise_temperature * gumbel_upstream(scores)
     cutoff = confidence.sort(dim=-1).values[:, n - 1 : n]
     return torch.where(confidence <= cutoff, mask_id, candidates)

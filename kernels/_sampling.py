@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from titok_fast.kernels.philox import MAX_NOISE_STEPS
+
 RULES = ("logit", "probability")  # a candidate's score: TiTok's raw logit, MaskGIT's log-softmax
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,8 +47,8 @@ def check_sampling(
     """
     if rule not in RULES:
         raise ValueError(f"{op} wants rule to be one of {RULES}; got {rule!r}")
-    if step < 0:
-        raise ValueError(f"{op} wants step >= 0; got {step}")
+    if not 0 <= step < MAX_NOISE_STEPS:
+        raise ValueError(f"{op} wants step >= 0 and below {MAX_NOISE_STEPS}; got {step}")
     if not softmax_temperature > 0:  # so put that NaN fails too
         raise ValueError(f"{op} wants softmax_temperature > 0; got {softmax_temperature}")
     if not noise_temperature >= 0:

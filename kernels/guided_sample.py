@@ -21,7 +21,13 @@ from torch.library import wrap_triton
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref, mix
-from titok_fast.kernels.philox import TOKEN_STREAM, gumbel, row_gumbel, token_gumbel
+from titok_fast.kernels.philox import (
+    MAX_POSITIONS,
+    TOKEN_STREAM,
+    gumbel,
+    row_gumbel,
+    token_gumbel,
+)
 
 _WARPS = 8
 
@@ -243,14 +249,14 @@ def guided_sample(
     softmax(l / noise_temperature), and greedy at 0.
 
     Args:
-        logits: (B, K, N) conditional logits, float32, bfloat16 or float16. Any strides; no copy is
-            made where the last one is 1.
+        logits: (B, K, N) conditional logits, float32, bfloat16 or float16, K at most 2**16. Any
+            strides; no copy is made where the last one is 1.
         uncond_logits: (B, K, N), same dtype and device, or None for no guidance.
         mask: (B, K) bool, True where a token is to be drawn.
         ids: (B, K) int64, the tokens to keep where mask is False.
         seeds: (B,) int64, one per sample; its noise depends on nothing else but step and position.
             May be None if noise is given or noise_temperature is 0.
-        step: sampling step, in [0, 2**31): separates the noise of the steps.
+        step: sampling step, in [0, 2**15): separates the noise of the steps.
         guidance: 0 means none; the customary scale w is guidance + 1.
         softmax_temperature: above 0.
         noise_temperature: at least 0.
@@ -300,6 +306,8 @@ def _check_logits(logits: Tensor, uncond_logits: Tensor | None, noise: Tensor | 
         raise ValueError(
             f"{op} wants logits (B, K, N) with K and N at least 1; got {tuple(logits.shape)}"
         )
+    if logits.shape[1] > MAX_POSITIONS:
+        raise ValueError(f"{op} wants at most {MAX_POSITIONS} tokens; got {logits.shape[1]}")
     if logits.dtype not in FLOAT_TYPES:
         raise ValueError(
             f"{op} wants float32, bfloat16 or float16 logits; got {logits.dtype}: convert them"

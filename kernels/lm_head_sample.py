@@ -170,8 +170,8 @@ def lm_head_sample(
             that would wait for the device.
         seeds: (R,) int64, of the sample that each row belongs to. May be None, like positions, if
             noise_temperature is 0.
-        positions: (R,) int64 in [0, 2**31), each row's token position in its sample.
-        step: sampling step, in [0, 2**31).
+        positions: (R,) int64 in [0, 2**16), each row's token position in its sample.
+        step: sampling step, in [0, 2**15).
         guidance: 0 means none; the customary scale w is guidance + 1.
         softmax_temperature: above 0.
         noise_temperature: at least 0; 0 is greedy.

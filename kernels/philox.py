@@ -1,13 +1,17 @@
 """Counter-based noise: the same number for (seed, position, step, stream, code) on every path.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is
-the sample's own 64-bit seed, so a sample does not depend on its batch, its device or neighbours;
-the counter is (code // 4, position, step, stream), and code % 4 picks one of its four 32-bit
-results. Nothing is stored and nothing advances: kernels make their noise in registers where it is
-used, and the torch functions here make the same bits.
+the sample's own 64-bit seed, so a sample does not depend on its batch, its device or neighbours.
+Of the counter's four words the first is code // 4 and the second packs position, step and stream;
+code % 4 picks one of the four 32-bit results. Nothing is stored and nothing advances: kernels make
+their noise in registers where it is used, and the torch functions here make the same bits.
+The last two words stay 0, so that on a CPU torch's own Philox, which has no others, serves too.
 Cost in a kernel (sm_90): some 65 instructions per code, half of them for the two logarithms.
 """
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -15,31 +19,38 @@ from torch import Tensor
 
 TOKEN_STREAM = 0  # noise on logits, one value per code
 REMASK_STREAM = 1  # noise on confidences, one value per position: code 0
+MAX_POSITIONS, MAX_NOISE_STEPS = 2**16, 2**15  # what the second word has room for
 
-_TOKEN = tl.constexpr(TOKEN_STREAM)  # device code reads no plain globals
-_REMASK = tl.constexpr(REMASK_STREAM)
+_STEP_UNIT, _STREAM_UNIT = MAX_POSITIONS, MAX_POSITIONS * MAX_NOISE_STEPS
+_STEP = tl.constexpr(_STEP_UNIT)  # device code reads no plain globals
+_REMASK = tl.constexpr(-(2**31))  # the stream's bit of an int32
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
+_SMALLEST = 2.0**-25  # stands for the uniform 0, whose logarithm does not exist
 
 
-def _philox4(seeds: Tensor, step: int, positions: Tensor, quads: int, stream: int) -> list[Tensor]:
+def _second_word(positions: Tensor, step: int, stream: int) -> Tensor:
+    """Position, step and stream as one number below 2**32, int64, of the shape of positions."""
+    return positions + (step * _STEP_UNIT + stream * _STREAM_UNIT)
+
+
+def _philox4(seeds: Tensor, words: Tensor, quads: int) -> list[Tensor]:
     """The four results of each counter, int64 holding uint32, of the shape (*S, quads).
 
-    S is what seeds and positions broadcast to. 64-bit products wrap, but their bits are right, so
+    S is what seeds and words broadcast to. 64-bit products wrap, but their bits are right, so
     an arithmetic shift and one mask give the high word. In the full-size rounds the low words keep
     stray high bits until they are masked at the end.
     """
-    device = positions.device
-    shape = (*torch.broadcast_shapes(seeds.shape, positions.shape), quads)
+    device = words.device
+    shape = (*torch.broadcast_shapes(seeds.shape, words.shape), quads)
     k0 = (seeds & _LOW).unsqueeze(-1)
     k1 = ((seeds >> 32) & _LOW).unsqueeze(-1)
     c0 = torch.arange(quads, device=device)
-    c1 = positions.unsqueeze(-1)
-    c2 = torch.full((1,), step, dtype=torch.int64, device=device)
-    c3 = torch.full((1,), stream, dtype=torch.int64, device=device)
+    c1 = words.unsqueeze(-1)
+    c2 = c3 = torch.zeros(1, dtype=torch.int64, device=device)
     # two rounds mix the counter so little that broadcasting does most of their work
     for _ in range(2):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -68,29 +79,33 @@ def philox_bits_ref(seeds: Tensor, step: int, positions: Tensor, codes: int, str
 
     Args:
         seeds: (B,) int64, one key per sample.
-        step: sampling step, in [0, 2**32).
-        positions: (P,) int64 in [0, 2**32), same device.
+        step: sampling step, in [0, 2**15).
+        positions: (P,) int64 in [0, 2**16), same device.
         codes: how many codes, from code 0.
         stream: `TOKEN_STREAM` or `REMASK_STREAM`.
 
     Returns:
         (B, P, codes) int64 in [0, 2**32).
     """
-    lanes = _philox4(seeds[:, None], step, positions[None], -(-codes // 4), stream)
+    return _bits(seeds[:, None], _second_word(positions, step, stream)[None], codes)
+
+
+def _bits(seeds: Tensor, words: Tensor, codes: int) -> Tensor:
+    lanes = _philox4(seeds, words, -(-codes // 4))
     return torch.stack(lanes, dim=-1).flatten(-2)[..., :codes]
 
 
 def gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: int) -> Tensor:
     """Standard Gumbel noise of each code, in float32 from the bits of `philox_bits_ref`.
 
-    u = (bits // 2**9 + 1/2) / 2**23 is exact in float32 and never 0 or 1, so -log(-log(u)) needs
-    no guard and lies in [-2.82, 16.64]. Torch operations only: it compiles and never waits for a
+    u = (bits % 2**24) / 2**24 is exact in float32 and below 1; 0 counts as 2**-25, so that
+    -log(-log(u)) lies in [-2.86, 16.64]. Torch operations only: it compiles and never waits for a
     device.
 
     Args:
         seeds: (B,) int64, one key per sample: all 64 bits count.
-        step: sampling step, in [0, 2**32).
-        positions: (P,) int64 in [0, 2**32), same device.
+        step: sampling step, in [0, 2**15).
+        positions: (P,) int64 in [0, 2**16), same device.
         codes: how many codes, from code 0.
         stream: `TOKEN_STREAM` or `REMASK_STREAM`.
 
@@ -102,7 +117,7 @@ def gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: int)
         ValueError: seeds or positions are no int64 vectors on one device, or codes is negative.
     """
     _check_counters("gumbel", seeds, positions, step, codes)
-    return _gumbel(seeds[:, None], step, positions[None], codes, stream)
+    return _gumbel(seeds[:, None], _second_word(positions, step, stream)[None], codes)
 
 
 def row_gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: int) -> Tensor:
@@ -110,8 +125,8 @@ def row_gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: 
 
     Args:
         seeds: (R,) int64.
-        step: sampling step, in [0, 2**32).
-        positions: (R,) int64 in [0, 2**32), same device.
+        step: sampling step, in [0, 2**15).
+        positions: (R,) int64 in [0, 2**16), same device.
         codes: how many codes, from code 0.
         stream: `TOKEN_STREAM` or `REMASK_STREAM`.
 
@@ -126,21 +141,72 @@ def row_gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: 
     if seeds.shape != positions.shape:
         got = f"{tuple(seeds.shape)} and {tuple(positions.shape)}"
         raise ValueError(f"row_gumbel wants as many seeds as positions; got {got}")
-    return _gumbel(seeds, step, positions, codes, stream)
+    return _gumbel(seeds, _second_word(positions, step, stream), codes)
 
 
-def _gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: int) -> Tensor:
-    lanes = _philox4(seeds, step, positions, -(-codes // 4), stream)
-    u = torch.empty((*lanes[0].shape, 4), dtype=torch.float32, device=lanes[0].device)
-    for i, lane in enumerate(lanes):
-        u[..., i] = lane.bitwise_right_shift_(9)
-    noise = u.add_(0.5).mul_(2.0**-23).log_().neg_().log_().neg_()
-    return noise.flatten(-2)[..., :codes]
+def remask_noise(seeds: Tensor, step: int, K: int) -> Tensor:
+    """`gumbel` of code 0 on the remask stream, for positions 0..K-1 and checked arguments.
+
+    A few hundred numbers: the calls are all of the cost, so here are as few of them as there can be.
+
+    Args:
+        seeds: (B,) int64.
+        step: sampling step, in [0, 2**15).
+        K: how many positions, at most 2**16.
+
+    Returns:
+        (B, K) float32.
+    """
+    first = step * _STEP_UNIT + REMASK_STREAM * _STREAM_UNIT
+    words = torch.arange(first, first + K, device=seeds.device)
+    return _gumbel(seeds[:, None], words[None], 1).squeeze(-1)
+
+
+def _gumbel(seeds: Tensor, words: Tensor, codes: int) -> Tensor:
+    native = seeds.device.type == "cpu" and not torch.compiler.is_compiling()
+    if native and _torch_draws_these_bits():
+        u = _native_uniforms(seeds, words, codes)
+    else:
+        u = (_bits(seeds, words, codes) & 0xFFFFFF).float().mul_(2.0**-24)
+    # in place: on a CPU fresh memory costs more than the arithmetic
+    return u.clamp_(min=_SMALLEST).log_().neg_().log_().neg_()
+
+
+def _native_uniforms(seeds: Tensor, words: Tensor, codes: int) -> Tensor:
+    """(bits % 2**24) / 2**24 by torch's own Philox, in one pass over the result."""
+    # NumPy, as its calls cost half: for the noise of a few positions that is what counts
+    key, word = seeds.numpy(), words.numpy()
+    shape = (key + word).shape  # what the two broadcast to
+    keys = np.empty((*shape, 1, 2), np.int64)
+    keys[..., 0, 0], keys[..., 0, 1] = key, word << 32
+    u = torch.empty((*shape, codes))
+    if u.numel():  # torch refuses none
+        torch.ops.aten._philox_uniform_(u, torch.from_numpy(keys).view(torch.uint64))
+    return u
+
+
+@lru_cache(maxsize=1)
+def _torch_draws_these_bits() -> bool:
+    """Whether this torch has a Philox on the CPU, and draws what the definition says.
+
+    It is no public function yet (torch 2.14 has it), so it is tried before it is trusted.
+    """
+    if not hasattr(torch.ops.aten, "_philox_uniform_"):
+        return False
+    seeds = torch.tensor([5, -3, 2**62 + 12345])[:, None]
+    words = torch.tensor([0, 1, 77 * _STEP_UNIT + 3, _STREAM_UNIT + _STEP_UNIT + 65535])[None]
+    try:
+        drawn = _native_uniforms(seeds, words, 23)
+    except (RuntimeError, TypeError):  # another signature
+        return False
+    return torch.equal(drawn, (_bits(seeds, words, 23) & 0xFFFFFF).float() * 2.0**-24)
 
 
 def _check_counters(op: str, seeds: Tensor, positions: Tensor, step: int, codes: int) -> None:
-    if codes < 0 or step < 0:
-        raise ValueError(f"{op} wants codes >= 0 and step >= 0; got {codes} and {step}")
+    if codes < 0 or not 0 <= step < MAX_NOISE_STEPS:
+        raise ValueError(
+            f"{op} wants codes >= 0 and step >= 0, below {MAX_NOISE_STEPS}; got {codes} and {step}"
+        )
     for name, x in (("seeds", seeds), ("positions", positions)):
         if x.ndim != 1 or x.dtype != torch.int64:
             got = f"{tuple(x.shape)} {x.dtype}"
@@ -175,9 +241,9 @@ def _neg_log(x):
 @triton.jit
 def gumbel_from_bits(bits):
     """Standard Gumbel noise, float32, of uint32 bits: `gumbel` on the device."""
-    # through int32: the signed conversion is one instruction, and 23 bits fit
-    u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
-    return _neg_log(_neg_log(u))
+    # through int32: the signed conversion is one instruction, and 24 bits fit
+    u = (bits & 0xFFFFFF).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
+    return _neg_log(_neg_log(tl.maximum(u, 1.0 / 33554432.0)))
 
 
 @triton.jit
@@ -195,11 +261,9 @@ def token_gumbel(seeds, step, positions, quad0, QUADS: tl.constexpr):
         [R, 4 * QUADS] float32.
     """
     quads = quad0 + tl.arange(0, QUADS)[None, :]
-    zero = quads * 0 + positions[:, None] * 0
-    stream = zero + _TOKEN
-    r0, r1, r2, r3 = tl.philox(
-        seeds[:, None], zero + quads, zero + positions[:, None], zero + step, stream
-    )
+    words = positions[:, None] + step * _STEP
+    zero = quads * 0 + words * 0
+    r0, r1, r2, r3 = tl.philox(seeds[:, None], zero + quads, zero + words, zero, zero)
     # code = 4 * quad + lane: interleaving pairs of pairs puts the lanes in order
     return tl.interleave(
         tl.interleave(gumbel_from_bits(r0), gumbel_from_bits(r2)),
@@ -211,5 +275,6 @@ def token_gumbel(seeds, step, positions, quad0, QUADS: tl.constexpr):
 def remask_gumbel(seed, step, positions):
     """Noise for positions [P] int32 of the sample with this seed: [P] float32."""
     zero = positions * 0
-    bits, _, _, _ = tl.philox(seed, zero, positions, zero + step, zero + _REMASK)
+    words = positions + step * _STEP + _REMASK
+    bits, _, _, _ = tl.philox(seed, zero, words, zero, zero)
     return gumbel_from_bits(bits)

@@ -9,6 +9,7 @@ Floor: 20 * B * K bytes, 5 KB at B = 8, K = 32: the launch is all of the cost, s
 Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arXiv:2202.04200).
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +19,7 @@ from torch.library import wrap_triton
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import check_sampling, check_tensor
-from titok_fast.kernels.philox import REMASK_STREAM, gumbel, remask_gumbel
+from titok_fast.kernels.philox import remask_gumbel, remask_noise
 
 MAX_TOKENS = 1024  # of one image: what one program sorts without spilling
 
@@ -39,22 +40,58 @@ def remask_ref(
     unknown = scores != float("inf")
     confidence = scores
     if noise_temperature != 0.0:
-        if noise is None:
+        if noise is not None:
+            # set again: a given noise of -inf would have made NaN of +inf
+            confidence = torch.add(scores, noise, alpha=noise_temperature)
+            confidence = confidence.masked_fill(~unknown, float("inf"))
+        else:
             assert seeds is not None  # remask has checked
-            positions = torch.arange(K, device=scores.device)
-            noise = gumbel(seeds, step, positions, 1, REMASK_STREAM).squeeze(-1)
-        confidence = torch.add(scores, noise, alpha=noise_temperature)
-        confidence = confidence.masked_fill(~unknown, float("inf"))
+            confidence = torch.add(scores, remask_noise(seeds, step, K), alpha=noise_temperature)
     ascending = confidence.sort(dim=-1).values
     n = num_masked.view(B, 1)
     if rule == "logit":
         cutoff = ascending.gather(1, (n - 1).clamp(0, K - 1))
-        masked = (confidence <= cutoff) & (n > 0)
-        masked &= unknown
+        masked = (confidence <= cutoff).logical_and_(unknown).logical_and_(n > 0)
     else:
         cutoff = ascending.gather(1, n.clamp(0, K - 1))
         masked = confidence < cutoff.masked_fill(n >= K, float("inf"))  # known tokens are +inf
     return candidates.masked_fill(masked, mask_id)
+
+
+def _remask_numpy(
+    candidates: Tensor,
+    scores: Tensor,
+    num_masked: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    mask_id: int,
+    step: int,
+    noise_temperature: float,
+    rule: str,
+) -> Tensor:
+    """The reference for eager CPU tensors: a few hundred numbers, and NumPy's calls cost half."""
+    K = scores.shape[1]
+    score = scores.detach().numpy()
+    confidence, unknown = score, score != np.inf
+    if noise_temperature != 0.0:
+        if noise is None:
+            assert seeds is not None  # remask has checked
+            confidence = score + noise_temperature * remask_noise(seeds, step, K).numpy()
+        else:
+            with np.errstate(invalid="ignore"):  # a given noise of -inf makes NaN of +inf
+                confidence = score + noise_temperature * noise.detach().numpy()
+            confidence[~unknown] = np.inf
+    ascending, n = np.sort(confidence), num_masked.numpy()
+    rank = n - 1 if rule == "logit" else n
+    cutoff = ascending[np.arange(len(n)), np.minimum(np.maximum(rank, 0), K - 1)]
+    if rule == "logit":
+        masked = confidence <= cutoff[:, None]
+        masked &= unknown
+        masked &= (n > 0)[:, None]
+    else:
+        cutoff[n >= K] = np.inf
+        masked = confidence < cutoff[:, None]
+    return torch.from_numpy(np.where(masked, mask_id, candidates.numpy()))
 
 
 @triton.jit(do_not_specialize=["step", "mask_id"])
@@ -170,7 +207,7 @@ def remask(
         mask_id: what to write for a masked token.
         seeds: (B,) int64, one per sample; its noise depends on nothing else but step and position.
             May be None if noise is given or noise_temperature is 0.
-        step: sampling step, in [0, 2**31).
+        step: sampling step, in [0, 2**15).
         noise_temperature: at least 0.
         rule: "logit" or "probability".
         noise: (B, K) float32 standard Gumbel values to use instead of the counter's.
@@ -200,6 +237,9 @@ def remask(
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("remask wants seeds or noise unless noise_temperature is 0")
     implementation = _remask if runs_triton(scores) else remask_ref
+    eager_cpu = scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    if implementation is remask_ref and eager_cpu:
+        implementation = _remask_numpy
     return implementation(
         candidates, scores, num_masked, seeds, noise, mask_id, step, noise_temperature, rule
     )

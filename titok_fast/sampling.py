@@ -7,6 +7,7 @@ does not depend on its batch, its place in it, or its rank.
 """
 
 from collections.abc import Callable, Sequence
+from math import floor
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def unmask(
     row_seeds = seeds.repeat_interleave(K)
     row_positions = torch.arange(K, device=ids.device).repeat(B)
     # TiTok's rule counts from all K tokens, MaskGIT's from those unknown at the start
-    base = torch.full_like(class_ids, K) if logit_rule else (ids == mask_id).sum(dim=1)
+    base = K if logit_rule else (ids == mask_id).sum(dim=1)
 
     for step in steps(config):
         mask = ids == mask_id
@@ -161,11 +162,10 @@ def unmask(
         if step.last:
             ids = candidates
         else:
-            wanted = (base.double() * step.mask_ratio).floor().long()
             ids = remask(
                 candidates,
                 scores,
-                torch.minimum(mask.sum(dim=1) - 1, wanted).clamp(min=1),
+                num_masked(mask, base, step.mask_ratio),
                 mask_id=mask_id,
                 seeds=seeds,
                 step=step.index,
@@ -175,3 +175,20 @@ def unmask(
         if on_step is not None:
             on_step()
     return ids
+
+
+def num_masked(mask: Tensor, base: int | Tensor, mask_ratio: float) -> Tensor:
+    """How many tokens of each image stay masked after a step: fewer than before, at least one.
+
+    Args:
+        mask: (B, K) bool, masked before the step.
+        base: tokens that the ratio counts from: a number for all, or (B,) int64.
+        mask_ratio: share of them that the schedule leaves masked.
+
+    Returns:
+        (B,) int64.
+    """
+    most = mask.sum(dim=1) - 1
+    if isinstance(base, int):
+        return most.clamp(1, max(1, floor(base * mask_ratio)))
+    return torch.minimum(most, (base.double() * mask_ratio).floor().long()).clamp(min=1)

@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from titok_fast.kernels import philox
 from titok_fast.kernels.philox import (
+    MAX_NOISE_STEPS,
+    MAX_POSITIONS,
     REMASK_STREAM,
     TOKEN_STREAM,
     gumbel,
     gumbel_from_bits,
     philox_bits_ref,
     remask_gumbel,
+    remask_noise,
     row_gumbel,
     token_gumbel,
 )
@@ -102,17 +106,17 @@ def test_known_answers(
     out = torch.full((4, 1), -1, device=device)
     _bits_kernel[(1,)](counters, seeds, out, 1)
     assert tuple(out[:, 0].tolist()) == result
-    if counter[0] == 0:
-        positions = torch.tensor([counter[1]], device=device)
-        bits = philox_bits_ref(seeds, counter[2], positions, 4, counter[3])
+    if counter == (0, 0, 0, 0):
+        positions = torch.tensor([0], device=device)
+        bits = philox_bits_ref(seeds, 0, positions, 4, 0)
         assert tuple(bits.flatten().tolist()) == result
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(-(2**63), 2**63 - 1),
-    st.integers(0, WORD - 1),
-    st.integers(0, WORD - 1),
+    st.integers(0, MAX_POSITIONS - 1),
+    st.integers(0, MAX_NOISE_STEPS - 1),
     st.integers(0, 30),
     st.integers(0, 1),
 )
@@ -121,13 +125,14 @@ def test_bits_follow_the_definition(
 ) -> None:
     bits = philox_bits_ref(torch.tensor([seed]), step, torch.tensor([position]), codes, stream)
     key = (seed % WORD, seed // WORD % WORD)
-    want = [plain_philox((c // 4, position, step, stream), key)[c % 4] for c in range(codes)]
+    word = position + 2**16 * step + 2**31 * stream
+    want = [plain_philox((c // 4, word, 0, 0), key)[c % 4] for c in range(codes)]
     assert bits.shape == (1, 1, codes)
     assert bits.flatten().tolist() == want
 
 
 def test_kernel_noise_is_the_reference_noise(device: torch.device) -> None:
-    seeds, positions = any_seeds(8, device), torch.randint(0, 2**31, (8,), device=device)
+    seeds, positions = any_seeds(8, device), torch.randint(0, MAX_POSITIONS, (8,), device=device)
     out = torch.full((8, 64), torch.nan, device=device)
     _token_gumbel_kernel[(1,)](seeds, positions, out, 7, 5, 8, 16)
     want = row_gumbel(seeds, 7, positions, 4 * 5 + 64, TOKEN_STREAM)[:, 4 * 5 :]
@@ -142,19 +147,41 @@ def test_kernel_noise_is_the_reference_noise(device: torch.device) -> None:
 
 
 def test_logarithms_are_exact_for_every_uniform(device: torch.device) -> None:
-    # all 2**23 uniforms; the largest Gumbel values, which win most draws, come from u next to 1
-    bits = torch.arange(2**23, device=device) << 9
-    out = torch.full((2**23,), torch.nan, device=device)
+    # all 2**24 uniforms; the largest Gumbel values, which win most draws, come from u next to 1
+    bits = torch.arange(2**24, device=device) + (173 << 24)  # the highest byte does not count
+    out = torch.full((2**24,), torch.nan, device=device)
     block = 2**17
-    _gumbel_of_kernel[(2**23 // block,)](bits, out, block)
-    u = (np.arange(2**23) + 0.5) / 2.0**23
+    _gumbel_of_kernel[(2**24 // block,)](bits, out, block)
+    u = np.maximum(np.arange(2**24) / 2.0**24, 2.0**-25)
     want = -np.log(-np.log(u))
     got = out.double().cpu().numpy()
     assert np.abs(got - want).max() < 1.2e-6  # half an ulp at 16.6 is 9.5e-7
     small = np.abs(want) < 2
     assert np.abs(got - want)[small].max() < 3e-7
-    assert got.min() > -2.82
+    assert got.min() > -2.86
     assert got.max() < 16.64
+
+
+def test_torchs_own_philox_and_ours_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = any_seeds(3, torch.device("cpu"))
+    positions = torch.tensor([0, 5, MAX_POSITIONS - 1])
+
+    def draw() -> list[Tensor]:
+        rows = [row_gumbel(seeds, step, positions, 37, REMASK_STREAM) for step in (0, 1, 2**15 - 1)]
+        return [*rows, gumbel(seeds, 4, positions, 6, TOKEN_STREAM), remask_noise(seeds, 9, 33)]
+
+    as_chosen = draw()  # torch's, where it has one
+    assert philox._torch_draws_these_bits() == hasattr(torch.ops.aten, "_philox_uniform_")
+    monkeypatch.setattr(philox, "_torch_draws_these_bits", lambda: False)
+    for native, plain in zip(as_chosen, draw(), strict=True):
+        assert torch.equal(native, plain)
+
+
+def test_a_torch_that_draws_other_bits_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    philox._torch_draws_these_bits.cache_clear()
+    monkeypatch.setattr(philox, "_native_uniforms", lambda *_: torch.zeros(3, 4, 23))
+    assert not philox._torch_draws_these_bits()
+    philox._torch_draws_these_bits.cache_clear()
 
 
 def test_every_counter_part_counts() -> None:
@@ -220,6 +247,7 @@ def test_compiles_and_waits_for_no_device() -> None:
         (torch.arange(2), 0, torch.zeros(2), 4, "positions as an int64 vector"),
         (torch.arange(2), 0, torch.arange(2, device="meta"), 4, "on one device"),
         (torch.arange(2), -1, torch.arange(2), 4, "step >= 0"),
+        (torch.arange(2), 2**15, torch.arange(2), 4, "below 32768"),
         (torch.arange(2), 0, torch.arange(2), -1, "codes >= 0"),
     ],
 )
