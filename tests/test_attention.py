@@ -147,7 +147,7 @@ def test_choice_by_argument_then_environment_then_sdpa(monkeypatch: pytest.Monke
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "unknown attention back end 'math'; known: sdpa, flash, xformers, auto"
+    message = "unknown attention back end 'math'; known: sdpa, products, flash, xformers, auto"
     with pytest.raises(ValueError, match=message):
         backend_name("math")
     monkeypatch.setenv(attention.ENVIRONMENT, "math")

@@ -1,8 +1,11 @@
-"""One attention call, three back ends: torch SDPA, flash-attn (packed qkv), xformers.
+"""One attention call, four back ends: torch SDPA, plain products, flash-attn, xformers.
 
 SDPA is the default: on CUDA it runs flash kernels itself. The name comes from an argument, else
 from the environment variable TITOK_FAST_ATTENTION, else it is "sdpa". "auto" takes the first back
 end that works here and agrees with SDPA on a small input. A named back end that cannot work raises.
+
+"products" keeps the whole (L, L) matrix of weights, rounded to the dtype of qkv. It is for CPUs:
+SDPA's blocks are slow there in bfloat16, and a few hundred positions need none.
 
 There is no kernel of our own for the short sequences: beside SDPA's 64 x 64 kernels the most it
 could save is 4 % of a block, by `python bench/attention_floor.py`.
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("sdpa", "flash", "xformers")
+BACKENDS = ("sdpa", "products", "flash", "xformers")
 ENVIRONMENT = "TITOK_FAST_ATTENTION"
 
 
@@ -35,7 +38,7 @@ def backend_name(requested: str | None) -> str:
     if name not in (*BACKENDS, "auto"):
         known = ", ".join((*BACKENDS, "auto"))
         raise ValueError(f"unknown attention back end {name!r}; known: {known}")
-    if name not in ("sdpa", "auto"):
+    if name in ("flash", "xformers"):
         _load(name)
     return name
 
@@ -59,6 +62,8 @@ def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
     if backend == "sdpa":
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, d)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
+    elif backend == "products":
+        out = _products(qkv, dropout)
     else:
         _check(backend, qkv.device.type, qkv.dtype)
         if backend == "flash":
@@ -67,6 +72,16 @@ def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
             q, k, v = qkv.unbind(2)
             out = _load("xformers")(q, k, v, p=dropout)
     return out.flatten(2)
+
+
+def _products(qkv: Tensor, dropout: float) -> Tensor:
+    """(B, L, 3, H, d) -> (B, L, H, d)."""
+    # heads outermost in memory: the products then read their operands in order
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+    weights = torch.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)), dim=-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return torch.matmul(weights, v).transpose(1, 2)
 
 
 @lru_cache

@@ -127,6 +127,7 @@ class PretrainedModel(nn.Module):
 
     config_class: ClassVar[type]
     config: Any
+    packed = False  # the fast mode has replaced layers by ones without parameters
 
     @property
     def kind(self) -> str:
@@ -196,8 +197,13 @@ class PretrainedModel(nn.Module):
         """Write `config.json` and `model.safetensors` (upstream's names, float32), each atomically.
 
         Raises:
+            ValueError: the model is packed for inference.
             OSError: the directory cannot be written; files already there stay as they were.
         """
+        if self.packed:
+            raise ValueError(
+                "a compiled model has no weights to save: save it before compile, or load it again"
+            )
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         official = to_official(self.state_dict(), self.kind)

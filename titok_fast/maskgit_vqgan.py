@@ -53,9 +53,8 @@ class ResnetBlock(nn.Module):
         h = self.norm2(self.conv1(self.norm1(x)))
         if self.nin_shortcut is None:
             return x + self.conv2(h)
-        kernel, mix = self.conv2.weight.float(), self.nin_shortcut.weight.float()[:, :, 0, 0]
-        folded = kernel + torch.einsum("om,mihw->oihw", mix, kernel)
-        return F.conv2d(h, _channels_last(folded.to(h.dtype)), padding=1)
+        folded = fold_shortcut(self.conv2.weight, self.nin_shortcut.weight)
+        return F.conv2d(h, folded.to(h.dtype), padding=1)
 
 
 class Level(nn.Module):
@@ -222,17 +221,44 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, O, 2H, 2W), channels-last.
     """
-    B, _, H, W = x.shape
-    if H * W < PHASES_FROM_PIXELS:
+    if not uses_phases(x):
         return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
+    kernels = fold_phases(weight.to(x.dtype))
+    return interleave_phases(F.conv2d(x, kernels, bias.repeat(4), padding=1))
+
+
+def uses_phases(x: Tensor) -> bool:
+    """Whether upsampling (B, C, H, W) goes by phases, see PHASES_FROM_PIXELS."""
+    return x.shape[2] * x.shape[3] >= PHASES_FROM_PIXELS
+
+
+def fold_shortcut(kernel: Tensor, shortcut: Tensor) -> Tensor:
+    """W2 and W to (I + W) W2: (O, C, 3, 3) and (O, O, 1, 1) -> (O, C, 3, 3), channels-last."""
+    wide = kernel.float()
+    folded = wide + torch.einsum("om,mihw->oihw", shortcut.float()[:, :, 0, 0], wide)
+    return _channels_last(folded.to(kernel.dtype))
+
+
+def fold_phases(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) -> (4 * O, C, 2, 2), the kernels of the four phases, channels-last."""
     O, C = weight.shape[:2]
-    fold = _phase_fold(x.device, x.dtype)
-    kernels = (weight.to(x.dtype).reshape(O * C, 9) @ fold).view(O, C, 4, 2, 2)
-    kernels = kernels.permute(2, 0, 1, 3, 4).reshape(4 * O, C, 2, 2)
-    # windows of the padded input: (H+1, W+1); phase (a, b) takes those that start at (a, b)
-    windows = F.conv2d(x, _channels_last(kernels), bias.repeat(4), padding=1)
+    fold = _phase_fold(weight.device, weight.dtype)
+    kernels = (weight.reshape(O * C, 9) @ fold).view(O, C, 4, 2, 2)
+    return _channels_last(kernels.permute(2, 0, 1, 3, 4).reshape(4 * O, C, 2, 2))
+
+
+def interleave_phases(windows: Tensor) -> Tensor:
+    """What the phase kernels make of the padded input, to the picture.
+
+    Args:
+        windows: (B, 4 * O, H + 1, W + 1); phase (a, b) takes those that start at (a, b).
+
+    Returns:
+        (B, O, 2 * H, 2 * W), channels-last.
+    """
+    B, O, H, W = windows.shape[0], windows.shape[1] // 4, windows.shape[2] - 1, windows.shape[3] - 1
     windows = windows.permute(0, 2, 3, 1)
-    out = x.new_empty(B, H, 2, W, 2, O)
+    out = windows.new_empty(B, H, 2, W, 2, O)
     for i in range(4):
         a, b = divmod(i, 2)
         out[:, :, a, :, b] = windows[:, a : a + H, b : b + W, i * O : (i + 1) * O]

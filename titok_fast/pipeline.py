@@ -3,7 +3,7 @@
 Batches, seeds and conversions live here; the models stay thin.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from titok_fast.config import GeneratorConfig, SamplingConfig
+from titok_fast.fast import DEFAULTS, apply_techniques, check_techniques
 from titok_fast.files import fetch
 from titok_fast.generator import ImageBert, MaskedGenerator, UViTBert, generator_class
 from titok_fast.images import ImageLike, to_pil, to_tensor, to_uint8
@@ -47,6 +48,7 @@ class TiTokPipeline:
         self.tokenizer = tokenizer.eval()
         self.generator = generator.eval() if generator is not None else None
         self.sampling = sampling or SamplingConfig()
+        self.techniques: tuple[str, ...] = ()  # of the fast mode, once `compile` was called
         if generator is None:
             return
         t, g = tokenizer.config, generator.config
@@ -123,10 +125,12 @@ class TiTokPipeline:
             dtype: float32, bfloat16 or float16, or its name.
 
         Raises:
-            ValueError: another dtype.
+            ValueError: another dtype, or a compiled pipeline.
         """
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype, dtype)
+        if self.techniques:
+            raise ValueError("a compiled pipeline stays where and what it is: call `to` before")
         if dtype is not None and dtype not in _FLOATS:
             raise ValueError(f"dtype wants float32, bfloat16 or float16; got {dtype}")
         for model in (self.tokenizer, self.generator):
@@ -134,24 +138,39 @@ class TiTokPipeline:
                 model.to(device=device, dtype=dtype)
         return self
 
-    def compile(self, **options: Any) -> "TiTokPipeline":
-        """Compile the networks in place with torch.compile; the first call of each shape is slow.
+    def compile(self, techniques: Collection[str] | None = None, **options: Any) -> "TiTokPipeline":
+        """Make the networks fast, in place and for good: call it last, after `to`.
 
-        Call it last, after `to`. On a CPU the weights become constants packed for oneDNN, so
-        changing them later has no effect.
+        A compiled pipeline draws and tokenizes; it cannot be cast, moved, trained or saved.
 
         Args:
-            **options: of torch.compile.
+            techniques: names from titok_fast.fast.TECHNIQUES. By default "packed" and "products"
+                on a CPU, which keep the dtype, and "inductor" elsewhere. ("products", "int8") is
+                the fastest on a CPU with VNNI, at a small loss of precision.
+            **options: of torch.compile, for "inductor"; the first call of each shape is slow.
+
+        Raises:
+            ValueError: unknown techniques, ones that do not fit the device, the dtype or each
+                other, or a pipeline that is compiled already.
         """
-        if self.device.type == "cpu":
-            options.setdefault("options", {"freezing": True})
-        options.setdefault("dynamic", False)
-        self.tokenizer.encoder.compile(**options)
-        self.tokenizer.decoder.compile(**options)
-        if self.tokenizer.config.finetune_decoder:
-            self.tokenizer.pixel_decoder.compile(**options)
-        if self.generator is not None:
-            self.generator.compile(**options)
+        if techniques is None:
+            techniques = DEFAULTS["cpu" if self.device.type == "cpu" else "cuda"]
+        if self.techniques:
+            raise ValueError(f"this pipeline is compiled already: {', '.join(self.techniques)}")
+        check_techniques(techniques, self.device.type, self.tokenizer.dtype)
+        networks = [self.tokenizer, *([] if self.generator is None else [self.generator])]
+        apply_techniques(networks, techniques)
+        if "inductor" in techniques:
+            if self.device.type == "cpu":  # weights become constants, packed for oneDNN
+                options.setdefault("options", {"freezing": True})
+            options.setdefault("dynamic", False)
+            self.tokenizer.encoder.compile(**options)
+            self.tokenizer.decoder.compile(**options)
+            if self.tokenizer.config.finetune_decoder:
+                self.tokenizer.pixel_decoder.compile(**options)
+            if self.generator is not None:
+                self.generator.compile(**options)
+        self.techniques = tuple(techniques)
         return self
 
     @property

@@ -1,0 +1,240 @@
+"""The fast mode on a CPU: each technique against the plain layers, and what must be refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import relative, tiny_generator, tiny_tokenizer
+from torch import nn
+
+from titok_fast import SamplingConfig, TiTokPipeline
+from titok_fast.attention import attend
+from titok_fast.blocks import Mlp
+from titok_fast.fast import TECHNIQUES
+from titok_fast.int8 import (
+    Int8Conv,
+    Int8Linear,
+    Int8Mlp,
+    gelu_quantize_rows,
+    quantize_image,
+    quantize_rows,
+    quantize_weight,
+)
+from titok_fast.maskgit_vqgan import upsample_conv
+from titok_fast.packed import PackedLayers, PackedLinear, PackedMlp, PackedUpsample, pack
+
+DTYPES = (torch.float32, torch.bfloat16)
+# float32 products in another order; bfloat16: the plain Mlp rounds once more, before GELU
+NEAR = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
+
+
+@pytest.fixture(autouse=True)
+def _plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the passes between products to eager mode; one test compiles them."""
+    monkeypatch.setattr("titok_fast.int8._compiled", lambda function: function)
+
+
+def pipeline(model_type: str = "ViT") -> TiTokPipeline:
+    torch.manual_seed(0)
+    return TiTokPipeline(tiny_tokenizer(), tiny_generator(model_type), SamplingConfig(4))
+
+
+def layer(D: int, E: int, dtype: torch.dtype, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(D, E, bias=bias).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 2, 8), (2, 33, 4, 48), (3, 289, 2, 64)])
+def test_products_are_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    B, L, H, d = shape
+    qkv = torch.randn(B, L, 3, H, d).to(dtype)
+    want = attend(qkv.double())
+    near = {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]  # weights rounded to 8 bits
+    assert relative(attend(qkv, "products").double(), want) < near
+    assert attend(qkv, "products").shape == (B, L, H * d)
+
+
+def test_products_have_the_gradient_of_attention() -> None:
+    qkv = torch.randn(2, 5, 3, 2, 8, requires_grad=True)
+    (want,) = torch.autograd.grad(attend(qkv).sin().sum(), qkv)
+    (got,) = torch.autograd.grad(attend(qkv, "products").sin().sum(), qkv)
+    assert relative(got, want) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 48), (2, 7, 48), (513, 48), (0, 48)])
+def test_packed_linear_and_mlp(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    for bias in (True, False):
+        plain = layer(48, 80, dtype, bias=bias)
+        got = PackedLinear(plain)(x)
+        assert got.dtype == dtype
+        assert got.shape == (*shape[:-1], 80)
+        if x.numel():
+            assert relative(got, plain(x)) < NEAR[dtype]
+    mlp = Mlp(48, 80).to(dtype)
+    if x.numel():
+        assert relative(PackedMlp(mlp)(x), mlp(x)) < NEAR[dtype]
+
+
+def test_rows_are_quantized_to_half_a_step() -> None:
+    x = torch.randn(9, 33) * torch.logspace(-6, 6, 9)[:, None]
+    x[3] = 0.0
+    rows, scale = quantize_rows(x)
+    assert rows.dtype == torch.uint8
+    back = (rows.float() - 128) * scale
+    assert bool(((back - x).abs() <= 0.5001 * scale).all())
+    assert bool((rows[3] == 128).all())
+    assert torch.equal(quantize_rows(x[2:5])[0], rows[2:5])  # a row does not see its neighbours
+
+
+def test_gelu_is_quantized_to_half_a_step() -> None:
+    y, scale, bias = torch.randn(9, 65), torch.rand(9, 1) * 5, torch.randn(65)
+    y[4] = -50.0  # GELU is 0 everywhere
+    bias[0] = 0.0
+    rows, step = gelu_quantize_rows(y, scale, bias)
+    back = rows.float() * step - 0.17
+    want = F.gelu(y * scale + bias)
+    assert bool(((back - want).abs() <= 0.501 * step).all())
+    assert int(rows.max()) <= 255
+
+
+def test_weights_are_quantized_by_output_channel() -> None:
+    weight = torch.randn(6, 3, 3, 3) * torch.logspace(-3, 3, 6)[:, None, None, None]
+    weight[2] = 0.0
+    ints, scale = quantize_weight(weight)
+    back = ints.float() * scale[:, None, None, None]
+    assert bool(((back - weight).abs().flatten(1).amax(1) <= 0.501 * scale).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_linear_and_mlp_are_exact_but_for_quantization(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 11, 64).to(dtype)
+    plain = layer(64, 96, dtype)
+    rows, scale = quantize_rows(x.reshape(-1, 64))
+    weight, w_scale = quantize_weight(plain.weight)
+    exact = ((rows.double() - 128) * scale) @ (weight.double() * w_scale[:, None]).T
+    want = (exact + plain.bias.double()).view(3, 11, 96)
+    got = Int8Linear(plain)(x)
+    assert relative(got.double(), want) < {torch.float32: 1e-6, torch.bfloat16: 3e-3}[dtype]
+
+    mlp = Mlp(64, 96).to(dtype)
+    assert relative(Int8Mlp(mlp)(x), mlp(x)) < 0.02
+    # one row of another size changes nothing for the rest
+    y = x.clone()
+    y[0, 0] *= 100
+    assert torch.equal(Int8Mlp(mlp)(y)[1:], Int8Mlp(mlp)(x)[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("after_silu", [True, False])
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_int8_convolution_and_its_border(kernel: int, after_silu: bool) -> None:
+    weight, bias, padding = torch.randn(24, 16, kernel, kernel), torch.randn(24), kernel // 2
+    x = torch.randn(2, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+    x[1] *= 30  # each image has its own scale
+    if after_silu:
+        x = F.silu(x)
+    got = Int8Conv(weight, bias, padding, after_silu=after_silu)(x)
+    want = []
+    for one in x.split(1):
+        low = -0.2785 if after_silu else float(one.min())
+        scale = torch.tensor((float(one.max()) - low) / 255)
+        zero = torch.tensor(float(round(-low / float(scale))))
+        back = (quantize_image(one, scale, zero).double() - zero) * scale
+        ints, w_scale = quantize_weight(weight)
+        exact = ints.double() * w_scale[:, None, None, None].double()
+        want.append(F.conv2d(back, exact, bias.double(), padding=padding))  # its padding is 0
+    assert relative(got.double(), torch.cat(want)) < 1e-6
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [5, 40])  # below and above the size from which phases are used
+def test_packed_upsampling(side: int) -> None:
+    conv, x = nn.Conv2d(8, 12, 3, padding=1), torch.randn(1, 8, side, side)
+    assert conv.bias is not None
+    want = upsample_conv(x, conv.weight, conv.bias)
+    assert relative(PackedUpsample(conv, PackedLayers())(x), want) < 1e-6
+
+
+@pytest.mark.parametrize("model_type", ["ViT", "UViT"])
+@pytest.mark.parametrize("techniques", [("packed",), ("products",), ("packed", "products")])
+def test_same_pictures_in_float32(model_type: str, techniques: tuple[str, ...]) -> None:
+    plain, fast = pipeline(model_type), pipeline(model_type).compile(techniques)
+    labels = [1, 4, 2]
+    tokens = plain.sample_tokens(labels, seed=3)
+    assert torch.equal(fast.sample_tokens(labels, seed=3), tokens)
+    a, b = (p.detokenize(tokens, output="tensor") for p in (plain, fast))
+    assert int((a.int() - b.int()).abs().max()) <= 1  # a value next to the half of a step
+    pictures = torch.rand(2, 3, 32, 32)
+    assert torch.equal(plain.tokenize(pictures), fast.tokenize(pictures))
+    assert fast.techniques == techniques
+
+
+@pytest.mark.parametrize("model_type", ["ViT", "UViT"])
+def test_int8_draws_nearly_the_same(model_type: str) -> None:
+    plain, fast = pipeline(model_type), pipeline(model_type).compile(("products", "int8"))
+    tokens = plain.sample_tokens([1, 4, 2, 7], seed=3)
+    with torch.no_grad():
+        a, b = (p.tokenizer.decode_tokens(tokens) for p in (plain, fast))
+        one = fast.tokenizer.decode_tokens(tokens[2:3])
+    assert relative(b, a) < 0.06  # a dozen layers, a little over 1 % each
+    assert torch.equal(one, b[2:3])  # a picture does not depend on its batch
+    drawn = fast.sample_tokens([1, 4, 2, 7], seed=3)
+    assert (drawn == tokens).float().mean() > 0.9
+    assert torch.equal(fast.sample_tokens([1, 4], seed=3), drawn[:2])
+
+
+@pytest.mark.slow
+def test_compiled_passes_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    want = pipeline().compile(("int8",)).sample_tokens([1, 2, 3], seed=5)
+    monkeypatch.undo()
+    assert torch.equal(pipeline().compile(("int8",)).sample_tokens([1, 2, 3], seed=5), want)
+
+
+def test_pack_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"want a float32 or bfloat16 model on the CPU; got .*16"):
+        pack(tiny_generator().half(), PackedLayers())
+    with pytest.raises(ValueError, match=r"got torch\.float32 on meta"):
+        pack(tiny_generator().to("meta"), PackedLayers())
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
+    pipe = pipeline()
+    for techniques, message in (
+        (("fast",), rf"unknown techniques \['fast'\]; known: {', '.join(TECHNIQUES)}"),
+        (("packed", "inductor"), "'packed' and 'inductor' both replace the layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.compile(techniques)
+    assert pipe.techniques == ()
+    with pytest.raises(ValueError, match=r"'packed' wants float32 or bfloat16; got torch.float16"):
+        pipeline().to(dtype="float16").compile()
+    pipe.compile()
+    assert pipe.techniques == ("packed", "products")
+    with pytest.raises(ValueError, match="compiled already: packed, products"):
+        pipe.compile(("int8",))
+    with pytest.raises(ValueError, match="call `to` before"):
+        pipe.to(dtype="bfloat16")
+
+
+def test_a_compiled_model_is_not_saved_half(tmp_path: object) -> None:
+    pipe = pipeline().compile()
+    assert pipe.generator is not None
+    with pytest.raises(ValueError, match="compiled"):
+        pipe.generator.save_pretrained(str(tmp_path))
+
+
+def test_weights_are_copied_and_let_go() -> None:
+    def size(model: nn.Module) -> int:
+        return sum(t.numel() for t in model.state_dict().values())
+
+    pipe = pipeline()
+    assert pipe.generator is not None
+    before = size(pipe.generator)
+    pipe.compile()
+    kept = size(pipe.generator.embeddings) + size(pipe.generator.lm_head)
+    assert size(pipe.generator) < kept + 0.05 * before  # and norms and positions
