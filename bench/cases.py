@@ -45,9 +45,10 @@ def in_dtypes(pipe: TiTokPipeline, names: Sequence[str]) -> dict[str, TiTokPipel
 
 
 def weight_bytes(model: object) -> int:
-    """Bytes of all weights, each counted once."""
+    """Bytes of all weights, each counted once; those in oneDNN's layout as their layers say."""
     sizes = {t.data_ptr(): t.nbytes for module in _modules(model) for t in _tensors(module)}
-    return sum(sizes.values())
+    packed = [getattr(m, "packed_bytes", 0) for model in _modules(model) for m in model.modules()]
+    return sum(sizes.values()) + sum(packed)
 
 
 def _modules(model: Any) -> list[nn.Module]:
@@ -73,7 +74,7 @@ class Candidate:
     Attributes:
         implementation: "ours", "reference" or "upstream".
         dtype: a name that harness.precision knows.
-        mode: "eager" or "compiled".
+        mode: one of options.MODES.
         call: the work that is timed, inside `context`.
         probe: answers to fixed inputs, compared with those of the first candidate: ids (integers)
             and pixels (floats), either may be absent.

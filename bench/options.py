@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import upstream as official
-from cases import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, say
+from cases import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, say, shared
 from harness import environment, matmul_peak, precision
 
 from titok_fast import PRESETS, TiTokPipeline
 
 PRECISIONS = ("fp32-ieee", "tf32", "bf16")
+# how ours runs, and the techniques of TiTokPipeline.compile behind it; None: its defaults
+MODES = {"eager": (), "fast": None, "int8": ("products", "int8"), "compiled": ("inductor",)}
 
 
 def parser(description: str, default_models: Sequence[str]) -> argparse.ArgumentParser:
@@ -25,8 +27,9 @@ def parser(description: str, default_models: Sequence[str]) -> argparse.Argument
     add("--models", nargs="+", metavar="NAME", help=f"presets: {', '.join(PRESETS)}")
     add("--batch", nargs="+", type=int, metavar="B", help="CPU: 2; CUDA: 1 32 128")
     add("--dtype", nargs="+", choices=PRECISIONS, help="default: all that the device has")
-    add("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="also through torch.compile; on by default on CUDA alone")  # fmt: skip
+    add("--modes", nargs="+", choices=MODES,
+        help="eager; fast: TiTokPipeline.compile(); int8 (CPU, bf16); compiled: torch.compile "
+        "alone. Default: all that the device has, compiled on CUDA only")  # fmt: skip
     rounds = f"{MIN_ROUNDS} to {MAX_ROUNDS}, what fits {ROUND_BUDGET_S} s"
     add("--repeats", type=int, metavar="N", help=f"timed rounds; default: {rounds}")
     sources = "directories or hub names for one model; `published`; default: random"
@@ -49,7 +52,9 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
     args.models = args.models or args.default_models[: None if on_cuda else 1]
     args.batch = args.batch or ([1, 32, 128] if on_cuda else [2])
     args.dtype = args.dtype or [d for d in PRECISIONS if on_cuda or d != "tf32"]
-    args.modes = ["eager"] + ["compiled"] * (on_cuda if args.compile is None else args.compile)
+    args.modes = args.modes or (["eager", "fast"] + (["compiled"] if on_cuda else ["int8"]))
+    if on_cuda and "int8" in args.modes:
+        p.error("--modes int8 is for the CPU")
     unknown = [name for name in args.models if name not in PRESETS]
     if unknown:
         p.error(f"--models: unknown {', '.join(unknown)}; known: {', '.join(PRESETS)}")
@@ -69,6 +74,12 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return args
+
+
+def in_mode(pipe: TiTokPipeline, mode: str) -> TiTokPipeline:
+    """A pipeline of its own on the same weights, made as fast as the mode says."""
+    own = shared(pipe)
+    return own if mode == "eager" else own.compile(MODES[mode])
 
 
 def load(name: str, weights: str | None, device: torch.device, *, generate: bool) -> TiTokPipeline:

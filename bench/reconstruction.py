@@ -19,7 +19,7 @@ import torch
 import upstream as official
 from cases import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
 from harness import write_json
-from options import load, parse, parser, result_path, start_record
+from options import in_mode, load, parse, parser, result_path, start_record
 from report import reconstruction_table
 from torch import Tensor
 
@@ -88,10 +88,9 @@ def candidates(
     add("ours", "fp32-ieee", "eager", shared(pipe))
     for dtype, ours in by_dtype.items():
         for mode in modes:
-            if (dtype, mode) == ("fp32-ieee", "eager"):
+            if (dtype, mode) == ("fp32-ieee", "eager") or (mode == "int8" and dtype != "bf16"):
                 continue
-            own = shared(ours)
-            add("ours", dtype, mode, own.compile() if mode == "compiled" else own)
+            add("ours", dtype, mode, in_mode(ours, mode))
         if rival is not None:
             add("upstream", dtype, "eager", rival, cast=dtype == "bf16")
     return made

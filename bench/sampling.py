@@ -3,7 +3,7 @@
     python bench/sampling.py
     python bench/sampling.py --models titok-l-32 --batch 8 --upstream PATH --json bench/results
 
-Ours (eager, and compiled on CUDA or with --compile) beside the plain float32 reference sampler and,
+Ours (as it is, in its fast mode, in int8) beside the plain float32 reference sampler and,
 with --upstream, beside a checkout of bytedance/1d-tokenizer on the same weights, taking turns. The
 share of each stage, first-call time, memory, FLOPs and agreement with float32 stand in the same
 row. Weights are random unless --weights says otherwise; the speed does not depend on them.
@@ -20,7 +20,7 @@ import torch
 import upstream as official
 from cases import Candidate, arithmetic, in_dtypes, measure, say, shared, weight_bytes
 from harness import write_json
-from options import load, parse, parser, result_path, start_record
+from options import in_mode, load, parse, parser, result_path, start_record
 from report import PAPER_A100, sampling_table
 from stages import watch
 from torch import Tensor
@@ -75,9 +75,9 @@ def candidates(
     add("reference", "fp32-ieee", "eager", plain, partial(reference, plain, labels, config))
     for dtype, ours in by_dtype.items():
         for mode in modes:
-            own = shared(ours)
-            if mode == "compiled":
-                own.compile()
+            if mode == "int8" and dtype != "bf16":
+                continue
+            own = in_mode(ours, mode)
             draw = partial(
                 own, labels.cpu(), batch_size=len(labels), output="tensor", **asdict(config)
             )

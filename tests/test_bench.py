@@ -51,8 +51,9 @@ def run(main: Callable[[list[str]], int], path: Path, *words: str) -> tuple[int,
 
 def test_sampling_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, record = run(
-        sampling.main, tmp_path / "r.json", "--models", "tiny", "--batch", "1", "3", "--steps", "2"
-    )
+        sampling.main, tmp_path / "r.json", "--models", "tiny", "--batch", "1", "3", "--steps", "2",
+        "--modes", "eager", "fast",
+    )  # fmt: skip
     assert status == 0
     assert set(record) == {
         "benchmark", "environment", "protocol", "upstream_commit", "matmul_flop_per_s", "cases",
@@ -66,7 +67,9 @@ def test_sampling_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         for row in [
             ("reference", "fp32-ieee", "eager"),
             ("ours", "fp32-ieee", "eager"),
+            ("ours", "fp32-ieee", "fast"),
             ("ours", "bf16", "eager"),
+            ("ours", "bf16", "fast"),
         ]
     ]
     for case in record["cases"]:
@@ -82,20 +85,23 @@ def test_sampling_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         mean = sum(case["seconds"]) / 2
         assert 0.5 * mean < sum(case["stages_s"].values()) <= mean
         assert next(iter(case["gflop_per_image"])) == "generator"
-    reference, same, low = record["cases"][:3]
+    reference, same, fast, low = record["cases"][:4]
     assert same["agreement"]["ids_equal"] == 1.0
     assert same["agreement"]["pixel_rms"] == reference["agreement"]["pixel_rms"] == 0
     assert low["agreement"]["pixel_rms"] > 0
     assert low["weight_bytes"] < 0.7 * same["weight_bytes"]
+    assert fast["weight_bytes"] > 0.9 * same["weight_bytes"]  # packed weights are counted
+    assert fast["agreement"]["ids_equal"] == 1.0
     out = capsys.readouterr().out
-    assert out.count("| ours, eager ") == 4
+    assert out.count("| ours, eager ") == out.count("| ours, fast ") == 4
     assert "| not measured" in out  # no upstream here
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-vae"])
 def test_reconstruction_record(tmp_path: Path, model: str) -> None:
     path = tmp_path / "r.json"
-    status, record = run(reconstruction.main, path, "--models", model, "--batch", "2")
+    words = ("--models", model, "--batch", "2", "--modes", "eager")
+    status, record = run(reconstruction.main, path, *words)
     assert status == 0
     names = [(c["direction"], c["dtype"]) for c in record["cases"]]
     assert names == [(d, t) for d in ("encode", "decode") for t in ("fp32-ieee", "bf16")]
@@ -111,7 +117,7 @@ def test_reconstruction_record(tmp_path: Path, model: str) -> None:
 
 
 def test_float32_is_measured_even_when_not_asked_for(tmp_path: Path) -> None:
-    words = ("--models", "tiny", "--batch", "1", "--dtype", "bf16")
+    words = ("--models", "tiny", "--batch", "1", "--dtype", "bf16", "--modes", "eager")
     _, record = run(reconstruction.main, tmp_path / "r.json", *words)
     assert [c["dtype"] for c in record["cases"]] == ["fp32-ieee", "bf16"] * 2
 
@@ -129,9 +135,17 @@ def test_compiled_models_are_copies_on_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(TiTokPipeline, "compile", lambda self, **_: compiled.append(self) or self)
+    monkeypatch.setattr(TiTokPipeline, "compile", lambda self, *_: compiled.append(self) or self)
     _, record = run(
-        sampling.main, tmp_path / "r.json", "--models", "tiny", "--batch", "1", "--compile"
+        sampling.main,
+        tmp_path / "r.json",
+        "--models",
+        "tiny",
+        "--batch",
+        "1",
+        "--modes",
+        "eager",
+        "compiled",
     )
     modes = [c["mode"] for c in record["cases"] if c["implementation"] == "ours"]
     assert modes == ["eager", "compiled"] * 2
@@ -140,7 +154,7 @@ def test_compiled_models_are_copies_on_the_same_weights(
 
 @pytest.mark.slow
 def test_compiled_networks_agree_and_are_timed_by_stage(tmp_path: Path) -> None:
-    words = ("--models", "tiny", "--batch", "2", "--compile", "--dtype", "fp32-ieee")
+    words = ("--models", "tiny", "--batch", "2", "--modes", "compiled", "--dtype", "fp32-ieee")
     status, record = run(sampling.main, tmp_path / "r.json", *words)
     compiled = record["cases"][-1]
     assert status == 0
@@ -269,14 +283,14 @@ def test_defaults_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     on_cpu = defaults("--device", "cpu")
     assert on_cpu.models == ("titok-l-32",)
-    assert (on_cpu.batch, on_cpu.dtype, on_cpu.modes) == ([2], ["fp32-ieee", "bf16"], ["eager"])
-    assert defaults("--device", "cpu", "--compile").modes == ["eager", "compiled"]
+    assert (on_cpu.batch, on_cpu.dtype) == ([2], ["fp32-ieee", "bf16"])
+    assert on_cpu.modes == ["eager", "fast", "int8"]
+    assert defaults("--device", "cpu", "--modes", "compiled").modes == ["compiled"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     on_cuda = defaults("--device", "cuda")
     assert on_cuda.models == sampling.MODELS
     assert (on_cuda.batch, on_cuda.dtype) == ([1, 32, 128], ["fp32-ieee", "tf32", "bf16"])
-    assert on_cuda.modes == ["eager", "compiled"]
-    assert defaults("--device", "cuda", "--no-compile").modes == ["eager"]
+    assert on_cuda.modes == ["eager", "fast", "compiled"]
 
 
 def test_weights_from_files_are_loaded_and_their_paths_stay_private(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class _Product(nn.Module):
         weight, self._scale = quantize_weight(layer.weight)
         self._weight = torch.ops.onednn.qlinear_prepack(weight, None)
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self.packed_bytes = weight.nbytes
         self.dtype = layer.weight.dtype
         self.sums = (weight.float() * self._scale[:, None]).sum(dim=1)  # of each output's weights
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
@@ -132,6 +133,7 @@ class Int8Conv(nn.Module):
             kernel, self._scale, 1.0, 0, [1, 1], self.padding, [1, 1], 1, None
         )
         self._zeros = torch.zeros(len(kernel), dtype=torch.int64)
+        self.packed_bytes = kernel.nbytes
         self._bias = None if bias is None else bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:

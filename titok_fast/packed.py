@@ -36,6 +36,7 @@ class PackedLinear(nn.Module):
         # no buffers: neither state dicts nor casts know this layout
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
         self._bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.packed_bytes = weight.nbytes
         self._after: tuple[str, list[Any], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,6 +65,7 @@ class PackedConv(nn.Module):
         super().__init__()
         self._weight = weight.detach().contiguous(memory_format=torch.channels_last)
         self._bias, self.padding = None if bias is None else bias.detach().clone(), padding
+        self.packed_bytes = weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W')."""
@@ -166,17 +168,17 @@ def pack(model: nn.Module, layers: Layers) -> None:
             "packed layers want a float32 or bfloat16 model on the CPU; got "
             f"{first.dtype} on {first.device}"
         )
-    part: Any  # its layers change their type
     for part in list(model.modules()):
+        changed: Any = part  # in the types of its layers
         if isinstance(part, Attention):
-            part.qkv, part.proj = layers.linear(part.qkv), layers.linear(part.proj)
+            changed.qkv, changed.proj = layers.linear(part.qkv), layers.linear(part.proj)
         elif isinstance(part, PreNormBlock | PostNormBlock):
-            part.mlp = layers.mlp(part.mlp)
+            changed.mlp = layers.mlp(part.mlp)
             if isinstance(part, PreNormBlock) and part.skip_linear is not None:
-                part.skip_linear = layers.linear(part.skip_linear)
+                changed.skip_linear = layers.linear(part.skip_linear)
         elif isinstance(part, PixelDecoder):
-            part.mid = nn.ModuleList(_block(b, layers) for b in part.mid)
-            part.up = nn.ModuleList(_level(level, layers) for level in part.up)
+            changed.mid = nn.ModuleList(_block(b, layers) for b in part.mid)
+            changed.up = nn.ModuleList(_level(level, layers) for level in part.up)
         elif isinstance(part, PretrainedModel):
             part.packed = True
 
