@@ -7,8 +7,9 @@ status 130. No file is left half written.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,6 +27,7 @@ examples:
   titok-fast tokenize photos --model titok-l-32 --out photos.npz
   titok-fast detokenize photos.npz --model titok-l-32 --out back
   titok-fast info titok-l-32
+  titok-fast train recipes/fashion/stage1.yaml training.max_train_steps=100
 """
 _MAX_LINES = 4  # of a message; a wrong weight file can name hundreds of tensors
 
@@ -47,16 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 2 an error that is reported on stderr, 130 interrupted.
     """
     try:
-        args = build_parser().parse_args(argv)
-        for line in _COMMANDS[args.command](args):
+        words = sys.argv[1:] if argv is None else argv
+        args = build_parser(words[0] if words else None).parse_args(words)
+        late = args.command in _LATE
+        run = _late(args.command).run if late else _COMMANDS[args.command]
+        for line in run(args):
             print(line)
     except KeyboardInterrupt:
         print("titok-fast: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, BackendError, torch.OutOfMemoryError) as error:
+    except (
+        ValueError, OSError, ImportError, MemoryError, BackendError, torch.OutOfMemoryError
+    ) as error:  # fmt: skip
         print(f"titok-fast: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _late(command: str) -> Any:
+    return import_module(_LATE[command][0])
 
 
 def _one_line(error: BaseException) -> str:
@@ -78,8 +89,20 @@ _COMMANDS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, for `main` and for documentation."""
+# commands of their own modules, which are imported when they are asked for
+_LATE = {
+    "train": ("titok_fast.training.command", "train a tokenizer or a generator by a recipe"),
+    "pretokenize": ("titok_fast.training.pretokenize", "turn a data set into token shards"),
+    "eval": ("titok_fast.evaluation.command", "measure reconstructions, samples and features"),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line, for `main` and for documentation.
+
+    Args:
+        command: the one that will run; of those in modules of their own, only its options are read.
+    """
     parser = _Parser(
         prog="titok-fast",
         description="Pictures as 32 to 256 tokens, and pictures drawn from tokens.",
@@ -93,6 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenize(commands.add_parser("tokenize", help="turn pictures into token ids"))
     _add_detokenize(commands.add_parser("detokenize", help="turn token ids into pictures"))
     _add_info(commands.add_parser("info", help="show sizes, costs and speed limits of the models"))
+    for name, (_, help_text) in _LATE.items():
+        late = commands.add_parser(name, help=help_text)
+        if name == command:
+            _late(name).add_arguments(late)
     return parser
 
 

@@ -1,0 +1,246 @@
+"""Other image generators beside ours, in the same process, taking turns.
+
+    python bench/peers.py
+    python bench/peers.py --peers maskgit,dit-xl-2 --batch-size 4 --json bench/results
+
+Weights are random; the speed does not depend on them. Of a peer one step (one with a key-value
+cache: the first, the middle and the last) and the decoder are timed, and the step is multiplied by
+the published number of steps: "extrapolated". Ours are timed whole, labels to uint8 on the host.
+Peers run eagerly, as their libraries ship them, on channels-last weights; so do ours, and with
+--compile ours are measured in the fast mode as well. The paper's ratio is that of its A100 figures.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from cases import arithmetic, say, shared
+from harness import NOT_MEASURED, summary, table, time_interleaved, write_json
+from options import PRECISIONS, result_path, start_record
+from peer_models import Calls, Peer
+from peer_systems import SYSTEMS, System
+from report import PAPER_A100
+from weights import add_compile, build, draw_only, in_mode, mode
+
+from titok_fast import PRESETS
+
+# ours beside the systems of the same resolution, and the steps whose speed the paper gives
+OURS = {256: ("titok-l-32", "titok-b-64"), 512: ("titok-l-64-512", "titok-b-128-512")}
+OUR_STEPS = 8
+# activations and workspaces: the largest is a 512 px decoder's in float32
+ROOM_BYTES = 3 << 30
+
+Timed = dict[str, list[float]]
+
+
+def interpolated_sum(points: Mapping[int, float], steps: int) -> float:
+    """Seconds of steps 0 .. steps-1, from those of some, linear in between, level outside.
+
+    Raises:
+        ValueError: no point, or one that is not a step of the run.
+    """
+    if not points or min(points) < 0 or max(points) >= steps:
+        raise ValueError(f"interpolated_sum wants points in 0..{steps - 1}; got {sorted(points)}")
+    known = sorted(points)
+    return float(np.interp(range(steps), known, [points[i] for i in known]).sum())
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory a new model can take."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the peer before left with torch counts as free
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:
+        found = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return found["MemAvailable"] * 1024
+
+
+def ours(args: argparse.Namespace, side: int) -> dict[str, Callable[[], object]]:
+    """Calls that draw a batch of pictures whole, by "model mode"."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name in args.ours or OURS[side]:
+        pipe = draw_only(PRESETS[name], args.device, args.weights_dtype)
+        for name_of_mode in args.modes:
+            own = in_mode(shared(pipe), name_of_mode)
+            settings = asdict(own.sampling.but(num_sample_steps=OUR_STEPS))
+            labels = torch.arange(args.batch_size) % 1000
+            draw = partial(own, labels, batch_size=args.batch_size, output="tensor", **settings)
+            calls[f"{name} {name_of_mode}"] = draw
+    return calls
+
+
+def measure(
+    system: System, rivals: Mapping[str, Callable[[], object]], args: Any
+) -> dict[str, Any]:
+    """The row of one system, with ours timed in the same rounds."""
+    row: dict[str, Any] = {
+        key: value for key, value in asdict(system).items() if key not in ("build", "left_out")
+    } | {"batch": args.batch_size, "dtype": args.dtype[0]}
+    if system.build is None:
+        return row | {"not_measured": system.left_out}
+    make = partial(system.build, args.tiny)
+    try:
+        counts = build(make, torch.device("meta"), args.weights_dtype).counts()
+        row["parameters"] = counts
+        wanted = sum(counts.values()) * args.weights_dtype.itemsize + (not args.tiny) * ROOM_BYTES
+        free = available_bytes(args.device)
+        if wanted > free:
+            gib = f"{wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            return row | {"not_measured": f"wants {gib}"}
+        peer = build(make, args.device, args.weights_dtype)
+        times, calls = _rounds(system, peer, rivals, args)
+    except ImportError as error:
+        extra = "pip install 'titok_fast[bench]'"
+        return row | {"not_measured": f"needs {error.name}: {extra}"}
+    except (MemoryError, RuntimeError) as error:  # torch's out-of-memory is a RuntimeError
+        say(f"{system.name} failed: {error}")
+        return row | {"not_measured": f"failed: {type(error).__name__}"}
+    return row | estimate(system, times, calls.steps_per_call, args.batch_size)
+
+
+def _rounds(
+    system: System, peer: Peer, rivals: Mapping[str, Callable[[], object]], args: Any
+) -> tuple[Timed, Calls]:
+    calls = peer.calls(args.batch_size, system.steps)
+    candidates = dict(rivals) | {f"step {i}": call for i, call in calls.steps.items()}
+    candidates["decode"] = calls.decode
+    with arithmetic(args.dtype[0]):
+        times = time_interleaved(candidates, repeats=args.repeats, warmup=1, device=args.device)
+    return times, calls
+
+
+def estimate(system: System, times: Timed, steps_per_call: int, batch: int) -> dict[str, Any]:
+    """Samples/s of a peer from the times of its parts, and how much faster ours are.
+
+    Args:
+        system: the published system.
+        times: seconds of "step <index>", of "decode", and of "<model> <mode>" for ours.
+        steps_per_call: steps in one call of the first.
+        batch: pictures in each call.
+
+    Returns:
+        The measured part of a row; times of steps are per step, in ms.
+    """
+    steps = {int(name[5:]): seconds for name, seconds in times.items() if name[:5] == "step "}
+    per_step = {i: summary([1000 * s / steps_per_call for s in t]) for i, t in steps.items()}
+    medians = {i: float(ms["median"]) for i, ms in per_step.items()}
+    decode = summary([1000 * s for s in times["decode"]])
+    generator_ms = interpolated_sum(medians, system.steps)
+    rate = 1000 * batch / (generator_ms + decode["median"])
+    compared = []
+    for name, seconds in times.items():
+        if name == "decode" or name.startswith("step "):
+            continue
+        model, mode = name.split()
+        speed, paper = summary([batch / s for s in seconds]), PAPER_A100.get((model, OUR_STEPS))
+        compared.append({
+            "model": model,
+            "mode": mode,
+            "images_per_s": speed,
+            "speed_up": speed["median"] / rate,
+            "paper_ratio": paper / system.paper_rate if paper and system.paper_rate else None,
+        })  # fmt: skip
+    return {
+        "extrapolated": steps_per_call < system.steps,
+        "step_ms": {str(i): ms for i, ms in per_step.items()},
+        "ms_per_step": generator_ms / system.steps,
+        "decode_ms": decode,
+        "images_per_s": rate,
+        "ours": compared,
+    }
+
+
+def peers_table(record: Mapping[str, Any]) -> str:
+    """Markdown, a line per system and model of ours."""
+    rows = []
+    for case in record["cases"]:
+        parts = case.get("parameters")
+        line = {
+            "system": case["generator"] + ("" if case["side"] == 256 else f", {case['side']} px"),
+            "parameters": parts and f"{parts['generator'] / 1e6:,.0f}M",
+            "ms/step": case.get("ms_per_step"),
+            "steps": case["steps"],
+            "decode ms": case.get("decode_ms", {}).get("median"),
+            "samples/s": case.get("images_per_s") or f"{NOT_MEASURED}: {case['not_measured']}",
+            "how": {True: "extrapolated", False: "whole run"}.get(case.get("extrapolated", None)),
+        }
+        for own in case.get("ours", [{}]):
+            line["ours"] = f"{own['model']}, {own['mode']}" if own else None
+            line["times faster"] = own.get("speed_up")
+            line["paper's A100"] = own.get("paper_ratio")
+            rows.append(dict(line))
+    columns = ("system", "parameters", "ms/step", "steps", "decode ms", "samples/s", "how")
+    return table(rows, (*columns, "ours", "times faster", "paper's A100"))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure system after system; the JSON, where asked for, is rewritten after each."""
+    record = start_record("peers", args)
+    record["protocol"] |= {
+        "warmup": "one round",
+        "memory": "one peer at a time beside ours",
+        "peers": "eager, a step times the published steps; ours whole",
+    }
+    path = result_path(args.json, record) if args.json else None
+    side = 0
+    rivals: dict[str, Callable[[], object]] = {}
+    for system in args.systems:
+        say(f"{system.name}: {system.classes or NOT_MEASURED}")
+        if system.build is not None and system.side != side:
+            rivals.clear()  # before the next ones are loaded
+            side, rivals = system.side, ours(args, system.side)
+        record["cases"].append(measure(system, rivals, args))
+        if path is not None:
+            write_json(path, record)
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; status 1 when a system failed."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, known = p.add_argument, {s.name: s for s in SYSTEMS}
+    add("--peers", metavar="A,B", help=f"default: all of {', '.join(known)}")
+    add("--batch-size", type=int, metavar="B", help="pictures at once; CPU: 1; CUDA: 32")
+    add("--dtype", choices=PRECISIONS, default="bf16")
+    add("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
+    add_compile(p, "ours also")
+    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
+    add("--ours", nargs="+", choices=tuple(PRESETS), metavar="NAME", help=argparse.SUPPRESS)
+    add("--tiny", action="store_true", help=argparse.SUPPRESS)  # small networks, for tests
+    args = p.parse_args(argv)
+    names = args.peers.split(",") if args.peers else list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        p.error(f"--peers: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    args.systems = sorted((known[name] for name in names), key=SYSTEMS.index)
+    args.device = torch.device(args.device)
+    on_cuda = args.device.type == "cuda"
+    if args.dtype == "tf32" and not on_cuda:
+        p.error("--dtype tf32 exists on CUDA devices only")
+    args.batch_size = (32 if on_cuda else 1) if args.batch_size is None else args.batch_size
+    for name in ("batch_size", "repeats", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    args.weights_dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    args.modes = list(dict.fromkeys(("eager", mode(p, args))))
+    args.dtype = [args.dtype]  # as start_record takes it
+    args.weights = args.upstream = None  # start_record's: random, and no upstream
+    record = run(args)
+    print(peers_table(record))
+    return int(any("failed" in str(c.get("not_measured")) for c in record["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

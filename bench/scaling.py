@@ -1,0 +1,237 @@
+"""Samples/s and peak memory against batch, tokens, resolution, steps, threads and ranks.
+
+    python bench/scaling.py
+    python bench/scaling.py --axes batch,steps --max-batch 16 --json bench/results --plots .
+
+All points of an axis take turns. What the default leaves out for its time stands in the record as
+not measured. The time of each stage is set beside the cost model's (cost_model.py), fitted on a few
+of the same points. Ranks are processes that draw independently, as in `titok_fast.sample_many`:
+on a CPU they share its threads, on CUDA each has a device.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cost_model
+import torch
+from cases import say
+from harness import summary, table, timed, write_json
+from options import PRECISIONS, result_path, start_record
+from points import Point, Prepared, measure
+from weights import add_compile, draw_only, in_mode, mode
+
+AXES = ("batch", "tokens", "resolution", "steps", "threads", "ranks")
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = (32, 64, 128, 256)
+STEPS = (1, 2, 4, 8, 16, 32, 64)
+# by resolution, 512 px last: the two pairs that the paper has
+PAIRS = (("titok-l-32", "titok-l-64-512"), ("titok-b-64", "titok-b-128-512"))
+# the paper's figure 4(d): samples/s of one A100, TiTok-B and MaskGIT-ViT, de-tokenisation included
+PAPER_TOKENS = {32: 123.1, 64: 89.8, 128: 54.1, 256: 27.5}
+FIT = (Point(), Point(batch=4), Point("titok-b-64", tokens=256), Point(steps=2))
+
+
+def axis_points(axis: str, cores: int, devices: int | None) -> list[Point]:
+    """All points of an axis.
+
+    Args:
+        axis: one of AXES.
+        cores: CPU threads to go up to.
+        devices: CUDA devices; None on a CPU.
+
+    Returns:
+        Points at batch 1, L-32 and 8 steps where the axis is not about that.
+    """
+    if axis == "batch":
+        return [Point(batch=B) for B in BATCHES]
+    if axis == "tokens":
+        return [Point("titok-b-64", tokens=K) for K in TOKENS]
+    if axis == "resolution":
+        return [Point(name) for pair in PAIRS for name in pair]
+    if axis == "steps":
+        return [Point(steps=T) for T in STEPS]
+    if axis == "threads":
+        return [Point(threads=n) for n in _doubling(cores)] if devices is None else []
+    if axis == "ranks":
+        if devices is not None:
+            return [Point(ranks=R) for R in _doubling(devices)]
+        return [Point(ranks=R, threads=max(1, cores // R)) for R in (1, 2)]
+    raise ValueError(f"axis wants one of {', '.join(AXES)}; got {axis!r}")
+
+
+def _doubling(top: int) -> list[int]:
+    """1, 2, 4 .. and `top` itself."""
+    return sorted({1 << i for i in range(top.bit_length())} | {top})
+
+
+def left_out(point: Point, max_batch: int, cores: int) -> str | None:
+    """Why a point is not measured; None where it is."""
+    if point.batch > max_batch:
+        return f"over --max-batch {max_batch}"
+    if point.threads is not None and point.threads * point.ranks > cores:
+        return f"{point.ranks} ranks want more than {cores} CPU threads"
+    return None
+
+
+def measure_ranks(
+    point: Point, *, device: torch.device, dtype: str, repeats: int, mode: str = "eager"
+) -> dict[str, Any]:
+    """A row of a point with `ranks` processes that begin each round together.
+
+    Its "seconds" are those of the slowest rank in each round; memory is not measured.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(point.ranks), context.SimpleQueue()
+    row: dict[str, Any] = point.row() | {"dtype": dtype, "mode": mode}
+    work = (point, device.type, dtype, mode, repeats, barrier, results)
+    try:
+        torch.multiprocessing.spawn(_rank, work, nprocs=point.ranks)
+    except (torch.multiprocessing.ProcessRaisedException,
+            torch.multiprocessing.ProcessExitedException) as error:  # fmt: skip
+        say(f"{point} failed: {error}")
+        return row | {"error": type(error).__name__}
+    per_rank = [results.get() for _ in range(point.ranks)]
+    seconds = [max(round_) for round_ in zip(*per_rank, strict=True)]
+    rates = [point.ranks * point.batch / s for s in seconds]
+    return row | {"seconds": seconds, "images_per_s": summary(rates), "peak_bytes": None}
+
+
+def _rank(
+    index: int,
+    point: Point,
+    kind: str,
+    dtype: str,
+    mode: str,
+    repeats: int,
+    barrier: Any,
+    results: Any,
+) -> None:
+    device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    torch.set_num_threads(point.threads or torch.get_num_threads())
+    weights = torch.bfloat16 if dtype == "bf16" else torch.float32
+    pipe = in_mode(draw_only(point.system, device, weights), mode)
+    alone = Prepared(replace(point, threads=None), pipe, dtype)
+    alone.draw()
+    seconds = []
+    for _ in range(repeats):
+        barrier.wait(timeout=600)  # a rank that died before it would be waited for for ever
+        seconds.append(timed(alone.draw, device))
+    results.put(seconds)
+
+
+def measure_axis(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of an axis, those left out included."""
+    cores = torch.get_num_threads()
+    devices = torch.cuda.device_count() if args.device.type == "cuda" else None
+    points = axis_points(axis, cores, devices)
+    reasons = {p: left_out(p, args.max_batch, cores) for p in points}
+    chosen = [p for p in points if reasons[p] is None]
+    common: dict[str, Any] = {
+        "device": args.device, "dtype": args.dtype[0], "repeats": args.repeats,
+        "mode": args.mode
+    }  # fmt: skip
+    if axis == "ranks":
+        rows = [measure_ranks(p, **common) for p in chosen]
+    else:
+        rows = measure(chosen, **common) if chosen else []
+    measured = dict(zip(chosen, rows, strict=True))
+    same = {"dtype": args.dtype[0], "mode": args.mode}
+    return [
+        {"axis": axis}
+        | measured.get(p, p.row() | {**same, "not_measured": reasons[p]})
+        | {"paper_a100_images_per_s": PAPER_TOKENS.get(p.tokens or 0)}
+        for p in points
+    ]
+
+
+def scaling_table(record: Mapping[str, Any]) -> str:
+    """Markdown, a line per point."""
+    rows = []
+    for case in record["cases"]:
+        speed, peak = case.get("images_per_s"), case.get("peak_bytes")
+        missing = case.get("not_measured") or case.get("error")
+        rows.append(
+            {name: case[name] for name in ("axis", "model", "batch", "tokens", "side", "steps")}
+            | {"threads": case["threads"] or "all", "ranks": case["ranks"]}
+            | {
+                "samples/s (p20-p80)": f"not measured: {missing}"
+                if speed is None
+                else f"{speed['median']:.3g} ({speed['p20']:.3g}-{speed['p80']:.3g})",
+                "peak GiB": None if peak is None else f"{peak / 2**30:.2f}",
+            }
+        )
+    columns = ("axis", "model", "batch", "tokens", "side", "steps", "threads", "ranks")
+    return table(rows, (*columns, "samples/s (p20-p80)", "peak GiB"))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure axis after axis; the JSON, where asked for, is rewritten after each."""
+    record = start_record("scaling", args)
+    record["protocol"]["warmup"] = "two calls of each: first call, memory"
+    path = result_path(args.json, record) if args.json else None
+    for axis in args.axes:
+        say(f"axis {axis}")
+        record["cases"] += measure_axis(axis, args)
+        if path is not None:
+            write_json(path, record)
+    try:
+        record["cost_model"] = cost_model.analysis(record["cases"], FIT)
+    except (ValueError, ImportError) as error:  # axes without the points to fit on
+        say(f"no cost model: {error}")
+    if path is not None:
+        write_json(path, record)
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; status 1 when a point failed."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    add("--axes", metavar="A,B", default=",".join(AXES), help=f"default: {','.join(AXES)}")
+    add("--max-batch", type=int, metavar="B", help="CPU: 8; CUDA: 64")
+    add("--dtype", choices=PRECISIONS, default="bf16")
+    add_compile(p, "all points")
+    add("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
+    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    add("--plots", metavar="DIR", help="also scaling.svg there")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
+    args = p.parse_args(argv)
+    args.axes, args.device = args.axes.split(","), torch.device(args.device)
+    unknown = [axis for axis in args.axes if axis not in AXES]
+    if unknown:
+        p.error(f"--axes: unknown {', '.join(unknown)}; known: {', '.join(AXES)}")
+    if args.dtype == "tf32" and args.device.type != "cuda":
+        p.error("--dtype tf32 exists on CUDA devices only")
+    if args.max_batch is None:
+        args.max_batch = 64 if args.device.type == "cuda" else 8
+    for name in ("max_batch", "repeats", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
+    if args.plots is not None and not Path(args.plots).is_dir():
+        p.error(f"--plots wants an existing folder; got {args.plots}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    args.mode = mode(p, args)
+    args.dtype, args.weights, args.upstream = [args.dtype], None, None  # start_record's: random
+    record = run(args)
+    print(scaling_table(record))
+    if "cost_model" in record:
+        print("\n" + cost_model.comparison_table(record["cost_model"]["lines"]))
+    if args.plots is not None:
+        import plots
+
+        plots.write(plots.scaling(record), os.path.join(args.plots, "scaling.svg"))
+    return int(any("error" in case for case in record["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Measures: reconstruction, generation, linear probing, and the small Fashion-MNIST classifier."""

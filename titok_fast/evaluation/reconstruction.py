@@ -1,0 +1,194 @@
+"""How well a tokenizer gives pictures back: PSNR, SSIM, features, code use, classes kept.
+
+Protocol of the published rFID (upstream: evaluator/evaluator.py): the originals are the evaluated
+pictures themselves, not the training set; reconstructions are clamped and rounded to bytes.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titok_fast.evaluation.measure import Figures, Measurement, named, plain_name, scores
+from titok_fast.evaluation.networks import FeatureNetwork
+from titok_fast.evaluation.pictures import Pictures, batches
+from titok_fast.evaluation.ranks import sum_over_ranks
+from titok_fast.evaluation.statistics import frechet_distance
+from titok_fast.images import to_uint8
+from titok_fast.maskgit_vqgan import MaskGitVQGAN
+from titok_fast.tokenizer import TiTok
+from titok_fast.training.dead_codes import CodeUsage
+
+# (B, 3, S, S) float32 in [0, 1] -> reconstructions, clamped or not, and int64 ids or None
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+_BORDER = 5  # pixels by which SSIM's window reaches beyond its center
+
+
+def reconstructor(model: TiTok | MaskGitVQGAN) -> Reconstruct:
+    """How a model gives pictures back, on its own device. A VAE uses its mean.
+
+    Raises:
+        ValueError: a stage-1 tokenizer, which predicts proxy codes.
+    """
+    if isinstance(model, MaskGitVQGAN):
+        return lambda images: _through_vqgan(model, images)
+    config = model.config
+    if config.is_legacy and not config.finetune_decoder:
+        raise ValueError("a stage-1 tokenizer predicts proxy codes, not pixels: nothing to measure")
+    return lambda images: _through_titok(model, images)
+
+
+def _through_vqgan(model: MaskGitVQGAN, images: Tensor) -> tuple[Tensor, Tensor]:
+    weight = model.decoder.conv_in.weight
+    ids = model.encode(images.to(weight))
+    return model.decode(ids), ids
+
+
+def _through_titok(model: TiTok, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    codes, result = model.encode(images.to(model.latent_tokens.device))
+    if model.config.quantize_mode == "vae":
+        return model.decode(result.mode()), None
+    return model.decode(codes), result["min_encoding_indices"]
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair of pictures.
+
+    Args:
+        a: (B, H, W, 3) uint8.
+        b: the same shape.
+
+    Returns:
+        (B,) float64 in dB; inf for equal pictures.
+    """
+    error = (a.double() - b.double()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255.0**2 / error)
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each pair: Gaussian window of 11 pixels, sigma 1.5.
+
+    As published (and in scikit-image), over windows that lie in the picture: torchmetrics' own mean
+    takes in a border of mirrored pixels.
+
+    Args:
+        a: (B, H, W, 3) uint8, sides of at least 11.
+        b: the same shape.
+
+    Returns:
+        (B,) float64, 1 for equal pictures.
+
+    Raises:
+        ValueError: smaller pictures.
+        ImportError: torchmetrics is missing.
+    """
+    if min(a.shape[1:3]) < 2 * _BORDER + 1:
+        raise ValueError(f"SSIM wants sides of at least {2 * _BORDER + 1}; got {a.shape[1:3]}")
+    try:
+        functional: Any = import_module("torchmetrics.functional.image")
+    except ImportError as error:
+        raise ImportError("SSIM needs torchmetrics: install titok_fast[eval]") from error
+    a, b = (x.double().permute(0, 3, 1, 2) for x in (a, b))
+    measure = functional.structural_similarity_index_measure
+    _, maps = measure(a, b, data_range=255.0, reduction="none", return_full_image=True)
+    inner: Tensor = maps[..., _BORDER:-_BORDER, _BORDER:-_BORDER]
+    return inner.mean(dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    reconstruct: Reconstruct,
+    pictures: Pictures,
+    *,
+    codebook_size: int | None = None,
+    networks: Sequence[FeatureNetwork] = (),
+    distances: Sequence[tuple[str, nn.Module]] = (),
+    with_ssim: bool = True,
+    floor: bool = False,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Figures:
+    """Measure reconstructions. Ranks of a process group share the pictures; all get the figures.
+
+    Args:
+        reconstruct: see `reconstructor`.
+        pictures: originals, of the tokenizer's size.
+        codebook_size: N, for the use of codes; None leaves it out.
+        networks: feature networks.
+        distances: names and modules of perceptual distances (training/perceptual.py).
+        with_ssim: measure SSIM, which needs torchmetrics.
+        floor: also the Frechet distance of two halves of the originals.
+        batch_size: pictures at once.
+        progress: called with the number of pictures done since the last call, on this rank.
+
+    Returns:
+        Means over pictures, of all ranks: `images`, `psnr` in dB, `ssim`, `codebook_usage` (0..1),
+        `codebook_entropy_bits`; for each distance its own name if that is "lpips", else
+        `perceptual[name]`; for each network `fid[name]`, `is[name]`, `is10[name]`, `floor[name]`
+        and, where it knows the classes, `accuracy_originals[name]` and
+        `accuracy_reconstructions[name]`. `rFID` for Inception alone.
+
+    Raises:
+        ValueError: no pictures, or fewer than two where a network looks.
+        ImportError: a package of the extra `eval` is missing.
+    """
+    total = len(pictures)
+    views = [(Measurement(n, total, halves=floor), Measurement(n, total)) for n in networks]
+    usage = CodeUsage(codebook_size) if codebook_size else None
+    sums = torch.zeros(3 + len(distances), dtype=torch.float64)  # pictures, dB, SSIM, distances
+    for first, originals, labels in batches(pictures, batch_size):
+        images = originals.permute(0, 3, 1, 2).float() / 255
+        made, ids = reconstruct(images)
+        made = made.float().clamp(0, 1).cpu()
+        bytes_made = to_uint8(made, rounding="round")
+        n = len(originals)
+        sums[0] += n
+        sums[1] += psnr(originals, bytes_made).sum()
+        if with_ssim:
+            sums[2] += ssim(originals, bytes_made).sum()
+        for i, (_, distance) in enumerate(distances):
+            sums[3 + i] += n * float(distance(images, bytes_made.permute(0, 3, 1, 2).float() / 255))
+        if usage is not None and ids is not None:
+            usage.update(ids.cpu())
+        for original_view, made_view in views:
+            original_view.update(originals, first, labels)
+            made_view.update(bytes_made, first, labels)
+        if progress is not None:
+            progress(n)
+    figures = _pixel_figures(sum_over_ranks(sums), [name for name, _ in distances], with_ssim)
+    if usage is not None:
+        report = usage.report()
+        figures["codebook_usage"] = report.usage
+        figures["codebook_entropy_bits"] = report.entropy_bits
+    for original_view, made_view in views:
+        figures.update(_feature_figures(original_view, made_view, floor))
+    return figures
+
+
+def _pixel_figures(sums: Tensor, distances: Sequence[str], with_ssim: bool) -> Figures:
+    n, decibels, similarity, *rest = sums.tolist()
+    if not n:
+        raise ValueError("there are no pictures to measure")
+    figures = {"images": n, "psnr": decibels / n}
+    if with_ssim:
+        figures["ssim"] = similarity / n
+    for name, total in zip(distances, rest, strict=True):
+        figures[name if name == "lpips" else f"perceptual[{name}]"] = total / n
+    return figures
+
+
+def _feature_figures(originals: Measurement, made: Measurement, floor: bool) -> Figures:
+    network = originals.network
+    originals.merge_ranks()
+    made.merge_ranks()
+    distance = frechet_distance(made.sums.gaussian(), originals.sums.gaussian())
+    figures = {named("fid", network): distance, **scores(made)}
+    if floor:
+        figures[named("floor", network)] = originals.floor()
+    before, after = originals.label_share(), made.label_share()
+    if before is not None and after is not None:
+        figures[named("accuracy_originals", network)] = before
+        figures[named("accuracy_reconstructions", network)] = after
+    return plain_name(figures, network, "rFID")

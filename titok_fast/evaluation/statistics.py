@@ -1,0 +1,185 @@
+"""What is computed from features: Frechet distance, class score, precision and recall, code use.
+
+Sums run in float64 and are added up over batches and ranks, so nothing but precision and recall
+needs all features at once. Sources: arXiv:1706.08500 (Frechet distance), 1606.03498 (Inception
+Score), 1904.06991 (precision, recall); details as in openai/guided-diffusion's evaluator ("ADM").
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titok_fast.evaluation.ranks import sum_over_ranks
+
+SPLITS = 10  # ADM's protocol
+NEIGHBOURS = 3  # ADM's k
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and covariance of features, all that a Frechet distance needs.
+
+    Attributes:
+        mean: (d,) float64.
+        covariance: (d, d) float64, normalised by n - 1.
+        count: n, or 0 where a file does not say.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int = 0
+
+
+class FeatureSums:
+    """Sums from which the mean and the covariance follow.
+
+    Args:
+        dim: d, number of features.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Add (B, d) features."""
+        x = features.to(self.total)
+        self.count += len(x)
+        self.total += x.sum(dim=0)
+        self.outer.addmm_(x.T, x)
+
+    def merge_ranks(self) -> None:
+        """Make the sums of all ranks everybody's."""
+        for sums in (self.count, self.total, self.outer):
+            sum_over_ranks(sums)
+
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance of what was added.
+
+        Raises:
+            ValueError: fewer than two rows, or features that are not finite.
+        """
+        n = int(self.count)
+        if n < 2:
+            raise ValueError(f"statistics want at least 2 images; got {n}")
+        mean = self.total / n
+        covariance = (self.outer - n * torch.outer(mean, mean)) / (n - 1)
+        if not bool(torch.isfinite(covariance).all()):
+            raise ValueError("the features hold NaN or Inf: check the network's weights")
+        return Gaussian(mean.cpu(), covariance.cpu(), n)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared Frechet distance of two Gaussians; 0 where they are equal.
+
+    The trace of the square root of A B is taken as the sum of the roots of the eigenvalues of
+    A^1/2 B A^1/2, which are the same. That matrix is symmetric and has no negative eigenvalue but
+    by rounding, so a singular covariance needs neither the eps on the diagonal that evaluators add
+    where scipy's sqrtm fails, nor a limit on imaginary parts.
+
+    Raises:
+        ValueError: another number of features.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"the Frechet distance wants features of one network; got {len(a.mean)} and "
+            f"{len(b.mean)} of them"
+        )
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0)
+    traces = a.covariance.trace() + b.covariance.trace()
+    return float((a.mean - b.mean).square().sum() + traces - 2 * product.sqrt().sum())
+
+
+class ClassScore:
+    """The Inception Score of any classifier: exp of the mean KL from the mean prediction.
+
+    Args:
+        total: number of images in the whole evaluation; the tenths of ten-split scores are tenths
+            of it in file order.
+        classes: number of logits.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, total: int, classes: int, device: torch.device | str = "cpu") -> None:
+        self.total = total
+        self.count = torch.zeros(SPLITS, dtype=torch.float64, device=device)
+        self.probability = torch.zeros(SPLITS, classes, dtype=torch.float64, device=device)
+        self.negentropy = torch.zeros(SPLITS, dtype=torch.float64, device=device)
+
+    def update(self, logits: Tensor, first: int) -> None:
+        """Add (B, classes) logits of the images `first`, `first` + 1, ... in file order."""
+        log_p = logits.to(self.probability).log_softmax(dim=1)
+        index = torch.arange(first, first + len(logits), device=log_p.device)
+        # image i lies in the split whose borders are floor(s * total / 10)
+        split = ((index + 1) * SPLITS - 1) // self.total
+        self.count.index_add_(0, split, torch.ones_like(log_p[:, 0]))
+        self.probability.index_add_(0, split, log_p.exp())
+        self.negentropy.index_add_(0, split, (log_p.exp() * log_p).sum(dim=1))
+
+    def merge_ranks(self) -> None:
+        """Make the sums of all ranks everybody's."""
+        for sums in (self.count, self.probability, self.negentropy):
+            sum_over_ranks(sums)
+
+    def one_split(self) -> float:
+        """Over all images, as in the published reconstruction evaluation."""
+        return float(
+            _score(self.count.sum(0), self.probability.sum(0), self.negentropy.sum(0)).exp()
+        )
+
+    def ten_splits(self) -> float:
+        """Mean over ten runs of images in file order, as ADM's. Not comparable to `one_split`."""
+        present = self.count > 0
+        scores = _score(self.count, self.probability, self.negentropy).exp()
+        return float(scores[present].mean())
+
+
+def _score(count: Tensor, probability: Tensor, negentropy: Tensor) -> Tensor:
+    """Mean KL divergence: (...), (..., classes), (...) -> (...). Empty splits give NaN."""
+    mean = probability / count.unsqueeze(-1)
+    return negentropy / count - torch.xlogy(mean, mean).sum(dim=-1)
+
+
+def precision_recall(
+    generated: Tensor, real: Tensor, *, k: int = NEIGHBOURS, rows: int = 1024
+) -> tuple[float, float]:
+    """Share of generated features in the real manifold, and of real ones in the generated.
+
+    A set's manifold is the union of balls round its members, each out to the member's k-th nearest
+    neighbour in the set.
+
+    Args:
+        generated: (n, d).
+        real: (m, d), on the same device.
+        k: neighbours.
+        rows: rows of the distance matrix at once; it is n or m columns wide, in float64.
+
+    Returns:
+        Precision and recall, each in [0, 1].
+
+    Raises:
+        ValueError: a set with k or fewer members, or features of two networks.
+    """
+    if min(len(generated), len(real)) <= k or generated.shape[1:] != real.shape[1:]:
+        got = f"{tuple(generated.shape)} and {tuple(real.shape)}"
+        raise ValueError(f"precision and recall want over {k} rows (n, d) on each side; got {got}")
+    # float64: neighbours are told apart by differences of large squares
+    generated, real = generated.double(), real.double()
+    precision = _inside(generated, real, _radii(real, k, rows), rows)
+    return precision, _inside(real, generated, _radii(generated, k, rows), rows)
+
+
+def _radii(points: Tensor, k: int, rows: int) -> Tensor:
+    """(n, d) -> (n,) distance to the k-th nearest other point."""
+    parts = [torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(rows)]
+    return torch.cat(parts)
+
+
+def _inside(points: Tensor, centres: Tensor, radii: Tensor, rows: int) -> float:
+    parts = [(torch.cdist(p, centres) <= radii).any(dim=1) for p in points.split(rows)]
+    return float(torch.cat(parts).double().mean())

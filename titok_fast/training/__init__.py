@@ -1,0 +1,1 @@
+"""Training: data, losses, optimiser, the one loop, and its recipes."""

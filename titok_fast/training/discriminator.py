@@ -1,0 +1,99 @@
+"""The adversary of decoder fine-tuning: a convolutional critic that scores patches of a picture.
+
+Upstream: modeling/modules/discriminator.py, whose parameter names it keeps. Float32 throughout.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SLOPE = 0.1  # of LeakyReLU below zero
+
+
+class Blur(nn.Module):
+    """Halve the sides with a fixed 4 x 4 binomial kernel, so that no frequency folds back."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        kernel = taps[:, None] * taps / 64.0
+        self.register_buffer("kernel", kernel[None, None])  # persistent: part of published files
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
+        C, H, W = x.shape[1:]
+        if H % 2 or W % 2:
+            x = F.pad(x, (0, W % 2, 0, H % 2))  # an odd side is padded by 1 before and 2 after
+        return F.conv2d(x, self.kernel.expand(C, -1, -1, -1), stride=2, padding=1, groups=C)
+
+
+class Discriminator(nn.Module):
+    """Pictures to a grid of logits: high where a patch looks real.
+
+    The defaults are the published network, 1,909,889 parameters: 256 px are halved three times to
+    32 and max-pooled to 16 x 16 logits. Features smaller than the pooled side are left as they are
+    (upstream would copy pixels to fill the grid): below 128 px the logits form a grid of S/8, so
+    32 px are judged as 4 x 4.
+
+    Args:
+        hidden_channels: width of the first stage, doubled by each after it; a multiple of 32.
+        num_stages: halvings before the pool, at least 1.
+        pooled_side: largest side of the grid of logits, at least 1.
+
+    Raises:
+        ValueError: an argument is none of the above.
+    """
+
+    def __init__(
+        self, hidden_channels: int = 128, num_stages: int = 3, pooled_side: int = 16
+    ) -> None:
+        super().__init__()
+        if hidden_channels < 32 or hidden_channels % 32:
+            raise ValueError(
+                "Discriminator wants hidden_channels to be a multiple of 32 (norm groups); "
+                f"got {hidden_channels}"
+            )
+        if num_stages < 1 or pooled_side < 1:
+            raise ValueError(
+                "Discriminator wants num_stages and pooled_side of at least 1; "
+                f"got {num_stages} and {pooled_side}"
+            )
+        self.pooled_side = pooled_side
+        widths = [hidden_channels, *(hidden_channels * 2**s for s in range(num_stages))]
+        self.block_in = nn.Sequential(nn.Conv2d(3, hidden_channels, 5, padding=2), _leaky())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), Blur(), nn.GroupNorm(32, o), _leaky())
+            for i, o in pairwise(widths)
+        )
+        last = widths[-1]
+        self.to_logits = nn.Sequential(
+            nn.Conv2d(last, last, 1), _leaky(), nn.Conv2d(last, 1, 5, padding=2)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Score a batch.
+
+        Args:
+            images: (B, 3, H, W) float32, real ones in [0, 1].
+
+        Returns:
+            (B, 1, h, w) float32 logits; h is the smaller of `pooled_side` and H / 2**num_stages.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"Discriminator wants images (B, 3, H, W); got {tuple(images.shape)}")
+        x = self.block_in(images)
+        for block in self.blocks:
+            x = block(x)
+        side = (min(self.pooled_side, x.shape[-2]), min(self.pooled_side, x.shape[-1]))
+        return self.to_logits(F.adaptive_max_pool2d(x, side))
+
+
+def _leaky() -> nn.LeakyReLU:
+    return nn.LeakyReLU(_SLOPE)

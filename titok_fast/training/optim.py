@@ -1,0 +1,152 @@
+"""AdamW and its learning rate as in upstream's training scripts. Steps are optimizer updates."""
+
+import importlib
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from titok_fast.attention import BackendError
+from titok_fast.training.recipe import LossConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+
+# a parameter whose name holds one of these does not decay; upstream: utils/train_utils.py
+NO_DECAY = (
+    "ln",
+    "bias",
+    "latent_tokens",
+    "mask_token",
+    "embedding",
+    "norm",
+    "gamma",
+    "embed",
+)
+
+
+def decays(name: str, ndim: int) -> bool:
+    """Whether weight decay acts on a parameter, by its name and number of dimensions.
+
+    The rule is upstream's and so are the words. Our names give every parameter the side its
+    published name gives it, which a test holds for all models.
+    """
+    return ndim >= 2 and not any(word in name for word in NO_DECAY)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters of a model in two groups: those that do not decay, then the others.
+
+    Args:
+        model: frozen parameters are left out. Wrappers (DDP, compile) do not change the groups.
+        weight_decay: of the second group.
+
+    Raises:
+        ValueError: nothing can be trained.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter")
+    still = [p for n, p in named if not decays(n, p.ndim)]
+    rest = [p for n, p in named if decays(n, p.ndim)]
+    return [
+        {"params": still, "weight_decay": 0.0},
+        {"params": rest, "weight_decay": weight_decay},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, learning_rate: float | None = None
+) -> Optimizer:
+    """AdamW over the trainable parameters of a model (or of a loss with its discriminator).
+
+    Args:
+        model: on the device it trains on.
+        config: `fused` "torch" is torch's fused step, "apex" NVIDIA's FusedAdam, "auto" torch's
+            where every parameter can take it, else its loop over tensor lists.
+        learning_rate: instead of config.learning_rate.
+
+    Raises:
+        ValueError: nothing to train; a fused step asked for that these parameters cannot take.
+        BackendError: apex asked for, but `apex.optimizers.FusedAdam` is not there.
+    """
+    groups = parameter_groups(model, config.weight_decay)
+    lr = config.learning_rate if learning_rate is None else learning_rate
+    options: dict[str, Any] = {
+        "lr": lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+    }
+    if config.fused == "apex":
+        return _fused_adam()(groups, adam_w_mode=True, **options)
+    parameters = [p for group in groups for p in group["params"]]
+    fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    if config.fused == "torch" and not fits:
+        devices = sorted({p.device.type for p in parameters})
+        raise ValueError(f"optimizer.params.fused=torch wants cpu or cuda; got {devices}: use auto")
+    return AdamW(groups, fused=fits, **options)
+
+
+def _fused_adam() -> Any:
+    """NVIDIA's optimizer. PyPI's `apex` is another package, so the class itself is looked for."""
+    try:
+        return importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError) as error:
+        raise BackendError(
+            "optimizer.params.fused=apex wants NVIDIA's apex, built from "
+            f"https://github.com/NVIDIA/apex (PyPI's apex is another package): {error}. "
+            "fused=auto uses torch's own fused step"
+        ) from error
+
+
+def learning_rate(step: int, schedule: ScheduleConfig, base_lr: float, max_steps: int) -> float:
+    """Rate of an update: linear from 0, then half a cosine to `end_lr`, or constant.
+
+    Args:
+        step: updates done before this one, so the first update has rate 0 if there is a warm-up.
+        schedule: see there.
+        base_lr: rate at the end of the warm-up.
+        max_steps: updates of the whole run; the rate stays at its last value after them.
+    """
+    if step < schedule.warmup_steps:
+        return base_lr * step / schedule.warmup_steps
+    if schedule.scheduler == "constant":
+        return base_lr
+    length = max(1, max_steps - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / length)
+    return schedule.end_lr + (base_lr - schedule.end_lr) * 0.5 * (1.0 + cos(pi * progress))
+
+
+def discriminator_learning_rate(
+    step: int,
+    schedule: ScheduleConfig,
+    optimizer: OptimizerConfig,
+    losses: LossConfig,
+    training: TrainingConfig,
+) -> float:
+    """Rate of the discriminator at the model's update `step`.
+
+    Its clock starts at discriminator_start, with a warm-up of its own, and reaches `end_lr` with
+    the run. Upstream's does not on several devices: it subtracts the start once from a length that
+    it has multiplied by their number.
+
+    Raises:
+        ValueError: the discriminator has not started.
+    """
+    start = losses.discriminator_start
+    if step < start:
+        raise ValueError(f"the discriminator learns from update {start}; got update {step}")
+    base = optimizer.discriminator_learning_rate
+    base = optimizer.learning_rate if base is None else base
+    return learning_rate(step - start, schedule, base, training.max_train_steps - start)
+
+
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
+    """Give every group of an optimizer the rate `value`.
+
+    A tensor rate (capturable optimizers keep one on the device) is filled, not replaced.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
