@@ -114,11 +114,13 @@ def test_settings_reach_the_sampler(tmp_path: Path, weights: Path, tiny: None) -
     settings: dict[str, Any] = {
         "num_sample_steps": 4,
         "guidance_scale": 1.5,
+        "guidance_interval": (0.5, 1.0),
         "randomize_temperature": 2.0,
         "schedule": "cosine",
         "confidence": "probability",
     }
     given = ["--steps=4", "--guidance=1.5", "--temperature=2", "--schedule=cosine"]
+    given += ["--guidance-interval=0.5,1"]
     places = [*both(weights), f"--out={tmp_path}", "--dtype=bfloat16"]
     assert run("sample", "--labels=2", *given, "--confidence=probability", *places) == 0
     pipe = TiTokPipeline.from_pretrained(
@@ -265,6 +267,8 @@ MISTAKES = {
     f"{DRAW} --steps=0 {LOCAL}": "num_sample_steps wants an integer from 1 to 1024; got 0",
     f"{DRAW} --steps=2000 {LOCAL}": "num_sample_steps wants an integer from 1 to 1024",
     f"{DRAW} --guidance=nan {LOCAL}": "guidance_scale wants a finite number",
+    f"{DRAW} --guidance-interval=1 {LOCAL}": "wants two numbers such as 0.25,0.75; got '1'",
+    f"{DRAW} --guidance-interval=1,0 {LOCAL}": "guidance_interval wants (low, high) with 0 <= low",
     f"{DRAW} --temperature=-1 {LOCAL}": "randomize_temperature wants at least 0",
     f"{DRAW} --schedule=sine {LOCAL}": "invalid choice: 'sine'",
     f"{DRAW} --dtype=int8 {LOCAL}": "invalid choice: 'int8'",

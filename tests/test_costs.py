@@ -191,6 +191,8 @@ def test_parameters_are_the_published_ones(name: str) -> None:
         ({"guidance_decay": "linear", "num_sample_steps": 1}, 1),
         ({"guidance_decay": "linear", "guidance_scale": 0.0}, 8),
         ({"guidance_decay": "power-cosine", "guidance_scale": 1.0}, 16),
+        ({"guidance_interval": (0.25, 0.75)}, 12),
+        ({"guidance_decay": "power-cosine", "guidance_interval": (0.0, 0.5)}, 12),
     ],
 )
 def test_passes(changes: dict[str, Any], passes: int) -> None:

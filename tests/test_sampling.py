@@ -78,6 +78,9 @@ def test_fast_equals_the_reference_without_noise(
     assert torch.equal(sample(model, labels, sample_seeds(3, 4), config), want)
     assert torch.equal(model.generate(labels, 4.5, decay, 3.0, 0.0, annealing, 8), want)
     assert len(want.unique()) > 2  # else the model says too little to tell anything
+    part = config.but(guidance_interval=(0.25, 0.75))
+    want_part = reference.generate(model, labels, part)
+    assert torch.equal(sample(model, labels, sample_seeds(3, 4), part), want_part)
 
 
 @pytest.mark.parametrize("T", [1, 2, 8, 64])

@@ -1,5 +1,7 @@
 """Numbers of a run: the published tables, the ends, and float64 where float32 loses a token."""
 
+import json
+from dataclasses import asdict, replace
 from itertools import pairwise
 from math import acos, cos, floor, pi
 
@@ -7,9 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import CountingForwards, tiny_generator
 
 from titok_fast import SamplingConfig
 from titok_fast.config import MAX_STEPS, SCHEDULES
+from titok_fast.sample_options import build_parser, settings
+from titok_fast.sampling import sample, sample_seeds
 from titok_fast.schedules import guidance_weight, mask_ratio, masked_after, steps
 
 # tokens still masked after each of 8 steps
@@ -89,6 +94,65 @@ def test_guidance_of_eight_steps() -> None:
     assert guidance_weight(last, 63) + 1 == pytest.approx(6.8691, abs=5e-5)
 
 
+@pytest.mark.parametrize("decay", ["constant", "linear", "power-cosine"])
+def test_guidance_acts_inside_its_interval_alone(decay: str) -> None:
+    always = SamplingConfig(8, 4.5, decay, 3.0, 9.5, True)
+    whole = [guidance_weight(always, s) for s in range(8)]
+    for interval, inside in (
+        ((0.0, 1.0), range(8)),
+        ((0.5, 1.0), range(4, 8)),
+        ((0.25, 0.75), range(2, 6)),
+        ((0.0, 0.3), range(3)),  # steps 0, 1 and 2 begin before 0.3
+        ((0.9, 1.0), range(0)),  # no step begins there
+    ):
+        some = always.but(guidance_interval=interval)
+        want = [w if s in inside else 0.0 for s, w in enumerate(whole)]
+        assert [guidance_weight(some, s) for s in range(8)] == want
+        # nothing else changes
+        assert [replace(s, guidance=0) for s in steps(some)] == [
+            replace(s, guidance=0) for s in steps(always)
+        ]
+        assert [s.guidance for s in steps(some)] == want
+
+
+def test_steps_outside_the_interval_run_one_pass() -> None:
+    model = tiny_generator()
+    config = SamplingConfig(8, 3.0, "constant", guidance_interval=(0.25, 0.75))
+    with CountingForwards(model) as passes:
+        sample(model, [1, 2, 3], sample_seeds(0, 3), config)
+    assert passes.rows == [3, 3, 6, 6, 6, 6, 3, 3]
+    off = config.but(guidance_scale=0.0)
+    ids, none = (sample(model, [1, 2, 3], sample_seeds(0, 3), c) for c in (config, off))
+    assert not torch.equal(ids, none)  # inside, guidance acts
+    outside = config.but(guidance_interval=(0.9, 1.0))
+    assert torch.equal(sample(model, [1, 2, 3], sample_seeds(0, 3), outside), none)
+
+
+def test_interval_survives_a_file() -> None:
+    config = SamplingConfig(guidance_interval=(0.25, 1))
+    read = SamplingConfig(**json.loads(json.dumps(asdict(config))))
+    assert read == config
+    assert hash(read) == hash(config)
+    assert SamplingConfig().guidance_interval == (0.0, 1.0)
+
+
+def test_interval_on_the_command_line() -> None:
+    def chosen(*words: str) -> object:
+        args = build_parser().parse_args(["--out", "x", *words])
+        return settings(args)["guidance_interval"]
+
+    assert chosen() is None
+    assert chosen("--guidance-interval", "0.25,0.75") == (0.25, 0.75)
+    assert chosen("--guidance-interval=0.5,1", "--guidance", "3") == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.1,0.2,0.3", "a,b", ""])
+def test_an_interval_wants_two_numbers(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--out", "x", f"--guidance-interval={text}"])
+    assert f"wants two numbers such as 0.25,0.75; got {text!r}" in capsys.readouterr().err
+
+
 def test_temperatures_of_eight_steps() -> None:
     plan = steps(SamplingConfig(8, 4.5, "linear", 3.0, 9.5, True))
     noise = [8.3125, 7.125, 5.9375, 4.75, 3.5625, 2.375, 1.1875, 0]
@@ -117,6 +181,11 @@ def test_temperatures_of_eight_steps() -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale wants a finite number; got nan"),
         ({"guidance_scale_pow": float("inf")}, "guidance_scale_pow wants a finite number"),
         ({"randomize_temperature": -1.0}, r"randomize_temperature wants at least 0; got -1\.0"),
+        *(
+            ({"guidance_interval": wrong}, r"guidance_interval wants \(low, high\) with 0 <= low")
+            for wrong in ((0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.5), (0.5,), "01", 0.5)
+        ),
+        ({"guidance_interval": (float("nan"), 1.0)}, "guidance_interval wants"),
         ({"temperature": 1.0}, r"sampling setting wants one of .*; got \['temperature'\]"),
     ],
 )

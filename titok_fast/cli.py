@@ -19,6 +19,7 @@ from titok_fast.cli_info import info
 from titok_fast.config import SCHEDULES
 from titok_fast.layer_costs import DTYPE_BYTES
 from titok_fast.presets import PRESETS
+from titok_fast.sample_options import interval
 
 _EPILOG = """\
 examples:
@@ -146,6 +147,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     )
     settings.add_argument("--steps", type=int, help="number of unmasking steps, 1 to 1024")
     settings.add_argument("--guidance", type=float, help="guidance scale; 0 turns guidance off")
+    settings.add_argument(
+        "--guidance-interval", type=interval, metavar="LOW,HIGH",
+        help="share of the steps in which guidance acts, such as 0.25,0.75 (default: all)",
+    )  # fmt: skip
     settings.add_argument("--temperature", type=float, help="noise at the first step, 0 or more")
     settings.add_argument("--schedule", choices=SCHEDULES, help="how fast tokens are unmasked")
     settings.add_argument(

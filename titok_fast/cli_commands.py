@@ -88,6 +88,7 @@ def sample(args: argparse.Namespace) -> Iterator[str]:
     settings = {
         "num_sample_steps": args.steps,
         "guidance_scale": args.guidance,
+        "guidance_interval": args.guidance_interval,
         "randomize_temperature": args.temperature,
         "schedule": args.schedule,
         "confidence": args.confidence,

@@ -121,8 +121,12 @@ def generator_passes(sampling: SamplingConfig) -> int:
     A guided step of weight 0 needs no unconditional pass, and linear guidance starts with one. The
     first step of power-cosine has weight 0 too, but upstream runs both, so both count as work here.
     """
+    (low, high), T = sampling.guidance_interval, sampling.num_sample_steps
     always = sampling.guidance_decay == "power-cosine"
-    return sum(2 if always or step.guidance != 0 else 1 for step in steps(sampling))
+    return sum(
+        2 if step.guidance != 0 or (always and low <= step.index / T < high) else 1
+        for step in steps(sampling)
+    )
 
 
 def generation_costs(

@@ -45,6 +45,7 @@ def generate(model: MaskedGenerator, labels: Tensor, config: SamplingConfig) -> 
     check_labels(labels, model.config.condition_num_classes)
     K, mask_id, T = model.image_seq_len, model.mask_token_id, config.num_sample_steps
     g, decay = config.guidance_scale, config.guidance_decay
+    low, high = config.guidance_interval  # upstream has none: all steps
     ids = torch.full((labels.shape[0], K), mask_id, device=labels.device)
     cfg = g if decay == "constant" else 0.0
 
@@ -57,7 +58,7 @@ def generate(model: MaskedGenerator, labels: Tensor, config: SamplingConfig) -> 
             cfg = (g - 1) * rise + 1
 
         cond = model(ids, labels, cond_drop_prob=0.0).float()
-        if cfg != 0:
+        if cfg != 0 and low <= step / T < high:
             uncond = model(ids, labels, cond_drop_prob=1.0).float()
             base = uncond if decay == "power-cosine" else cond
             logits = base + (cond - uncond) * cfg

@@ -91,6 +91,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="number of unmasking steps, 1 to 1024")
     group.add_argument("--guidance", type=float, help="guidance scale; 0 turns guidance off")
     group.add_argument("--decay", choices=GUIDANCE_DECAYS, help="guidance over the steps")
+    group.add_argument(
+        "--guidance-interval", type=interval, metavar="LOW,HIGH",
+        help="share of the steps in which guidance acts, such as 0.25,0.75 (default: all)",
+    )  # fmt: skip
     group.add_argument("--power", type=float, help="exponent of the decay power-cosine")
     group.add_argument("--temperature", type=float, help="noise at the first step, 0 or more")
     group.add_argument(
@@ -110,6 +114,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "num_sample_steps": args.steps,
         "guidance_scale": args.guidance,
         "guidance_decay": args.decay,
+        "guidance_interval": args.guidance_interval,
         "guidance_scale_pow": args.power,
         "randomize_temperature": args.temperature,
         "softmax_temperature_annealing": args.annealing,
@@ -164,6 +169,16 @@ def load(args: argparse.Namespace, rank: int) -> TiTokPipeline:
         return TiTokPipeline.random(args.model, **options)
     sources = {"tokenizer": args.tokenizer, "generator": args.generator}
     return TiTokPipeline.from_pretrained(args.model, **sources, **options)
+
+
+def interval(text: str) -> tuple[float, float]:
+    """The type of `--guidance-interval`: "0.25,0.75"; SamplingConfig checks the range."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        message = f"wants two numbers such as 0.25,0.75; got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+    return low, high
 
 
 def _positive(text: str) -> int:

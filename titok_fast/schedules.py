@@ -52,8 +52,12 @@ def guidance_weight(config: SamplingConfig, step: int) -> float:
 
     Upstream's power-cosine mode scales from the unconditional side, uncond + s * (cond - uncond),
     which is the same line with w = s - 1; so the same guidance_scale means a different strength.
+    Outside of config.guidance_interval w is 0 in every mode.
     """
     T, scale = config.num_sample_steps, config.guidance_scale
+    low, high = config.guidance_interval
+    if not low <= step / T < high:
+        return 0.0
     if config.guidance_decay == "constant":
         return scale
     if config.guidance_decay == "linear":
