@@ -23,8 +23,7 @@ from cases import arithmetic, say, shared
 from harness import NOT_MEASURED, summary, table, time_interleaved, write_json
 from options import PRECISIONS, result_path, start_record
 from peer_models import Calls, Peer
-from peer_systems import SYSTEMS, System
-from report import PAPER_A100
+from peer_systems import PAPER_A100, SYSTEMS, System
 from weights import add_compile, build, draw_only, in_mode, mode
 
 from titok_fast import PRESETS

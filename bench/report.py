@@ -4,35 +4,30 @@
     python bench/report.py --check   exit status 1 when README.md says something else than the files
 
 Per device the newest commit measured counts, with all its files: numbers of two commits never meet
-in one table. What was not measured says so. The paper's numbers are labelled as the paper's.
+in one table. Of waterfalls, scaling, cost models and peers it is the newest file of each device,
+model and batch. What was not measured says so. The paper's numbers are labelled as the paper's.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log10
 from pathlib import Path
 from typing import Any
 
+from cost_model import comparison_table
 from harness import NOT_MEASURED, table
+from peer_systems import PAPER_A100
+from peers import peers_table
+from scaling import scaling_table
+from waterfall import waterfall_table
 
 from titok_fast import PRESETS
 from titok_fast.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-# samples/s on one A100, "float32" (its arithmetic implies TF32): arXiv 2406.07550, tables 1 and 2
-PAPER_A100 = {
-    ("titok-l-32", 8): 101.6,
-    ("titok-b-64", 8): 89.8,
-    ("titok-s-128", 8): 53.3,
-    ("titok-s-128", 64): 7.8,
-    ("titok-l-64-512", 8): 41.0,
-    ("titok-b-128-512", 8): 33.3,
-    ("titok-b-128-512", 64): 7.4,
-}
-
 Record = dict[str, Any]
 Case = dict[str, Any]
 
@@ -169,18 +164,61 @@ def load(folder: Path, benchmark: str) -> list[Record]:
     return [devices[name] for name in sorted(devices)]
 
 
+def whole(folder: Path, benchmark: str) -> list[tuple[Path, Record]]:
+    """The newest file of each device, model and batch, for benchmarks whose files stand alone."""
+    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    mine = [(path, r) for path, r in found if r.get("benchmark") == benchmark]
+    newest: dict[tuple[Any, ...], tuple[Path, Record]] = {}
+    for path, record in sorted(mine, key=lambda pair: pair[1]["environment"]["date_utc"]):
+        key = record["environment"]["device"], record.get("model", ""), record.get("batch", 0)
+        newest[key] = path, record
+    return [newest[key] for key in sorted(newest)]
+
+
+def cost_model_table(record: Record) -> str:
+    """How far the cost model is from each measured total."""
+    lines = record["cost_model"]["lines"]
+    return comparison_table([line for line in lines if line["stage"] == "total"])
+
+
+_MERGED = {
+    "sampling": sampling_table,
+    "reconstruction": reconstruction_table,
+    "kernels": kernels_table,
+}
+_WHOLE: dict[str, Callable[[Record], str]] = {
+    "waterfall": waterfall_table,
+    "scaling": scaling_table,
+    "cost-model": cost_model_table,
+    "peers": peers_table,
+}
+
+
 def section(folder: Path, benchmark: str) -> str:
     """What stands between a pair of markers."""
+    if benchmark in _WHOLE:
+        return _section_of_files(folder, benchmark)
     records = load(folder, benchmark)
-    make = {
-        "sampling": sampling_table,
-        "reconstruction": reconstruction_table,
-        "kernels": kernels_table,
-    }[benchmark]
+    make = _MERGED[benchmark]
     parts = [f"{_caption(record)}\n\n{make(record)}" for record in records]
     if benchmark == "sampling":
         parts.append(_beside_the_paper(records))
-    return "\n\n".join(parts) or f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]} yet."
+    return "\n\n".join(parts) or _nothing()
+
+
+def _section_of_files(folder: Path, benchmark: str) -> str:
+    parts = []
+    for path, record in whole(folder, benchmark):
+        parts.append(f"{_caption(record)}\n\n{_WHOLE[benchmark](record)}")
+        if "model" in record:
+            parts[-1] = f"{record['model']}, batch {record['batch']}. {parts[-1]}"
+        if path.with_suffix(".svg").exists():
+            parts.append(f"![{benchmark}](bench/results/{path.stem}.svg)")
+    return "\n\n".join(parts) or _nothing()
+
+
+def _nothing() -> str:
+    return f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]} yet."
 
 
 def _caption(record: Record) -> str:
@@ -224,7 +262,7 @@ def fill(readme: str, folder: Path) -> str:
     Raises:
         ValueError: a pair of markers is missing.
     """
-    for benchmark in ("sampling", "reconstruction", "kernels"):
+    for benchmark in (*_MERGED, *_WHOLE):
         begin, end = f"<!-- results:{benchmark} -->", f"<!-- /results:{benchmark} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(readme):

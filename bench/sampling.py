@@ -21,7 +21,8 @@ import upstream as official
 from cases import Candidate, arithmetic, in_dtypes, measure, say, shared, weight_bytes
 from harness import write_json
 from options import in_mode, load, parse, parser, result_path, start_record
-from report import PAPER_A100, sampling_table
+from peer_systems import PAPER_A100
+from report import sampling_table
 from stages import watch
 from torch import Tensor
 

@@ -18,7 +18,7 @@ finally:
 
 MARKERS = "\n".join(
     f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->"
-    for name in ("sampling", "reconstruction", "kernels")
+    for name in (*report._MERGED, *report._WHOLE)
 )
 
 
@@ -216,3 +216,24 @@ def test_missing_markers_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_committed_readme_agrees_with_the_committed_results() -> None:
     assert report.main(["--check"]) == 0
+
+
+def scaling_record(model: str, date: str, speed: float) -> dict[str, Any]:
+    made: dict[str, Any] = copy.deepcopy(record()) | {"benchmark": "scaling"}
+    made["environment"]["date_utc"] = date
+    case: dict[str, Any] = {"axis": "batch", "model": model, "batch": 1, "tokens": 32, "side": 256}
+    case |= {"steps": 8, "threads": None, "ranks": 1, "peak_bytes": 2**30}
+    rate = {"median": speed, "p20": speed, "p80": speed}
+    return made | {"cases": [case | {"images_per_s": rate}]}
+
+
+def test_files_that_stand_alone_show_the_newest_of_each_device(tmp_path: Path) -> None:
+    save(tmp_path, "old", scaling_record("titok-l-32", "2026-01-01T00:00:00", 3.0))
+    save(tmp_path, "new", scaling_record("titok-l-32", "2026-01-02T00:00:00", 7.0))
+    text = report.section(tmp_path, "scaling")
+    assert "| 7 (7-7)" in text
+    assert "| 3 (3-3)" not in text
+    assert "![" not in text
+    (tmp_path / "new.svg").write_text("<svg/>")
+    assert "![scaling](bench/results/new.svg)" in report.section(tmp_path, "scaling")
+    assert report.section(tmp_path, "peers") == "Not measured yet."
