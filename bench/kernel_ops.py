@@ -110,17 +110,18 @@ def soft_codes_case(spec: Spec, device: torch.device) -> Case:
 
 
 def group_norm_silu_case(spec: Spec, device: torch.device) -> Case:
-    """A block of the pixel decoder; channels-first memory for upstream, as its blocks have it."""
+    """A block of the pixel decoder, channels-last; upstream's lines also channels-first."""
     C, side = map(int, spec.model.split("x"))
     x = (torch.randn(spec.batch, C, side, side, device=device) + 0.5).to(spec.dtype)
     weight, bias = torch.rand(2, C, device=device) + 0.5
-    last = [x.to(memory_format=torch.channels_last), weight, bias]
-    first = [x.contiguous(), weight.to(spec.dtype), bias.to(spec.dtype)]
-    layouts = {"ours": last, "reference": last, "upstream": first}
+    last = [x.to(memory_format=torch.channels_last), weight.to(spec.dtype), bias.to(spec.dtype)]
+    first = [x.contiguous(), *last[1:]]
+    layouts = {"ours": last, "reference": last, "upstream": last, "channels-first": first}
     ways: dict[str, Callable[..., Tensor]] = {
         "ours": group_norm_silu,
         "reference": partial(group_norm_silu_ref, groups=32, eps=1e-6),
         "upstream": rivals.group_norm_silu_upstream,
+        "channels-first": rivals.group_norm_silu_upstream,
     }
     wide = [t.double() for t in last]
     if spec.training:

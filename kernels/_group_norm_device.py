@@ -8,6 +8,13 @@ import triton.language as tl
 
 
 @triton.jit
+def place(image, pixels, end, P, chans, C: tl.constexpr):
+    """Offsets of a tile, and which of its numbers exist."""
+    at = (image.to(tl.int64) * P + pixels[:, None]) * C + chans[None, :]
+    return at, (pixels[:, None] < end) & (chans[None, :] < C)
+
+
+@triton.jit
 def moments_kernel(
     x_ptr,  # (B, P, C) pixels of an image one after the other
     r_ptr,  # (B, P, C) added to x, if ADD
@@ -23,7 +30,6 @@ def moments_kernel(
 ):
     run, image = tl.program_id(0), tl.program_id(1)
     chans = tl.arange(0, BLOCK_C)
-    base = image.to(tl.int64) * P * C
     end = tl.minimum((run + 1) * RUN, P)
     lanes = tl.arange(0, BLOCK_P)
 
@@ -32,8 +38,7 @@ def moments_kernel(
     seen = 0.0
     for p0 in range(run * RUN, end, BLOCK_P):
         pixels = p0 + lanes
-        mask = (pixels[:, None] < end) & (chans[None, :] < C)
-        at = base + pixels[:, None].to(tl.int64) * C + chans[None, :]
+        at, mask = place(image, pixels, end, P, chans, C)
         x = tl.load(x_ptr + at, mask=mask, other=0.0)
         if ADD:
             r = tl.load(r_ptr + at, mask=mask, other=0.0)
@@ -125,8 +130,7 @@ def apply_kernel(
     image = tl.program_id(1)
     pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     chans = tl.arange(0, BLOCK_C)
-    mask = (pixels[:, None] < P) & (chans[None, :] < C)
-    at = (image.to(tl.int64) * P + pixels[:, None]) * C + chans[None, :]
+    at, mask = place(image, pixels, P, P, chans, C)
     mean, rstd, w, b = load_norm(mean_ptr, rstd_ptr, w_ptr, b_ptr, image, chans, C, G)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     h = (x - mean) * (rstd * w) + b
@@ -164,15 +168,13 @@ def grad_sums_kernel(
 ):
     run, image = tl.program_id(0), tl.program_id(1)
     chans = tl.arange(0, BLOCK_C)
-    base = image.to(tl.int64) * P * C
     end = tl.minimum((run + 1) * RUN, P)
     mean, rstd, w, b = load_norm(mean_ptr, rstd_ptr, w_ptr, b_ptr, image, chans, C, G)
     sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     dots = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for p0 in range(run * RUN, end, BLOCK_P):
         pixels = p0 + tl.arange(0, BLOCK_P)
-        mask = (pixels[:, None] < end) & (chans[None, :] < C)
-        at = base + pixels[:, None].to(tl.int64) * C + chans[None, :]
+        at, mask = place(image, pixels, end, P, chans, C)
         normal, dh = load_grad(x_ptr, dy_ptr, at, mask, mean, rstd, w, b)
         sums += dh
         dots += dh * normal
@@ -201,8 +203,7 @@ def grad_input_kernel(
     image = tl.program_id(1)
     pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     chans = tl.arange(0, BLOCK_C)
-    mask = (pixels[:, None] < P) & (chans[None, :] < C)
-    at = (image.to(tl.int64) * P + pixels[:, None]) * C + chans[None, :]
+    at, mask = place(image, pixels, P, P, chans, C)
     mean, rstd, w, b = load_norm(mean_ptr, rstd_ptr, w_ptr, b_ptr, image, chans, C, G)
     group = image * G + chans // (C // G)
     mean_grad = tl.load(sum_ptr + group, mask=chans < C, other=0.0)[None, :]

@@ -10,7 +10,7 @@ same two large passes: sums per channel, then the gradient of x.
 Why. PyTorch's CUDA kernel wants channels-first memory: two transposing copies, and SiLU apart.
 Floor. Three passes over the activation (read, read, write); with L2 holding one image of 16 MiB,
 nearer to two. Memory-bound: about 85 % of bandwidth expected. `add_group_norm_silu` folds the
-residual addition before it into pass 1: five passes instead of six.
+residual addition before it into pass 1: five passes instead of six. CPU: `_group_norm_cpu.py`.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
+from titok_fast.kernels._group_norm_cpu import group_norm_silu_cpu, takes_eager
 from titok_fast.kernels._group_norm_device import (
     apply_kernel,
     grad_input_kernel,
@@ -38,8 +39,7 @@ _ELEMENTS = 4096  # per tile: 32 for each of 128 threads, 16 in the backward, wh
 def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """What the kernel must compute: (B, C, H, W) -> same shape, dtype and memory format."""
     y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    # in place where no gradient needs y: fresh pages for 32 MiB cost as much as both operations
-    return F.silu(y, inplace=not y.requires_grad)
+    return F.silu(y)
 
 
 def _plan(P: int, C: int) -> tuple[dict[str, int], int, int]:
@@ -148,10 +148,19 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Non
 
 def _takes_kernel(x: Tensor) -> bool:
     """Whether the kernel serves x: PyTorch's own is the better one for channels-first memory."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
     # a tile holds all channels of a pixel: more than these would overflow the registers
-    fits = x.shape[1] <= _ELEMENTS and x.dtype != torch.float64
-    return runs_triton(x) and len(x) > 0 and channels_last and fits
+    return (
+        runs_triton(x)
+        and len(x) > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.shape[1] <= _ELEMENTS
+        and x.dtype != torch.float64
+    )
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    implementation = group_norm_silu_cpu if takes_eager(x) else group_norm_silu_ref
+    return implementation(x, weight, bias, groups, eps)
 
 
 def group_norm_silu(
@@ -175,7 +184,7 @@ def group_norm_silu(
     _check("group_norm_silu", x, weight, bias, groups)
     if _takes_kernel(x):
         return _group_norm_silu(x, None, weight, bias, groups, eps)[0]
-    return group_norm_silu_ref(x, weight, bias, groups, eps)
+    return _plain(x, weight, bias, groups, eps)
 
 
 def add_group_norm_silu(
@@ -211,7 +220,7 @@ def add_group_norm_silu(
     if _takes_kernel(x):
         return _group_norm_silu(x, residual, weight, bias, groups, eps)[:2]
     total = x + residual
-    return group_norm_silu_ref(total, weight, bias, groups, eps), total
+    return _plain(total, weight, bias, groups, eps), total
 
 
 def offline_cases() -> list[OfflineCase]:

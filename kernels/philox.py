@@ -147,7 +147,7 @@ def row_gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: 
 def remask_noise(seeds: Tensor, step: int, K: int) -> Tensor:
     """`gumbel` of code 0 on the remask stream, for positions 0..K-1 and checked arguments.
 
-    A few hundred numbers: the calls are all of the cost, so here are as few of them as there can be.
+    A few hundred numbers: calls are all of the cost, so there are as few of them as can be.
 
     Args:
         seeds: (B,) int64.
