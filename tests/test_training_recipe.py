@@ -505,3 +505,9 @@ def test_yaml_tags_execute_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not readable"):
         read_recipe(written(tmp_path, text))
     assert not mark.exists()
+
+
+def test_a_plain_no_is_a_word() -> None:
+    path = Path(__file__).resolve().parent.parent / "recipes" / "fashion" / "classifier.yaml"
+    recipe = read_recipe(path, ["training.mixed_precision=no"])
+    assert recipe.training.mixed_precision == "no"

@@ -189,5 +189,7 @@ def convert(value: Any, wanted: Any, name: str) -> Any:
             return value
         if plain is str and value is None:
             return ""
+        if plain is str and value is False:
+            return "no"  # what the word is where YAML does not make a truth value of it
     readable = getattr(wanted, "__name__", str(wanted)) if not get_args(wanted) else str(wanted)
     raise ValueError(f"{name} wants {readable}; got {value!r}")
