@@ -12,6 +12,7 @@ from PIL import Image
 
 from titok_fast import ImageBert, TiTok, TiTokPipeline
 from titok_fast.cli import build_parser
+from titok_fast.training.recipe import read_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -53,11 +54,17 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_commands_parse() -> None:
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("titok-fast ")]
-    assert [command[0] for command in commands] == [
-        "sample", "tokenize", "detokenize", "reconstruct", "info",
-    ]  # fmt: skip
+    assert {command[0] for command in commands} == {
+        "sample", "tokenize", "detokenize", "reconstruct", "info", "train", "pretokenize", "eval",
+    }  # fmt: skip
     for command in commands:
-        build_parser().parse_args(command)
+        if command[-1] == "--help":
+            with pytest.raises(SystemExit, match="0"):
+                build_parser(command[0]).parse_args(command)
+            continue
+        args = build_parser(command[0]).parse_args(command)
+        if command[0] == "train":
+            read_recipe(Path(__file__).parents[1] / args.recipe, args.overrides)
 
 
 def test_every_file_it_names_exists() -> None:

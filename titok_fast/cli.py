@@ -19,7 +19,7 @@ from titok_fast.cli_info import info
 from titok_fast.config import SCHEDULES
 from titok_fast.layer_costs import DTYPE_BYTES
 from titok_fast.presets import PRESETS
-from titok_fast.sample_options import interval
+from titok_fast.sample_options import add_fast, interval
 
 _EPILOG = """\
 examples:
@@ -264,6 +264,7 @@ def _add_models(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--attention", choices=(*BACKENDS, "auto"),
         help="attention back end (default: TITOK_FAST_ATTENTION, or else sdpa)",
     )  # fmt: skip
+    add_fast(group)
     group.add_argument(
         "--batch-size", type=_positive, metavar="N",
         help="pictures at once (default: 8 on the cpu, 128 elsewhere)",

@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from titok_fast.attention import backend_name
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig
+from titok_fast.fast import check_techniques, chosen
 from titok_fast.files import fetch
 from titok_fast.images import grid, list_images, save_png, to_pil, to_tensor, to_uint8
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import preset
+from titok_fast.sample_options import place
 from titok_fast.sampling import sample_seeds
 from titok_fast.token_files import check_suffix, read_ids, write_ids
 from titok_fast.tokenizer import TiTok
@@ -206,6 +208,8 @@ def _check_options(args: argparse.Namespace) -> None:
         if (device.index or 0) >= count:
             raise ValueError(f"--device {device}: torch sees {count} CUDA devices here")
     backend_name(args.attention)
+    there, dtype = place(args)
+    check_techniques(chosen(args.fast, there.type), there.type, dtype)
     weights = [args.tokenizer, getattr(args, "generator", None)]
     if args.random_weights and any(weights):
         raise ValueError("--random-weights and a place of weights exclude each other")
@@ -258,9 +262,13 @@ def _tokens(config: TokenizerConfig) -> TokenizerConfig:
 
 
 def _load(args: argparse.Namespace) -> TiTokPipeline:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = args.dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
-    options = {"device": device, "dtype": getattr(torch, name), "attention": args.attention}
+    pipe = _models(args)
+    return pipe.compile(args.fast) if args.fast else pipe
+
+
+def _models(args: argparse.Namespace) -> TiTokPipeline:
+    device, dtype = place(args)
+    options = {"device": device, "dtype": dtype, "attention": args.attention}
     if args.random_weights:
         sys.stderr.write("titok-fast: random weights, untrained: the pictures are noise\n")
         return TiTokPipeline.random(args.model, **options)

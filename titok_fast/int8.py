@@ -18,19 +18,25 @@ from titok_fast.blocks import Mlp
 
 _SYMMETRIC = 128  # the zero of uint8 for values of both signs
 _GELU_MIN, _SILU_MIN = -0.17, -0.2785  # lower bounds of exact GELU (-0.16997) and SiLU (-0.27846)
-_TINY = 1e-12
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(O, ...) to int8 of the same shape, and the (O,) float32 scales that give it back."""
-    wide = weight.detach().float()
-    scale = wide.abs().flatten(1).amax(dim=1).clamp(min=_TINY) / 127
-    return (wide / scale.view(-1, *[1] * (wide.ndim - 1))).round().to(torch.int8), scale
+    ints, scales = torch.empty_like(weight, dtype=torch.int8), torch.empty(len(weight))
+    # in parts that stay in the cache: a fifth of the time
+    for rows, into, scale in zip(
+        weight.detach().split(256), ints.split(256), scales.split(256), strict=True
+    ):
+        wide = rows.float()
+        scale.copy_(wide.abs().flatten(1).amax(dim=1).clamp(min=1e-12) / 127)
+        into.copy_((wide / scale.view(-1, *[1] * (wide.ndim - 1))).round())
+    return ints, scales
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(R, D) float -> (R, D) uint8 with zero at 128, (R, 1) float32 scales."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=_TINY) / 127
+    # literals: a global number would be guarded, and the function traced twice
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / 127
     return ((x.float() / scale).round() + _SYMMETRIC).to(torch.uint8), scale
 
 
@@ -76,7 +82,7 @@ class _Product(nn.Module):
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
         self.packed_bytes = weight.nbytes
         self.dtype = layer.weight.dtype
-        self.sums = (weight.float() * self._scale[:, None]).sum(dim=1)  # of each output's weights
+        self.sums = weight.sum(dim=1, dtype=torch.int32) * self._scale  # of each output's weights
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
         self.bias = bias
 
@@ -143,7 +149,7 @@ class Int8Conv(nn.Module):
         # two passes: aminmax takes ten times as long. Padding is 0, so 0 must be a value
         low = _SILU_MIN if self.after_silu else min(float(x.amin()), 0.0)
         high = max(float(x.amax()), 0.0)
-        scale = max((high - low) / 255, _TINY)
+        scale = max((high - low) / 255, 1e-12)
         zero = round(-low / scale)
         q = _compiled(quantize_image)(x, torch.tensor(scale), torch.tensor(float(zero)))
         return torch.ops.onednn.qconv2d_pointwise(

@@ -5,6 +5,8 @@ Batches, seeds and conversions live here; the models stay thin.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from titok_fast.config import GeneratorConfig, SamplingConfig
-from titok_fast.fast import DEFAULTS, apply_techniques, check_techniques
+from titok_fast.fast import apply_techniques, check_techniques, chosen, compile_networks
 from titok_fast.files import fetch
 from titok_fast.generator import ImageBert, MaskedGenerator, UViTBert, generator_class
+from titok_fast.graphs import GraphDraw
 from titok_fast.images import ImageLike, to_pil, to_tensor, to_uint8
 from titok_fast.presets import preset
-from titok_fast.sampling import sample, sample_seeds
+from titok_fast.sampling import draw_inputs, sample, sample_seeds
 from titok_fast.tokenizer import TiTok
+from titok_fast.warm import keep_compiled
 
 OUTPUTS = ("pil", "numpy", "tensor")
 Pictures = list[Image.Image] | np.ndarray | Tensor
@@ -49,6 +53,7 @@ class TiTokPipeline:
         self.generator = generator.eval() if generator is not None else None
         self.sampling = sampling or SamplingConfig()
         self.techniques: tuple[str, ...] = ()  # of the fast mode, once `compile` was called
+        self._graphs: GraphDraw | None = None  # with technique "graph"
         if generator is None:
             return
         t, g = tokenizer.config, generator.config
@@ -67,6 +72,7 @@ class TiTokPipeline:
         *,
         tokenizer: str | None = None,
         generator: str | None = None,
+        fast: bool | str | Collection[str] = False,
         **options: Any,
     ) -> "TiTokPipeline":
         """Load published or local weights.
@@ -76,10 +82,11 @@ class TiTokPipeline:
                 the two below do not say otherwise.
             tokenizer: directory, weight file or hub repository.
             generator: the same.
+            fast: True for `compile()` after loading, or what `compile` is to be given.
             **options: `device`, `dtype`, `attention`, `revision` of `TiTok.from_pretrained`.
 
         Raises:
-            ValueError: unknown preset, or neither a preset nor a tokenizer.
+            ValueError: unknown preset, or neither a preset nor a tokenizer; see also `compile`.
             FileNotFoundError: see `TiTok.from_pretrained`; also a preset that was never published.
         """
         known = preset(name) if name else None
@@ -89,31 +96,47 @@ class TiTokPipeline:
             if known is None:
                 raise ValueError("from_pretrained wants a preset name, or tokenizer=")
             raise FileNotFoundError(f"no weights of {name} were published: pass tokenizer=")
+        place, dtype = torch.device(options.get("device") or "cpu").type, options.get("dtype")
+        check_techniques(chosen(fast, place), place, dtype or torch.float32)  # before a download
         t = TiTok.from_pretrained(tokenizer, config=known.tokenizer if known else None, **options)
-        if generator is None:
-            return cls(t, sampling=known.sampling if known else None)
-        g_config = known.generator if known else None
-        kind = generator_class(g_config) if g_config else _generator_class_of(generator, options)
-        g = kind.from_pretrained(generator, config=g_config, **options)
-        return cls(t, g, known.sampling if known else None)
+        g, g_config = None, known.generator if known else None
+        if generator is not None:
+            known_class = generator_class(g_config) if g_config else None
+            g_class = known_class or _generator_class_of(generator, options)
+            g = g_class.from_pretrained(generator, config=g_config, **options)
+        return cls(t, g, known.sampling if known else None)._made(fast)
 
     @classmethod
-    def random(cls, name: str, *, seed: int = 0, **options: Any) -> "TiTokPipeline":
+    def random(
+        cls,
+        name: str,
+        *,
+        seed: int = 0,
+        fast: bool | str | Collection[str] = False,
+        **options: Any,
+    ) -> "TiTokPipeline":
         """A published architecture with random weights: for tests and timing.
 
         Args:
             name: a preset.
             seed: of the weights.
+            fast: as in `from_pretrained`.
             **options: `device`, `dtype` as in `to`; `attention`.
         """
         known, attention = preset(name), options.pop("attention", None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             t = TiTok(known.tokenizer, attention=attention)
+            if known.tokenizer.finetune_decoder:
+                # as large as trained ones: the norms after tiny codes would blow up rounding
+                torch.nn.init.normal_(t.pixel_quantize.embedding.weight)
             g = None
             if known.generator is not None:
                 g = generator_class(known.generator)(known.generator, attention=attention)
-        return cls(t, g, known.sampling).to(**options)
+        return cls(t, g, known.sampling).to(**options)._made(fast)
+
+    def _made(self, fast: bool | str | Collection[str]) -> "TiTokPipeline":
+        return self.compile(chosen(fast, self.device.type)) if fast else self
 
     def to(
         self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
@@ -138,39 +161,43 @@ class TiTokPipeline:
                 model.to(device=device, dtype=dtype)
         return self
 
-    def compile(self, techniques: Collection[str] | None = None, **options: Any) -> "TiTokPipeline":
+    def compile(
+        self,
+        techniques: str | Collection[str] | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        **options: Any,
+    ) -> "TiTokPipeline":
         """Make the networks fast, in place and for good: call it last, after `to`.
 
         A compiled pipeline draws and tokenizes; it cannot be cast, moved, trained or saved.
 
         Args:
-            techniques: names from titok_fast.fast.TECHNIQUES. By default "packed" and "products"
-                on a CPU, which keep the dtype, and "inductor" elsewhere. ("products", "int8") is
-                the fastest on a CPU with VNNI, at a small loss of precision.
+            techniques: names from titok_fast.fast.TECHNIQUES, or a mode: "default" is "packed" and
+                "products" on a CPU, which keep the dtype, and "inductor" and "graph" on CUDA;
+                "int8", the fastest on a CPU with VNNI, loses a little precision.
+            cache_dir: where "inductor" and "int8" keep compiled code for later processes; by
+                default titok_fast/inductor in the user's cache folder. TORCHINDUCTOR_CACHE_DIR
+                wins, and so does a folder that this process has used before: see warm.py.
             **options: of torch.compile, for "inductor"; the first call of each shape is slow.
 
         Raises:
-            ValueError: unknown techniques, ones that do not fit the device, the dtype or each
-                other, or a pipeline that is compiled already.
+            ValueError: unknown techniques, ones that do not fit the device, the dtype, the options
+                or each other, or a pipeline that is compiled already.
         """
-        if techniques is None:
-            techniques = DEFAULTS["cpu" if self.device.type == "cpu" else "cuda"]
+        techniques = chosen(techniques, self.device.type)
         if self.techniques:
             raise ValueError(f"this pipeline is compiled already: {', '.join(self.techniques)}")
-        check_techniques(techniques, self.device.type, self.tokenizer.dtype)
+        check_techniques(techniques, self.device.type, self.tokenizer.dtype, options)
+        if "inductor" in techniques or "int8" in techniques:
+            keep_compiled(cache_dir)
         networks = [self.tokenizer, *([] if self.generator is None else [self.generator])]
         apply_techniques(networks, techniques)
         if "inductor" in techniques:
-            if self.device.type == "cpu":  # weights become constants, packed for oneDNN
-                options.setdefault("options", {"freezing": True})
-            options.setdefault("dynamic", False)
-            self.tokenizer.encoder.compile(**options)
-            self.tokenizer.decoder.compile(**options)
-            if self.tokenizer.config.finetune_decoder:
-                self.tokenizer.pixel_decoder.compile(**options)
-            if self.generator is not None:
-                self.generator.compile(**options)
-        self.techniques = tuple(techniques)
+            compile_networks(self.tokenizer, self.generator, options)
+        if "graph" in techniques and self.generator is not None:
+            self._graphs = GraphDraw(self.generator, partial(_pictures, self.tokenizer))
+        self.techniques = techniques
         return self
 
     @property
@@ -216,13 +243,18 @@ class TiTokPipeline:
         generator = self._generator()
         labels = torch.as_tensor(labels)
         seeds = sample_seeds(seed, len(labels)) if seeds is None else seeds
+        size = self.default_batch_size if batch_size is None else batch_size
 
         def draw(part: slice) -> Tensor:
             kept = tokens[part] if tokens is not None else None
-            ids = sample(generator, labels[part], seeds[part], config, kept)
-            return to_uint8(self._pixels(self.tokenizer.lookup(ids)), rounding="truncate")
+            if self._graphs is not None:
+                given = draw_inputs(generator, labels[part], seeds[part], kept)
+                return self._graphs(*given, config, batch_size=size)
+            return _pictures(
+                self.tokenizer, sample(generator, labels[part], seeds[part], config, kept)
+            )
 
-        return _present(self._batches(len(labels), batch_size, draw, progress), output)
+        return _present(self._batches(len(labels), size, draw, progress), output)
 
     def sample_tokens(
         self, labels: Sequence[int] | Tensor, *, seed: int = 0, **settings: Any
@@ -297,7 +329,7 @@ class TiTokPipeline:
 
         def decode(part: slice) -> Tensor:
             codes = self.tokenizer.codes(ids[part].to(self.device))
-            return to_uint8(self._pixels(codes), rounding="round")
+            return to_uint8(_pixels(self.tokenizer, codes), rounding="round")
 
         return _present(self._batches(len(ids), batch_size, decode, progress), output)
 
@@ -318,7 +350,7 @@ class TiTokPipeline:
         def both(part: slice) -> Tensor:
             z, result = self.tokenizer.encode(batch[part].to(self.device))
             codes = result.mode() if cfg.quantize_mode == "vae" else z
-            return to_uint8(self._pixels(codes), rounding="round")
+            return to_uint8(_pixels(self.tokenizer, codes), rounding="round")
 
         return _present(self._batches(len(batch), batch_size, both, progress), output)
 
@@ -326,15 +358,6 @@ class TiTokPipeline:
         if self.generator is None:
             raise ValueError("this pipeline has no generator: it can tokenize and reconstruct only")
         return self.generator
-
-    @torch.no_grad()
-    def _pixels(self, codes: Tensor) -> Tensor:
-        cfg = self.tokenizer.config
-        if cfg.is_legacy and not cfg.finetune_decoder:
-            raise ValueError(
-                "a stage-1 tokenizer predicts proxy codes, not pixels: use MaskGitVQGAN.decode"
-            )
-        return self.tokenizer.decode(codes)
 
     def _batches(
         self,
@@ -352,6 +375,20 @@ class TiTokPipeline:
             if progress is not None:
                 progress(len(part))
             yield part
+
+
+@torch.no_grad()
+def _pixels(tokenizer: TiTok, codes: Tensor) -> Tensor:
+    if tokenizer.config.is_legacy and not tokenizer.config.finetune_decoder:
+        raise ValueError(
+            "a stage-1 tokenizer predicts proxy codes, not pixels: use MaskGitVQGAN.decode"
+        )
+    return tokenizer.decode(codes)
+
+
+def _pictures(tokenizer: TiTok, ids: Tensor) -> Tensor:
+    """(B, K) drawn ids -> (B, S, S, 3) uint8."""
+    return to_uint8(_pixels(tokenizer, tokenizer.lookup(ids)), rounding="truncate")
 
 
 def _generator_class_of(source: str, options: dict[str, Any]) -> type[ImageBert] | type[UViTBert]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from titok_fast import __version__
 from titok_fast.attention import BackendError
 from titok_fast.crew import Crew
+from titok_fast.fast import chosen
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.sample_files import (
     Album,
@@ -97,6 +98,8 @@ def lead(args: argparse.Namespace, crew: Crew) -> None:
         batch = args.batch_size or pipe.default_batch_size
         # fixed borders: which pictures share a batch depends on its size, not on ranks or resumes
         chunks = [i for i in range(0, args.num, batch) if not done[i : i + batch].all()]
+        if args.fast and chunks:
+            pipe.compile(args.fast)  # after `describe`, which reads the weights as loaded
     except BaseException:
         with suppress(ConnectionError):  # the first error says more
             crew.publish(None)
@@ -144,6 +147,8 @@ def follow(args: argparse.Namespace, crew: Crew) -> None:
         changed = differences(plan["manifest"], manifest)
         if changed:
             raise ValueError(f"rank {crew.rank} differs from rank 0: {'; '.join(changed)}")
+        if args.fast:
+            pipe.compile(args.fast)
         draw(pipe, crew, _album(args.out, pipe, manifest), plan, lambda: None)
     crew.leave()
 
@@ -213,6 +218,7 @@ def describe(args: argparse.Namespace, pipe: TiTokPipeline) -> dict[str, Any]:
         "generator": asdict(pipe.generator.config),
         "sampling": asdict(pipe.sampling.but(**settings(args))),
         "dtype": str(pipe.tokenizer.latent_tokens.dtype).removeprefix("torch."),
+        "fast": chosen(args.fast, pipe.device.type),
         "seed": args.seed,
         "num": args.num,
         "classes": classes,

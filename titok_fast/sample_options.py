@@ -9,6 +9,7 @@ import torch
 
 from titok_fast.attention import BACKENDS
 from titok_fast.config import GUIDANCE_DECAYS, SCHEDULES, SamplingConfig
+from titok_fast.fast import MODES, check_techniques, chosen
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import PRESETS
 from titok_fast.sample_files import check_place
@@ -80,6 +81,16 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         "--attention", choices=(*BACKENDS, "auto"),
         help="attention back end (default: TITOK_FAST_ATTENTION, or else sdpa)",
     )  # fmt: skip
+    add_fast(group)
+
+
+def add_fast(group: argparse._ArgumentGroup) -> None:
+    """The option `--fast [MODE]`: `args.fast` is False, or what TiTokPipeline.compile takes."""
+    group.add_argument(
+        "--fast", nargs="?", const="default", default=False, type=_mode, metavar="MODE",
+        help="faster after a slower start: packed weights on the cpu, torch.compile and CUDA "
+        "graphs on cuda; `--fast int8` is the fastest on the cpu, at a small loss of precision",
+    )  # fmt: skip
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +142,8 @@ def check(args: argparse.Namespace) -> None:
         OSError: a folder cannot be had, or not be written to.
     """
     SamplingConfig().but(**settings(args))
+    device, dtype = place(args)
+    check_techniques(chosen(args.fast, device.type), device.type, dtype)
     if args.random_weights and (args.model is None or args.tokenizer or args.generator):
         raise ValueError("--random-weights wants --model, and no other place of weights")
     if args.model is None and not (args.tokenizer and args.generator):
@@ -145,14 +158,14 @@ def check(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace, rank: int) -> TiTokPipeline:
-    """The models on this process's own device.
+    """The models on this process's own device, not yet compiled for `--fast`.
 
     Raises:
         ValueError: more processes than CUDA devices; see also `TiTokPipeline.from_pretrained`.
         FileNotFoundError: there are no such weights.
         BackendError: the attention back end cannot work here.
     """
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device, dtype = place(args)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         local = int(os.environ.get("LOCAL_RANK", rank % max(count, 1)))
@@ -163,12 +176,18 @@ def load(args: argparse.Namespace, rank: int) -> TiTokPipeline:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    options = {"device": device, "dtype": getattr(torch, name), "attention": args.attention}
+    options = {"device": device, "dtype": dtype, "attention": args.attention}
     if args.random_weights:
         return TiTokPipeline.random(args.model, **options)
     sources = {"tokenizer": args.tokenizer, "generator": args.generator}
     return TiTokPipeline.from_pretrained(args.model, **sources, **options)
+
+
+def place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Where the models are to be and in what type, by the options or by what there is."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return device, getattr(torch, name)
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -179,6 +198,14 @@ def interval(text: str) -> tuple[float, float]:
         message = f"wants two numbers such as 0.25,0.75; got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
     return low, high
+
+
+def _mode(text: str) -> str:
+    if text not in MODES:
+        raise argparse.ArgumentTypeError(
+            f"wants {', '.join(MODES)}, or no value; got {text!r}: does it belong before --fast?"
+        )
+    return text
 
 
 def _positive(text: str) -> int:

@@ -75,8 +75,18 @@ def sample(
     Raises:
         ValueError: a label, seed or token of wrong shape, type or range.
     """
+    given = draw_inputs(generator, torch.as_tensor(labels), seeds, tokens)
+    return unmask(generator, *given, config or SamplingConfig(), on_step)
+
+
+def draw_inputs(
+    generator: MaskedGenerator, labels: Tensor, seeds: Tensor, tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `unmask` takes, on the generator's device: (B, K) ids, (B,) class ids, (B,) seeds.
+
+    Arguments and errors as in `sample`.
+    """
     cfg, device = generator.config, generator.lm_head.weight.device
-    labels = torch.as_tensor(labels)
     labels = labels.long() if labels.numel() == 0 else labels
     check_labels(labels, cfg.condition_num_classes)
     B, K = labels.shape[0], cfg.image_seq_len
@@ -88,8 +98,7 @@ def sample(
         ids = torch.full((B, K), cfg.mask_token_id, device=device)
     else:
         ids = _check_tokens(tokens, B, K, cfg.mask_token_id).to(device)
-    class_ids = generator.class_ids(labels.to(device))
-    return unmask(generator, ids, class_ids, seeds.to(device), config or SamplingConfig(), on_step)
+    return ids, generator.class_ids(labels.to(device)), seeds.to(device)
 
 
 def _check_tokens(tokens: Tensor, B: int, K: int, mask_id: int) -> Tensor:

@@ -1,0 +1,186 @@
+"""How long a fresh process waits for its first pictures, with and without code kept on disk.
+
+    python bench/first_call.py [--model titok-l-32] [--batch-size 8] [--modes eager packed int8]
+                               [--json FILE]
+
+For each mode one process starts with an empty cache folder, and a second one with what the first
+has left there. Random weights; a published preset, or --tiny. Seconds of each:
+
+    import_s      torch and titok_fast
+    load_s        making the weights: not what loading a file takes
+    compile_s     TiTokPipeline.compile: packing
+    first_call_s  labels to pictures on the host, compiling on the way
+    next_call_s   the same again
+    extra_s       first_call_s - next_call_s: compiling, or loading what was compiled
+    start_s       compile_s + extra_s: what the mode costs a process before it is fast
+    process_s     from the start of the process to its end, as its parent sees it
+
+JSON: `environment`, `protocol`, and `cases`, one for each mode: model, batch, dtype, mode,
+techniques, `cold` and `warm` with the seconds above, and `warm_over_cold`, the ratios of extra_s
+and start_s.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+_STARTED = time.perf_counter()  # before torch is imported
+
+import torch  # noqa: E402
+from harness import environment, table, timed, write_json  # noqa: E402
+from options import result_path  # noqa: E402
+
+from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig  # noqa: E402
+from titok_fast.presets import Preset  # noqa: E402
+
+_IMPORTED = time.perf_counter()
+
+MODES = {
+    "eager": (),
+    "packed": ("packed", "products"),
+    "int8": ("products", "int8"),
+    "inductor": ("inductor",),
+    "graph": ("inductor", "graph"),
+}
+ON = {"cpu": ("eager", "packed", "int8", "inductor"), "cuda": ("eager", "inductor", "graph")}
+TINY = Preset(
+    TokenizerConfig(vit_enc_model_size=(64, 2, 2), vit_dec_model_size=(64, 2, 2), crop_size=64),
+    GeneratorConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+    ),
+)
+CALLS = ("import_s", "load_s", "compile_s", "first_call_s", "next_call_s")
+RATIOS = ("extra_s", "start_s")
+SECONDS = (*CALLS, *RATIOS, "process_s")
+
+
+def draw_twice(args: argparse.Namespace) -> dict[str, float]:
+    """What one fresh process does, in seconds."""
+    device, labels = torch.device(args.device), list(range(args.batch_size))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    begin = time.perf_counter()
+    pipe = TiTokPipeline.random(args.model, device=device, dtype=getattr(torch, args.dtype))
+    seconds = {"import_s": _IMPORTED - _STARTED, "load_s": time.perf_counter() - begin}
+
+    def draw() -> object:
+        return pipe(labels, batch_size=len(labels), output="tensor", num_sample_steps=args.steps)
+
+    techniques = MODES[args.modes[0]]
+    seconds["compile_s"] = timed(lambda: techniques and pipe.compile(techniques), device)
+    for name in ("first_call_s", "next_call_s"):
+        seconds[name] = timed(draw, device)
+    return seconds
+
+
+def start(args: argparse.Namespace, mode: str, folder: str) -> dict[str, float]:
+    """Run `draw_twice` in a process of its own whose caches lie in `folder`."""
+    own = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    own |= {"XDG_CACHE_HOME": folder, "TRITON_CACHE_DIR": str(Path(folder) / "triton")}
+    command = [sys.executable, __file__, "--child", "--modes", mode, "--device", args.device]
+    command += ["--batch-size", str(args.batch_size), "--dtype", args.dtype]
+    command += ["--tiny"] if args.tiny else ["--model", args.model]
+    for name in ("threads", "steps"):
+        value = getattr(args, name)
+        command += [] if value is None else [f"--{name}", str(value)]
+    begin = time.perf_counter()
+    done = subprocess.run(command, env=own, capture_output=True, text=True)
+    process = time.perf_counter() - begin
+    if done.returncode != 0:
+        raise RuntimeError(f"the process for mode {mode!r} ended with:\n{done.stderr}")
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    extra = seconds["first_call_s"] - seconds["next_call_s"]
+    start_s = seconds["compile_s"] + extra
+    return seconds | {"extra_s": extra, "start_s": start_s, "process_s": process}
+
+
+def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
+    """One case: a cold process, then a warm one."""
+    with TemporaryDirectory() as folder:
+        cold, warm = start(args, mode, folder), start(args, mode, folder)
+    return {
+        "model": args.model,
+        "batch": args.batch_size,
+        "dtype": args.dtype,
+        "mode": mode,
+        "techniques": list(MODES[mode]),
+        "cold": cold,
+        "warm": warm,
+        "warm_over_cold": {name: warm[name] / cold[name] for name in RATIOS},
+    }
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    add("--model", choices=tuple(PRESETS), metavar="NAME", default="titok-l-32")
+    add("--tiny", action="store_true", help="a network of a moment in place of --model")
+    add("--batch-size", type=int, default=8, metavar="B", help="default: 8")
+    add("--steps", type=int, metavar="T", help="default: those of the preset")
+    add("--modes", nargs="+", choices=tuple(MODES), help="default: all that the device has")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add("--device", choices=tuple(ON), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
+    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    add("--child", action="store_true", help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    args.modes = args.modes or list(ON[args.device])
+    wrong = sorted(set(args.modes) - set(ON[args.device]))
+    if wrong:
+        p.error(f"--modes: {', '.join(wrong)} not on {args.device}")
+    for name in ("batch_size", "steps", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
+    if args.tiny:
+        args.model = "tiny"
+        PRESETS["tiny"] = TINY
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    args = parse(argv)
+    if args.child:
+        print(json.dumps(draw_twice(args)))
+        return 0
+    record: dict[str, Any] = {
+        "benchmark": "first_call",
+        "environment": environment(args.device),
+        "protocol": {
+            "timing": "wall clock of fresh processes, one after the other",
+            "cold": "empty folders for the code that torch and Triton keep",
+            "warm": "the folders that the cold process has left",
+            "weights": "random",
+        },
+        "cases": [],
+    }
+    for mode in args.modes:
+        case = measure(args, mode)
+        record["cases"].append(case)
+        for name in ("cold", "warm"):
+            shown = ", ".join(f"{field} {case[name][field]:.2f}" for field in SECONDS)
+            print(f"{mode} {name}: {shown}", file=sys.stderr)
+        if args.json:
+            write_json(result_path(args.json, record), record)
+    rows = []
+    for c in record["cases"]:
+        rows += [{"mode": c["mode"], "process": name} | c[name] for name in ("cold", "warm")]
+        blank = {"mode": c["mode"], "process": "warm / cold"} | dict.fromkeys(SECONDS, "")
+        rows.append(blank | c["warm_over_cold"])
+    print(table(rows, ("mode", "process", *SECONDS)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
