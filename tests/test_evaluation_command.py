@@ -48,6 +48,7 @@ def figures_of(path: Path) -> dict[str, Any]:
 
 
 def test_reconstruction(here: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics", reason="extra eval")
     out = tmp_path / "r.json"
     lines = evaluate(
         "reconstruction", here / "p.npz", "--tokenizer", here / "tokenizer",
@@ -67,6 +68,7 @@ def test_reconstruction(here: Path, tmp_path: Path) -> None:
 
 
 def test_reconstruction_of_class_folders_is_that_of_the_archive(here: Path) -> None:
+    pytest.importorskip("torchmetrics", reason="extra eval")
     common = ("--tokenizer", here / "tokenizer")
     a = evaluate("reconstruction", here / "p.npz", *common)
     b = evaluate("reconstruction", here / "classes", *common)
@@ -74,6 +76,7 @@ def test_reconstruction_of_class_folders_is_that_of_the_archive(here: Path) -> N
 
 
 def test_reconstruction_of_a_vqgan(here: Path) -> None:
+    pytest.importorskip("torchmetrics", reason="extra eval")
     lines = evaluate("reconstruction", here / "p.npz", "--vqgan", here / "vqgan", "--size", 32)
     assert {"psnr", "codebook_usage"} <= {line.split()[0] for line in lines}
 

@@ -88,6 +88,7 @@ def two_kinds(n: int, seed: int) -> ArraySource:
     ("layer", "augment"), [("latents", False), ("codes", False), ("codes", True)]
 )
 def test_probe_learns(layer: str, augment: bool) -> None:
+    pytest.importorskip("torchvision", reason="extra eval")
     config = ProbeConfig(
         layer=layer, epochs=40, warmup_epochs=1, base_learning_rate=400.0, batch_size=16,
         augment=augment, encode_batch_size=24,
@@ -117,6 +118,7 @@ def test_probe_of_noise_is_chance() -> None:
 
 
 def test_random_crops_follow_their_seed() -> None:
+    pytest.importorskip("torchvision", reason="extra eval")
     crop = _random_crop(16)
     image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     state = torch.random.get_rng_state()

@@ -21,6 +21,8 @@ from titok_fast.evaluation.reconstruction import (
 from titok_fast.evaluation.statistics import FeatureSums, frechet_distance
 from titok_fast.images import to_uint8
 
+pytest.importorskip("torchmetrics", reason="extra eval")
+
 RNG = np.random.default_rng(1)
 PICTURES = ArrayPictures(RNG.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8), np.arange(12) % 10)
 PIXELS = torch.from_numpy(PICTURES.images)
