@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,15 @@ from titok_fast.training.logs import Log, read_log
 from titok_fast.training.recipe import Recipe
 from titok_fast.training.signals import Interrupt
 from titok_fast.training.sources import ArraySource
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The order of sums, and so their last bits, follow the number of threads: children use one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
