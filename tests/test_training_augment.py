@@ -132,6 +132,7 @@ def test_strips_are_damaged_records(shape: tuple[int, ...]) -> None:
     image, wanted = np.zeros(shape, np.uint8), f"got {shape[1]} x {shape[0]}"
     for work in (
         lambda: Cut(32, 32, True, True).one(image, np.zeros(3)),
+        lambda: views(image, 32, "center"),
         lambda: views(image, 32, "center_flip"),
         lambda: views(image, 32, "ten_crop"),
     ):
@@ -167,6 +168,7 @@ def test_views_have_names_in_order() -> None:
     assert np.abs(plain - halves[1:33]).max() <= 1  # two passes, each rounded
     assert np.array_equal(mirrored, plain[:, ::-1])
     assert np.array_equal(views(image[:32, :32], 32, "center_flip")[0], image[:32, :32])
+    assert np.array_equal(views(image, 32, "center"), plain[None])
 
 
 @pytest.mark.skipif("TITOK_UPSTREAM" not in os.environ, reason="wants TITOK_UPSTREAM")

@@ -305,7 +305,7 @@ def test_fingerprint_is_of_what_decides_ids() -> None:
         assert tokenizer_fingerprint(other) != tokenizer_fingerprint(stage1), name
 
 
-@pytest.mark.parametrize("augmentation", ["center_flip", "ten_crop"])
+@pytest.mark.parametrize("augmentation", ["center", "center_flip", "ten_crop"])
 def test_tokens_are_those_of_each_view(
     tmp_path: Path, tokenizer: TiTok, source: ArraySource, augmentation: str
 ) -> None:
@@ -324,7 +324,7 @@ def test_tokens_are_those_of_each_view(
             _, result = tokenizer.encode(batch)
         wanted = result["min_encoding_indices"].squeeze(1).numpy()
         assert np.array_equal(made.tokens[index * A : (index + 1) * A], wanted)
-    assert len({row.tobytes() for row in made.tokens}) > 5
+    assert len({row.tobytes() for row in made.tokens}) > (3 if A == 1 else 5)
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -471,7 +471,7 @@ def test_damaged_pictures_are_left_out(tmp_path: Path, tokenizer: TiTok) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augmentation": "flip"}, "augmentation wants one of center_flip, ten_crop; got 'flip'"),
+        ({"augmentation": "flip"}, "augmentation wants one of center, center_flip, ten_crop; got 'flip'"),
         ({"batch_size": 0}, "wants batch_size of 1 or more; got 0"),
         ({"shard_size": 0}, "wants shard_size of 1 or more; got 0"),
         ({"workers": 0}, "wants workers of 1 or more; got 0"),

@@ -13,6 +13,7 @@ from titok_fast.training.sources import BadRecord
 
 # views of one picture, in the order of their rows
 VIEWS = {
+    "center": ("center",),
     "center_flip": ("center", "mirrored center"),
     "ten_crop": tuple(
         f"{mirror}{place}"
@@ -195,18 +196,19 @@ def views(image: np.ndarray, size: int, augmentation: str) -> np.ndarray:
     Args:
         image: (H, W, 3) uint8 of any size.
         size: side S of a view in pixels.
-        augmentation: "center_flip": ADM's center crop and its mirror image; "ten_crop": ADM's crop
-            at 1.1 S, its four corners and center, then those of its mirror image.
+        augmentation: "center": ADM's center crop; "center_flip": that and its mirror image;
+            "ten_crop": ADM's crop at 1.1 S, its four corners and center, then those of its mirror
+            image.
 
     Returns:
-        (A, S, S, 3) uint8, A = 2 or 10, in the order of `VIEWS`.
+        (A, S, S, 3) uint8, A = 1, 2 or 10, in the order of `VIEWS`.
 
     Raises:
         BadRecord: no pixels, or one side over 100 times the other.
     """
-    if augmentation == "center_flip":
+    if augmentation != "ten_crop":
         crop = adm_center_crop(image, size)
-        return np.stack([crop, crop[:, ::-1]])
+        return np.stack([crop, crop[:, ::-1]][: len(VIEWS[augmentation])])
     square = adm_center_crop(image, int(size * 1.1))
     room = len(square) - size
     middle = round(room / 2)  # half to even, as torchvision

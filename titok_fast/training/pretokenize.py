@@ -57,7 +57,7 @@ def pretokenize(
         tokenizer: of kind "vq"; is moved to `device` and `dtype`.
         source: of pictures.
         out_dir: folder for the shards: empty, or of an earlier run with the same arguments.
-        augmentation: "center_flip" (2 views) or "ten_crop" (10), see `augment.views`.
+        augmentation: "center" (1 view), "center_flip" (2) or "ten_crop" (10), see `augment.views`.
         batch_size: views encoded at once; part of what decides the bytes.
         shard_size: pictures of a shard, likewise.
         device: of this rank.
@@ -195,7 +195,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--augmentation", choices=tuple(VIEWS), default="center_flip",
-        help="the center and its mirror image, or five crops and theirs (default: center_flip)",
+        help="the center alone, it and its mirror image, or five crops and theirs "
+        "(default: center_flip)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=128, help="views at once (default: 128)")
     parser.add_argument(
