@@ -147,8 +147,6 @@ def row_gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: 
 def remask_noise(seeds: Tensor, step: int, K: int) -> Tensor:
     """`gumbel` of code 0 on the remask stream, for positions 0..K-1 and checked arguments.
 
-    A few hundred numbers: calls are all of the cost, so there are as few of them as can be.
-
     Args:
         seeds: (B,) int64.
         step: sampling step, in [0, 2**15).
@@ -157,28 +155,46 @@ def remask_noise(seeds: Tensor, step: int, K: int) -> Tensor:
     Returns:
         (B, K) float32.
     """
+    if seeds.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(remask_noise_numpy(seeds, step, K))
     first = step * _STEP_UNIT + REMASK_STREAM * _STREAM_UNIT
     words = torch.arange(first, first + K, device=seeds.device)
     return _gumbel(seeds[:, None], words[None], 1).squeeze(-1)
 
 
+def remask_noise_numpy(seeds: Tensor, step: int, K: int) -> np.ndarray:
+    """`remask_noise` on a CPU: a few hundred numbers, so calls are all of the cost.
+
+    There are as few as can be, and NumPy's, which cost half as much as torch's.
+    """
+    first = step * _STEP_UNIT + REMASK_STREAM * _STREAM_UNIT
+    keys, words = seeds.numpy()[:, None], np.arange(first, first + K)[None]
+    if _torch_draws_these_bits():
+        u = _native_uniforms(keys, words, 1).numpy()[..., 0]
+    else:
+        drawn = _bits(seeds[:, None], torch.from_numpy(words), 1) & 0xFFFFFF
+        u = drawn[..., 0].float().mul_(2.0**-24).numpy()
+    np.maximum(u, np.float32(_SMALLEST), out=u)
+    for _ in range(2):
+        np.negative(np.log(u, out=u), out=u)
+    return u
+
+
 def _gumbel(seeds: Tensor, words: Tensor, codes: int) -> Tensor:
     native = seeds.device.type == "cpu" and not torch.compiler.is_compiling()
     if native and _torch_draws_these_bits():
-        u = _native_uniforms(seeds, words, codes)
+        u = _native_uniforms(seeds.numpy(), words.numpy(), codes)
     else:
         u = (_bits(seeds, words, codes) & 0xFFFFFF).float().mul_(2.0**-24)
     # in place: on a CPU fresh memory costs more than the arithmetic
     return u.clamp_(min=_SMALLEST).log_().neg_().log_().neg_()
 
 
-def _native_uniforms(seeds: Tensor, words: Tensor, codes: int) -> Tensor:
+def _native_uniforms(seeds: np.ndarray, words: np.ndarray, codes: int) -> Tensor:
     """(bits % 2**24) / 2**24 by torch's own Philox, in one pass over the result."""
-    # NumPy, as its calls cost half: for the noise of a few positions that is what counts
-    key, word = seeds.numpy(), words.numpy()
-    shape = (key + word).shape  # what the two broadcast to
+    shape = np.broadcast(seeds, words).shape
     keys = np.empty((*shape, 1, 2), np.int64)
-    keys[..., 0, 0], keys[..., 0, 1] = key, word << 32
+    keys[..., 0, 0], keys[..., 0, 1] = seeds, words << 32
     u = torch.empty((*shape, codes))
     if u.numel():  # torch refuses none
         torch.ops.aten._philox_uniform_(u, torch.from_numpy(keys).view(torch.uint64))
@@ -196,7 +212,7 @@ def _torch_draws_these_bits() -> bool:
     seeds = torch.tensor([5, -3, 2**62 + 12345])[:, None]
     words = torch.tensor([0, 1, 77 * _STEP_UNIT + 3, _STREAM_UNIT + _STEP_UNIT + 65535])[None]
     try:
-        drawn = _native_uniforms(seeds, words, 23)
+        drawn = _native_uniforms(seeds.numpy(), words.numpy(), 23)
     except (RuntimeError, TypeError):  # another signature
         return False
     return torch.equal(drawn, (_bits(seeds, words, 23) & 0xFFFFFF).float() * 2.0**-24)

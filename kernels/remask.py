@@ -19,7 +19,7 @@ from torch.library import wrap_triton
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import check_sampling, check_tensor
-from titok_fast.kernels.philox import remask_gumbel, remask_noise
+from titok_fast.kernels.philox import remask_gumbel, remask_noise, remask_noise_numpy
 
 MAX_TOKENS = 1024  # of one image: what one program sorts without spilling
 
@@ -76,7 +76,7 @@ def _remask_numpy(
     if noise_temperature != 0.0:
         if noise is None:
             assert seeds is not None  # remask has checked
-            confidence = score + noise_temperature * remask_noise(seeds, step, K).numpy()
+            confidence = score + noise_temperature * remask_noise_numpy(seeds, step, K)
         else:
             with np.errstate(invalid="ignore"):  # a given noise of -inf makes NaN of +inf
                 confidence = score + noise_temperature * noise.detach().numpy()

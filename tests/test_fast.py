@@ -9,28 +9,29 @@ from torch import nn
 from titok_fast import SamplingConfig, TiTokPipeline
 from titok_fast.attention import attend
 from titok_fast.blocks import Mlp
+from titok_fast.config import VQGANConfig
 from titok_fast.fast import TECHNIQUES
 from titok_fast.int8 import (
     Int8Conv,
+    Int8Layers,
     Int8Linear,
     Int8Mlp,
-    gelu_quantize_rows,
-    quantize_image,
-    quantize_rows,
+    norm_arguments,
     quantize_weight,
 )
-from titok_fast.maskgit_vqgan import upsample_conv
-from titok_fast.packed import PackedLayers, PackedLinear, PackedMlp, PackedUpsample, pack
+from titok_fast.maskgit_vqgan import NormSiLU, PixelDecoder, _channels_last, upsample_conv
+from titok_fast.packed import (
+    PackedLayers,
+    PackedLinear,
+    PackedMlp,
+    PackedUpsample,
+    pack,
+)
+from titok_fast.passes import norm_silu_quantize, passes, quantize_image, quantize_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 # float32 products in another order; bfloat16: the plain Mlp rounds once more, before GELU
 NEAR = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
-
-
-@pytest.fixture(autouse=True)
-def _plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the passes between products to eager mode; one test compiles them."""
-    monkeypatch.setattr("titok_fast.int8._compiled", lambda function: function)
 
 
 def pipeline(model_type: str = "ViT") -> TiTokPipeline:
@@ -78,28 +79,6 @@ def test_packed_linear_and_mlp(shape: tuple[int, ...], dtype: torch.dtype) -> No
         assert relative(PackedMlp(mlp)(x), mlp(x)) < NEAR[dtype]
 
 
-def test_rows_are_quantized_to_half_a_step() -> None:
-    x = torch.randn(9, 33) * torch.logspace(-6, 6, 9)[:, None]
-    x[3] = 0.0
-    rows, scale = quantize_rows(x)
-    assert rows.dtype == torch.uint8
-    back = (rows.float() - 128) * scale
-    assert bool(((back - x).abs() <= 0.5001 * scale).all())
-    assert bool((rows[3] == 128).all())
-    assert torch.equal(quantize_rows(x[2:5])[0], rows[2:5])  # a row does not see its neighbours
-
-
-def test_gelu_is_quantized_to_half_a_step() -> None:
-    y, scale, bias = torch.randn(9, 65), torch.rand(9, 1) * 5, torch.randn(65)
-    y[4] = -50.0  # GELU is 0 everywhere
-    bias[0] = 0.0
-    rows, step = gelu_quantize_rows(y, scale, bias)
-    back = rows.float() * step - 0.17
-    want = F.gelu(y * scale + bias)
-    assert bool(((back - want).abs() <= 0.501 * step).all())
-    assert int(rows.max()) <= 255
-
-
 def test_weights_are_quantized_by_output_channel() -> None:
     weight = torch.randn(6, 3, 3, 3) * torch.logspace(-3, 3, 6)[:, None, None, None]
     weight[2] = 0.0
@@ -129,21 +108,20 @@ def test_int8_linear_and_mlp_are_exact_but_for_quantization(dtype: torch.dtype) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("after_silu", [True, False])
+@pytest.mark.parametrize("after_norm", [True, False])
 @pytest.mark.parametrize("kernel", [1, 2, 3])
-def test_int8_convolution_and_its_border(kernel: int, after_silu: bool) -> None:
-    weight, bias, padding = torch.randn(24, 16, kernel, kernel), torch.randn(24), kernel // 2
-    x = torch.randn(2, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+def test_int8_convolution_and_its_border(kernel: int, after_norm: bool) -> None:
+    weight, bias, padding = torch.randn(24, 32, kernel, kernel), torch.randn(24), kernel // 2
+    x = torch.randn(2, 32, 9, 8).contiguous(memory_format=torch.channels_last)
     x[1] *= 30  # each image has its own scale
-    if after_silu:
-        x = F.silu(x)
-    got = Int8Conv(weight, bias, padding, after_silu=after_silu)(x)
+    norm = NormSiLU(32) if after_norm else None
+    got = Int8Conv(weight, bias, padding, norm=norm)(x)
     want = []
     for one in x.split(1):
-        low = -0.2785 if after_silu else float(one.min())
-        scale = torch.tensor((float(one.max()) - low) / 255)
-        zero = torch.tensor(float(round(-low / float(scale))))
-        back = (quantize_image(one, scale, zero).double() - zero) * scale
+        q, step, zero = (
+            quantize_image(one) if norm is None else norm_silu_quantize(one, *norm_arguments(norm))
+        )
+        back = (q.double() - zero) * step
         ints, w_scale = quantize_weight(weight)
         exact = ints.double() * w_scale[:, None, None, None].double()
         want.append(F.conv2d(back, exact, bias.double(), padding=padding))  # its padding is 0
@@ -157,7 +135,30 @@ def test_packed_upsampling(side: int) -> None:
     conv, x = nn.Conv2d(8, 12, 3, padding=1), torch.randn(1, 8, side, side)
     assert conv.bias is not None
     want = upsample_conv(x, conv.weight, conv.bias)
-    assert relative(PackedUpsample(conv, PackedLayers())(x), want) < 1e-6
+    packed = PackedUpsample(conv, PackedLayers())
+    assert relative(packed(x), want) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["packed", "int8"])
+@pytest.mark.parametrize("width", [32, 128])
+def test_pixel_decoders_of_any_width(
+    monkeypatch: pytest.MonkeyPatch, width: int, mode: str
+) -> None:
+    torch.manual_seed(0)
+    config = VQGANConfig(hidden_channels=width, channel_mult=(1, 2), num_res_blocks=1, z_channels=8)
+    plain, codes = PixelDecoder(config).eval(), torch.randn(2, 8, 32, 32)  # large enough for phases
+    formats: set[bool] = set()
+    for part in plain.modules():
+        if isinstance(part, NormSiLU):
+            part.register_forward_pre_hook(lambda _, given: formats.add(given[0].is_contiguous()))
+    want = plain(codes)
+    assert formats == {width * 2 < 128}  # narrow ones are channels-first, all the way
+    monkeypatch.setattr("titok_fast.maskgit_vqgan._laid_out", lambda x, _: _channels_last(x))
+    assert relative(plain(codes), want) < 1e-5
+    monkeypatch.undo()
+    pack(plain, PackedLayers() if mode == "packed" else Int8Layers())
+    assert relative(plain(codes), want) < {"packed": 1e-5, "int8": 0.05}[mode]
 
 
 @pytest.mark.parametrize("model_type", ["ViT", "UViT"])
@@ -188,11 +189,15 @@ def test_int8_draws_nearly_the_same(model_type: str) -> None:
     assert torch.equal(fast.sample_tokens([1, 4], seed=3), drawn[:2])
 
 
-@pytest.mark.slow
-def test_compiled_passes_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    want = pipeline().compile(("int8",)).sample_tokens([1, 2, 3], seed=5)
-    monkeypatch.undo()
-    assert torch.equal(pipeline().compile(("int8",)).sample_tokens([1, 2, 3], seed=5), want)
+@pytest.mark.filterwarnings("ignore:no C.. compiler")
+@pytest.mark.parametrize("mode", ["default", "int8"])
+def test_compiled_passes_draw_what_the_eager_ones_do(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    assert passes() is not None
+    want = pipeline().compile(mode).sample_tokens([1, 2, 3], seed=5)
+    monkeypatch.setattr("titok_fast.passes.passes", lambda: None)
+    assert torch.equal(pipeline().compile(mode).sample_tokens([1, 2, 3], seed=5), want)
 
 
 def test_pack_refuses_what_it_cannot_do() -> None:

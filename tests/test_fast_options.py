@@ -22,7 +22,7 @@ CLASSES = 4
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What TiTokPipeline.compile is given; int8 without its compiler."""
+    """What TiTokPipeline.compile is given."""
     given: list[object] = []
     compile_ = TiTokPipeline.compile
 
@@ -31,7 +31,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         return compile_(self, techniques, **options)
 
     monkeypatch.setattr(TiTokPipeline, "compile", spy)
-    monkeypatch.setattr("titok_fast.int8._compiled", lambda function: function)
     monkeypatch.setattr("titok_fast.pipeline.keep_compiled", lambda folder: None)
     return given
 

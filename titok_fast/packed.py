@@ -16,6 +16,7 @@ from titok_fast.blocks import Attention, Mlp, PostNormBlock, PreNormBlock
 from titok_fast.checkpoint import PretrainedModel
 from titok_fast.maskgit_vqgan import (
     Level,
+    NormSiLU,
     PixelDecoder,
     ResnetBlock,
     fold_phases,
@@ -57,19 +58,20 @@ class PackedMlp(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A convolution with stride 1 and weights that stay: channels-last, no gradient."""
+    """A convolution with stride 1, channels-last, and the NormSiLU before it where one is given."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, padding: int, *, after_silu: bool
+        self, weight: Tensor, bias: Tensor | None, padding: int, *, norm: NormSiLU | None = None
     ) -> None:
         super().__init__()
         self._weight = weight.detach().contiguous(memory_format=torch.channels_last)
         self._bias, self.padding = None if bias is None else bias.detach().clone(), padding
         self.packed_bytes = weight.nbytes
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W')."""
-        return F.conv2d(x, self._weight, self._bias, padding=self.padding)
+        return F.conv2d(self.norm(x), self._weight, self._bias, padding=self.padding)
 
 
 class PackedResnetBlock(nn.Module):
@@ -77,17 +79,16 @@ class PackedResnetBlock(nn.Module):
 
     def __init__(self, block: ResnetBlock, layers: "Layers") -> None:
         super().__init__()
-        self.norm1, self.norm2 = block.norm1, block.norm2
         self.adds_input = block.nin_shortcut is None
         kernel = block.conv2.weight
         if block.nin_shortcut is not None:
             kernel = fold_shortcut(kernel, block.nin_shortcut.weight)
-        self.conv1 = layers.conv(block.conv1.weight, None, 1, after_silu=True)
-        self.conv2 = layers.conv(kernel, None, 1, after_silu=True)
+        self.conv1 = layers.conv(block.conv1.weight, None, 1, norm=block.norm1)
+        self.conv2 = layers.conv(kernel, None, 1, norm=block.norm2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) -> (B, c_out, H, W)."""
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        h = self.conv2(self.conv1(x))
         return h.add_(x) if self.adds_input else h
 
 
@@ -97,9 +98,9 @@ class PackedUpsample(nn.Module):
     def __init__(self, conv: nn.Conv2d, layers: "Layers") -> None:
         super().__init__()
         assert conv.bias is not None
-        kernels, bias = fold_phases(conv.weight), conv.bias.repeat(4)
-        self.phases = layers.conv(kernels, bias, 1, after_silu=False)
-        self.whole = layers.conv(conv.weight, conv.bias, 1, after_silu=False)
+        self.phases = layers.conv(fold_phases(conv.weight), conv.bias.repeat(4), 1)
+        # for small pictures: both are kept, which costs under 1 % of a published model's memory
+        self.whole = layers.conv(conv.weight, conv.bias, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, 2H, 2W)."""
@@ -136,7 +137,7 @@ class Layers(Protocol):
         """In place of an Mlp."""
 
     def conv(
-        self, weight: Tensor, bias: Tensor | None, padding: int, *, after_silu: bool
+        self, weight: Tensor, bias: Tensor | None, padding: int, *, norm: NormSiLU | None = None
     ) -> nn.Module:
         """In place of a convolution with stride 1: (O, C, k, k), (O,) or None."""
 

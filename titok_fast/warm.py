@@ -1,6 +1,7 @@
 """Where compiled code is kept between processes, so that only the first one waits for a compiler.
 
 torch.compile keeps its results in a folder of the system's temporary one, which a reboot empties.
+passes.py keeps its library in the same place as they.
 Triton keeps its own kernels in the user's home already.
 """
 
@@ -54,6 +55,20 @@ def keep_compiled(folder: str | Path | None = None) -> Path | None:
         return None
     os.environ[VARIABLE] = str(place)
     return place
+
+
+def folder_of_compiled() -> Path | None:
+    """Where this process keeps its compiled code, made if need be; None if that cannot be.
+
+    `keep_compiled`'s folder, else the user's, else the default one.
+    """
+    given = os.environ.get(VARIABLE)
+    try:
+        place = _default() / _processor() if given is None else Path(given)
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return place if os.access(place, os.W_OK) else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def _default() -> Path:
