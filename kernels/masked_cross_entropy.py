@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._masked_cross_entropy_cpu import CpuLoss
 from titok_fast.kernels._offline import OfflineCase
 
 _EPS = 1e-8  # of the weighted mean, as in the published training code
@@ -227,10 +228,13 @@ def masked_cross_entropy(
         )
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    if not runs_triton(hidden):
-        return masked_cross_entropy_ref(hidden, weight, bias, targets, weights, label_smoothing)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
     weights = weights.detach()
+    if not runs_triton(hidden):
+        if not with_grad or not hidden.is_cpu or torch.compiler.is_compiling():
+            return masked_cross_entropy_ref(hidden, weight, bias, targets, weights, label_smoothing)
+        with torch.autocast("cpu", enabled=False):
+            return CpuLoss.apply(hidden, weight, bias, targets, weights, label_smoothing, _EPS)
     with torch.autocast(hidden.device.type, enabled=False):
         args = (hidden, weight, bias, targets, weights, label_smoothing, with_grad)
         return _masked_cross_entropy(*args)[0]

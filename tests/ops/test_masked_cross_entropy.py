@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF = float("inf")
 # the package re-exports the function under the name of its file
 module = importlib.import_module("titok_fast.kernels.masked_cross_entropy")
+on_cpu = importlib.import_module("titok_fast.kernels._masked_cross_entropy_cpu")
 
 
 def inputs(R: int, N: int, D: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
@@ -119,6 +120,51 @@ def test_mixed_precision(
         assert mine.dtype == like.dtype
         error = float((mine.double() - theirs).norm() / theirs.norm())
         assert error < 8 * ROUNDOFF[dtype] + 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 700, 1 << 24])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_on_cpu_against_float64(
+    chunk: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_cpu, "_CHUNK_ELEMENTS", chunk)
+    args = inputs(37, 101, 16)
+    got = masked_cross_entropy(*args, label_smoothing=smoothing)
+    assert "CpuLoss" in type(got.grad_fn).__name__
+    wide = widened(*args[:3])
+    want = exact(*wide, *args[3:], smoothing)
+    assert_near(got, want, terms=16, scale=4)
+    grads = torch.autograd.grad(3 * got, args[:3])
+    for mine, theirs in zip(grads, torch.autograd.grad(3 * want, wide), strict=True):
+        assert_near(mine, theirs, terms=37, scale=4)
+
+
+def test_on_cpu_bfloat16_is_as_near_as_autograd() -> None:
+    args = inputs(64, 300, 32)
+    wide = widened(*args[:3])
+    want = torch.autograd.grad(exact(*wide, *args[3:]), wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = torch.autograd.grad(masked_cross_entropy(*args), args[:3])
+        low = [args[0].bfloat16(), *args[1:]]
+        theirs = torch.autograd.grad(masked_cross_entropy_ref(*low), args[:3])
+    for got, plain, exactly in zip(mine, theirs, want, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - exactly).norm() <= 1.05 * (plain - exactly).norm()
+
+
+def test_on_cpu_gradcheck() -> None:
+    hidden, weight, bias, targets, weights = inputs(5, 7, 3)
+    torch.autograd.gradcheck(
+        lambda *x: masked_cross_entropy(*x, targets, weights.double()),
+        widened(hidden, weight, bias),
+    )
+
+
+def test_on_cpu_keeps_no_logits() -> None:
+    args, kept = inputs(512, 1000, 8), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda _: None):
+        masked_cross_entropy(*args)
+    assert max(kept) == 1000 * 8  # the head's gradient
 
 
 def test_reference_against_float64() -> None:

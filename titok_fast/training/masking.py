@@ -4,25 +4,16 @@ Upstream: ImageBert.masking_input_tokens and MLMLoss; the schedules beside arcco
 google-research/maskgit. Every uniform is an argument, so that one rank and many draw the same.
 """
 
-from collections.abc import Callable
-from math import pi
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from titok_fast.kernels.masked_cross_entropy import masked_cross_entropy
+from titok_fast.schedules import mask_ratio
 
 _EPS = 1e-8  # of the weighted means, as published
 _ACCURACY_ELEMENTS = 1 << 22  # logits held at once where only their largest is wanted
-
-# share of masked tokens for a uniform: titok_fast.schedules.mask_ratio, for float32 tensors
-_RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
-    "arccos": lambda u: torch.acos(u) / (pi * 0.5),
-    "cosine": lambda u: torch.cos(u * (pi * 0.5)),
-    "linear": lambda u: 1.0 - u,
-    "sqrt": lambda u: 1.0 - u.sqrt(),
-}
 
 
 class Noise(NamedTuple):
@@ -59,10 +50,8 @@ def mask_counts(uniforms: Tensor, K: int, schedule: str = "arccos") -> Tensor:
     Raises:
         ValueError: an unknown schedule.
     """
-    if schedule not in _RATIOS:
-        raise ValueError(f"unknown mask schedule {schedule!r}; known: {', '.join(_RATIOS)}")
     # upstream also clips the ratio to [1e-6, 1], which changes no count
-    return (K * _RATIOS[schedule](uniforms.float())).round().clamp(min=1)
+    return (K * mask_ratio(schedule, uniforms.float())).round().clamp(min=1)
 
 
 def mask_tokens(

@@ -249,7 +249,7 @@ def _tokenizer(model: str | None, weights: str | None) -> TiTok:
         assert weights is not None  # run refused that
         return TiTok.from_pretrained(weights)
     known = preset(model)
-    place = weights or known.tokenizer_hub
+    place = weights or known.tokenizer_source
     if place is None:
         raise FileNotFoundError(f"no weights of {model} were published: pass --tokenizer")
     return TiTok.from_pretrained(place, config=known.tokenizer)

@@ -15,6 +15,7 @@ from titok_fast.training.parallel import Engine
 from titok_fast.training.recipe import Recipe
 from titok_fast.training.tasks import Batch, Draws, Outcome, Task, required
 
+_PIXELS = 256 * 256
 _VQGAN_KEY = "model.vq_model.pretrained_tokenizer_weight"
 
 
@@ -153,6 +154,13 @@ class ProxyTask(Task):
         model = _new_titok(recipe)
         self.model, self.quantizer = model.to(device).train(), model.quantize
 
+    def _proxy_codes(self, images: Tensor) -> Tensor:
+        """(B, G*G) int64 codes, in float32: bfloat16 would pick others."""
+        if images.device.type == "cpu":  # the activations of so many pixels fit the cache
+            parts = images.split(max(1, _PIXELS // images[0, 0].numel()))
+            return torch.cat([self.vqgan.encode(part) for part in parts])
+        return self.vqgan.encode(images)
+
     @staticmethod
     def _logits(model: Any, images: Tensor) -> dict[str, Any]:
         latents = model.encoder(images, model.latent_tokens)
@@ -164,7 +172,7 @@ class ProxyTask(Task):
     ) -> Outcome:
         """See Task."""
         images = batch["images"]
-        codes = self.vqgan.encode(images)  # in float32: bfloat16 would pick other codes
+        codes = self._proxy_codes(images)
         out = engine(self._logits, images)
         proxy = proxy_code_loss(out["logits"], codes)
         quantizer = self.recipe.losses.quantizer_weight * out["quantizer_loss"]
@@ -187,7 +195,7 @@ class ProxyTask(Task):
 
     def measure(self, engine: Engine, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """See Task."""
-        codes, out = self.vqgan.encode(batch["images"]), engine(self._logits, batch["images"])
+        codes, out = self._proxy_codes(batch["images"]), engine(self._logits, batch["images"])
         each = [
             proxy_code_loss(logits[None], row[None])
             for logits, row in zip(out["logits"], codes, strict=True)

@@ -1,5 +1,6 @@
 """A network with its engine and optimizer: the model of a stage, or its adversary."""
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from titok_fast.attention import ENVIRONMENT
+from titok_fast.blocks import PostNormBlock, PreNormBlock, set_attention
 from titok_fast.training.optim import set_learning_rate
 from titok_fast.training.parallel import BLOCKS, Engine, local, whole
 from titok_fast.training.recipe import TrainingConfig
@@ -18,6 +21,9 @@ from titok_fast.training.resume import (
     restore_optimizer,
     room_for,
 )
+
+# narrower blocks keep SDPA, which rounds less, and their activations: these are small
+WIDE = 512
 
 
 class Trained:
@@ -95,7 +101,19 @@ def under(part: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_blocks(model: nn.Module, config: TrainingConfig) -> None:
-    """Activation checkpointing and compilation, block by block: one compiled block serves all."""
+    """Attention, what is recomputed, checkpoints and compilation, block by block.
+
+    One compiled block serves all. On a CPU, wide transformer blocks recompute what is cheap to, and
+    in bfloat16 attend by plain products unless the environment names a back end.
+    """
+    plain = not (config.compile or config.activation_checkpointing)
+    for block in model.modules():
+        if not isinstance(block, PreNormBlock | PostNormBlock) or not block.norm1.weight.is_cpu:
+            continue
+        if block.norm1.weight.shape[0] >= WIDE:
+            block.recompute = plain
+            if config.mixed_precision == "bf16":
+                set_attention(block, os.environ.get(ENVIRONMENT) or "products")
     for block in [part for part in model.modules() if isinstance(part, BLOCKS)]:
         forward = block.forward
         if config.compile:

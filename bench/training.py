@@ -1,0 +1,210 @@
+"""Seconds and memory of a training update on the CPU, all stages, beside upstream's.
+
+    python bench/training.py --models titok-l-32 --stages stage1 generator --batch 8 --upstream PATH
+
+An update is what both trainings do with a batch that is there: proxy codes where the stage wants
+them, forward, backward, clipping, optimizer, discriminator. Data, logs and averaged weights are
+left out; the generator reads tokens. Ours is the Learner of `titok-fast train` with the committed
+recipe, upstream its models and losses (--upstream) under bfloat16 autocast, and with --float32 both
+in float32 as well. Weights are random: in the first update both have the same.
+
+Every round starts a fresh process for each system in turn, which builds it, does one update that is
+not timed, then --steps timed ones; its memory is the most it ever held (resident, VmHWM).
+"""
+
+import argparse
+import gc
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import say
+from harness import gib, spread, summary, table, timed, write_json
+from options import check, result_path, start_record
+from training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
+from training_upstream import UpstreamLearner
+
+from titok_fast.training.recipe import Recipe
+
+STAGES = ("stage1", "stage2", "generator")
+SYSTEMS = {"upstream autocast": True, "ours bf16": True, "upstream fp32": False, "ours fp32": False}
+BASE = "upstream autocast"  # ratios are over it
+_JOB = "--job"  # a child's first argument
+
+
+def system_of(name: str, recipe: Recipe, checkout: Path | None) -> Any:
+    """The system of SYSTEMS, built."""
+    if name.startswith("ours"):
+        return OurLearner(recipe)
+    assert checkout is not None
+    return UpstreamLearner(checkout, recipe, random_task(recipe), SYSTEMS[name])
+
+
+def measure_here(job: dict[str, Any]) -> dict[str, Any]:
+    """Build one system in this process and time its updates: what a child does."""
+    torch.set_num_threads(job["threads"])
+    recipe = recipe_of(job["model"], job["stage"], job["batch"], SYSTEMS[job["system"]])
+    checkout = Path(job["upstream"]) if job["upstream"] else None
+    system, batch, cpu = system_of(job["system"], recipe, checkout), batch_of(recipe), "cpu"
+    gc.collect()  # what only the construction needed
+    loss = system.update(batch)
+    seconds = [timed(lambda: system.update(batch), cpu) for _ in range(job["steps"])]
+    return {"loss": loss, "seconds": seconds, "peak_bytes": high_water()}
+
+
+def high_water() -> int | None:
+    """Most bytes this process ever held, or None where the system cannot tell."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def child(job: dict[str, Any]) -> dict[str, Any]:
+    """`measure_here` in a process of its own; {"error": its last line} where it failed."""
+    command = [sys.executable, str(Path(__file__).resolve()), _JOB, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        # a process that is killed, as for want of memory, says nothing
+        return {"error": lines[-1] if lines else f"ended with status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(job: dict[str, Any], systems: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """One row for each system, which have taken turns."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
+    for i in range(rounds):
+        first = i % len(systems)
+        for name in [*systems[first:], *systems[:first]]:
+            if any("error" in run for run in found[name]):
+                continue
+            say(f"{job['model']} {job['stage']} batch {job['batch']}, round {i + 1}: {name}")
+            found[name].append(child(job | {"system": name}))
+    return [_row(job, name, runs) for name, runs in found.items()]
+
+
+def _row(job: dict[str, Any], name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    row = {key: job[key] for key in ("model", "stage", "batch")} | {"system": name}
+    failed = [run for run in runs if "error" in run]
+    if failed:
+        return row | failed[0]
+    seconds = [s for run in runs for s in run["seconds"]]
+    step = summary(seconds)
+    peaks = [run["peak_bytes"] for run in runs]
+    return row | {
+        "seconds": seconds,
+        "step_s": step,
+        "samples_per_s": job["batch"] / step["median"],
+        "peak_bytes": None if None in peaks else max(peaks),
+        "first_loss": runs[0]["loss"],
+    }
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Add to each row its rate and its memory over those of upstream's autocast, if known."""
+    base = next((r for r in rows if r["system"] == BASE and "step_s" in r), None)
+    for row in rows:
+        known = base is not None and "step_s" in row
+        row["x_upstream"] = row["samples_per_s"] / base["samples_per_s"] if known else None
+        peaks = known and row["peak_bytes"] and base["peak_bytes"]
+        row["x_upstream_memory"] = row["peak_bytes"] / base["peak_bytes"] if peaks else None
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure models and stages; the JSON, where asked for, is rewritten after each."""
+    record = start_record("training", args)
+    record["protocol"] = {
+        "timing": f"{args.rounds} rounds; in each a fresh process for every system in turn, one "
+        f"update not timed, then {args.steps}",
+        "update": "proxy codes, forward, backward, clipping, optimizer, discriminator; data, logs "
+        "and averaged weights left out; the generator reads tokens",
+        "memory": "most that a process ever held (VmHWM)",
+        "weights": "random, the same for all systems",
+    }
+    path = result_path(args.json, record) if args.json else None
+    systems = [
+        name for name, bf16 in SYSTEMS.items()
+        if (bf16 or args.float32) and (args.upstream or name.startswith("ours"))
+    ]  # fmt: skip
+    for model in args.models:
+        for stage in args.stages:
+            job = {
+                "model": model, "stage": stage, "batch": args.batch, "steps": args.steps,
+                "threads": torch.get_num_threads(), "upstream": str(args.upstream or ""),
+            }  # fmt: skip
+            rows = measure(job, systems, args.rounds)
+            compare(rows)
+            record["cases"] += rows
+            if path is not None:
+                write_json(path, record)
+    return record
+
+
+def training_table(record: dict[str, Any]) -> str:
+    """Markdown, a line per row."""
+    lines = []
+    for case in record["cases"]:
+        line = {key: case[key] for key in ("model", "stage", "batch", "system")}
+        lines.append(line)
+        if "error" in case:
+            line["s/step (p20-p80)"] = f"failed: {case['error']}"
+            continue
+        line |= {
+            "s/step (p20-p80)": spread(case["step_s"]),
+            "samples/s": case["samples_per_s"],
+            "x upstream": case["x_upstream"],
+            "peak GiB": gib(case["peak_bytes"]),
+            "x memory": case["x_upstream_memory"],
+            "first loss": case["first_loss"],
+        }
+    columns = dict.fromkeys(name for line in lines for name in line)
+    return table(lines, list(columns))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, refused before any work where they do not fit."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    add("--models", nargs="+", choices=RECIPES, default=["titok-l-32"], metavar="NAME",
+        help=f"{', '.join(RECIPES)}; default: titok-l-32")  # fmt: skip
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    add("--batch", type=int, default=8, metavar="B", help="default: 8")
+    add("--rounds", type=int, default=3, metavar="N", help="processes of each system; default: 3")
+    add("--steps", type=int, default=2, metavar="N", help="timed updates of each; default: 2")
+    add("--float32", action="store_true", help="also in float32")
+    add("--upstream", metavar="PATH", help="clone of bytedance/1d-tokenizer to measure as well")
+    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    add("--threads", type=int, metavar="N", help="default: torch's own choice")
+    add("--smoke", action="store_true", help="titok-s-128 at batch 1, one update: does it run?")
+    args = p.parse_args(argv)
+    if args.smoke:
+        args.models, args.batch, args.rounds, args.steps = ["titok-s-128"], 1, 1, 1
+    # what start_record asks for
+    args.device, args.dtype, args.weights = "cpu", ["fp32-ieee", "bf16"], None
+    check(p, args, "batch", "rounds", "steps", "threads")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; status 1 when a system failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == [_JOB]:
+        with redirect_stdout(sys.stderr):  # upstream prints
+            found = measure_here(json.loads(argv[1]))
+        print(json.dumps(found))
+        return 0
+    record = run(parse(argv))
+    print(training_table(record))
+    return int(any("error" in case for case in record["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

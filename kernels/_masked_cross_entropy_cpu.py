@@ -1,0 +1,66 @@
+"""Masked cross-entropy with its gradient on a CPU: the kernel's design in PyTorch's operations.
+
+R token rows of width D, N codes. Rows are taken in chunks; the logits of a chunk become their own
+gradient in place, and two products turn it into the gradients of hidden states and head. Nothing of
+size R * N is kept for the backward, which only scales. Plain autograd keeps the logits in two
+dtypes and forms two more tensors of their size in the backward.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK_ELEMENTS = 1 << 21  # 8 MiB of float32: logits and their gradient stay in the cache
+
+
+class CpuLoss(torch.autograd.Function):
+    """`masked_cross_entropy` of checked arguments, with gradients to hidden, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        label_smoothing: float,
+        eps: float,
+    ) -> Tensor:
+        """Arguments as in `masked_cross_entropy`, autocast off; `eps` joins the sum of weights."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        (_, D), N = hidden.shape, weight.shape[0]
+        head, offset, w = weight.to(hidden.dtype), bias.to(hidden.dtype), weights.to(wide)
+        total, summed = w.sum() + eps, w.new_zeros(())
+        g_hidden, g_bias = torch.empty_like(hidden), hidden.new_zeros(N, dtype=wide)
+        g_weight = hidden.new_zeros((N, D), dtype=wide)
+        step = max(1, _CHUNK_ELEMENTS // N)
+        for rows in (slice(r, r + step) for r in range(0, len(hidden), step)):
+            logits = F.linear(hidden[rows], head, offset).to(wide)
+            ids, part = targets[rows, None], w[rows, None]
+            lse = torch.logsumexp(logits, dim=1, keepdim=True)
+            ce = lse - (1 - label_smoothing) * logits.gather(1, ids)
+            if label_smoothing > 0:  # else a forbidden code, of logit -inf, must not count
+                ce = ce - label_smoothing * logits.mean(dim=1, keepdim=True)
+            summed += (part * ce).sum()
+            grad = logits.sub_(lse).exp_().sub_(label_smoothing / N)
+            grad.scatter_add_(1, ids, grad.new_full(ids.shape, label_smoothing - 1)).mul_(part)
+            g_bias += grad.sum(dim=0)
+            grad = grad.to(hidden.dtype)
+            torch.mm(grad, head, out=g_hidden[rows])
+            g_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(total, g_hidden, g_weight, g_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
+        return summed / total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_loss: Tensor) -> tuple:
+        """Scale what the forward left."""
+        total, *grads = ctx.saved_tensors
+        scale = g_loss / total
+        scaled = [(g * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return *scaled, None, None, None, None

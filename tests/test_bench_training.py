@@ -1,0 +1,130 @@
+"""The training benchmark: recipes, updates of both sides, rows and ratios, the record."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_scripts import scripts
+from tiny_runs import recipe_of
+
+from titok_fast import TiTok
+from titok_fast.training.recipe import Recipe
+
+training, ours = scripts("training", "training_ours")
+UPSTREAM = os.environ.get("TITOK_UPSTREAM")
+JOB = {"model": "titok-s-128", "stage": "stage1", "batch": 4}
+LOADS = TiTok.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stage", training.STAGES)
+@pytest.mark.parametrize("model", ours.RECIPES)
+def test_committed_recipes_with_all_losses_acting(model: str, stage: str) -> None:
+    recipe = ours.recipe_of(model, stage, 3, True)
+    assert recipe.stage == stage
+    assert recipe.training.per_gpu_batch_size == 3
+    assert recipe.training.mixed_precision == "bf16"
+    assert not recipe.training.use_ema
+    assert recipe.lr_scheduler.warmup_steps == 0
+    if stage == "stage2":
+        assert recipe.losses.discriminator_start == 0
+        assert recipe.losses.perceptual_loss == "convnext_s"
+    batch = ours.batch_of(recipe)
+    if stage == "generator":
+        assert batch["tokens"].shape == (3, int(model.rsplit("-", 1)[1]))
+    else:
+        assert batch["images"].shape == (3, 3, 256, 256)
+
+
+@pytest.mark.parametrize("kind", ["stage1", "stage2", "generator"])
+def test_our_update_runs_without_weight_files(kind: str, tmp_path: Path) -> None:
+    recipe = recipe_of(kind, tmp_path / "no weights", tmp_path)
+    if kind == "generator":
+        recipe = recipe_of_tokens(recipe)
+    system, batch = ours.OurLearner(recipe), ours.batch_of(recipe)
+    first = system.update(batch)
+    assert system.update(batch) != first
+    assert torch.isfinite(torch.tensor(first))
+    assert TiTok.from_pretrained.__func__ is LOADS  # type: ignore[attr-defined]
+
+
+def recipe_of_tokens(recipe: Recipe) -> Recipe:
+    data = replace(recipe.data, kind="tokens", train="random")
+    experiment = replace(recipe.experiment, tokenizer_checkpoint="")
+    return replace(recipe, data=data, experiment=experiment)
+
+
+def test_rows_take_turns_and_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    found: dict[str, dict[str, Any]] = {
+        "upstream autocast": {"seconds": [4.0, 6.0], "peak_bytes": 800, "loss": 7.0},
+        "ours bf16": {"seconds": [2.0, 3.0], "peak_bytes": 400, "loss": 7.1},
+        "ours fp32": {"error": "MemoryError"},
+    }
+
+    def child(job: dict[str, Any]) -> dict[str, Any]:
+        calls.append(job["system"])
+        return found[job["system"]]
+
+    monkeypatch.setattr(training, "child", child)
+    rows = training.measure(JOB, list(found), 2)
+    training.compare(rows)
+    assert calls == [*found, "ours bf16", "upstream autocast"]  # one that failed does not return
+    base, mine, failed = rows
+    assert base["x_upstream"] == base["x_upstream_memory"] == 1
+    assert mine["step_s"]["median"] == 2.5
+    assert mine["step_s"]["repeats"] == 4
+    assert mine["samples_per_s"] == 4 / 2.5
+    assert (mine["x_upstream"], mine["x_upstream_memory"]) == (2.0, 0.5)
+    assert failed["error"] == "MemoryError"
+    assert failed["x_upstream"] is None
+    text = training.training_table({"cases": rows})
+    assert "2.5 (2-3)" in text
+    assert "failed: MemoryError" in text
+    training.compare(rows[1:])
+    assert mine["x_upstream"] is None
+
+
+def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = {"environment": {}, "cases": []}
+    monkeypatch.setattr(training, "start_record", lambda name, args: dict(start, benchmark=name))
+    row = {"seconds": [2.0], "peak_bytes": 1 << 30, "loss": 7.0}
+    monkeypatch.setattr(training, "child", lambda job: row)
+    path = tmp_path / "record.json"
+    assert training.main(["--smoke", "--stages", "generator", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["benchmark"] == "training"
+    assert [(c["system"], c["batch"]) for c in record["cases"]] == [("ours bf16", 1)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--batch", "0"], ["--models", "titok-x"], ["--upstream", "/nowhere"]]
+)
+def test_refused_before_any_work(wrong: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "start_record", None)
+    with pytest.raises(SystemExit) as ended:
+        training.main(wrong)
+    assert ended.value.code == 2
+
+
+def test_a_child_that_fails_is_told() -> None:
+    found = training.child({"threads": 1, "model": "none", "stage": "stage1", "batch": 1}
+                           | {"system": "ours bf16"})  # fmt: skip
+    assert "KeyError" in found["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(UPSTREAM is None, reason="wants TITOK_UPSTREAM")
+@pytest.mark.parametrize("stage", training.STAGES)
+def test_upstream_begins_with_the_same_loss(stage: str) -> None:
+    recipe = ours.recipe_of("titok-s-128", stage, 1, False)
+    batch = ours.batch_of(recipe)
+    losses = [
+        training.system_of(name, recipe, UPSTREAM and Path(UPSTREAM)).update(batch)
+        for name in ("upstream fp32", "ours fp32")
+    ]
+    # the generator's masks and dropout are drawn by each
+    assert losses[1] == pytest.approx(losses[0], rel=0.05 if stage == "generator" else 1e-4)
