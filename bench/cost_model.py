@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from cases import say
-from harness import NOT_MEASURED, table, write_json
-from options import PRECISIONS, result_path, start_record
+from harness import NOT_MEASURED, table
+from options import add_single, check, chosen_mode, save, start_record
 from points import Point, measure
 from stage_work import KINDS, Work, work
-from weights import add_compile, mode
 
 from titok_fast import PRESETS
 from titok_fast.costs import DEVICES, speed_of_light
@@ -209,7 +207,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = measure(
         (*FIT, *CHECK),
         device=args.device,
-        dtype=args.dtype[0],
+        dtype=args.dtype,
         repeats=args.repeats,
         mode=args.mode,
         memory=False,
@@ -249,11 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = p.add_argument
     add("--from", dest="source", metavar="FILE", help="a record of scaling.py, in place of a run")
     add("--floors", action="store_true", help="only the floors of A100 and H100")
-    add("--dtype", choices=PRECISIONS, default="bf16")
-    add_compile(p, "all points")
-    add("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_single(p, "all points")
     args = p.parse_args(argv)
     print("Floors, ms per picture, bfloat16, batch 128:\n\n" + floors_table())
     if args.floors:
@@ -265,13 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         fitted_on = [Point(**point) for point in record["cost_model"]["fitted_on"]]
         record["cost_model"] = analysis(record["cases"], fitted_on)
     else:
-        args.device = torch.device(args.device)
-        args.mode, args.dtype = mode(p, args), [args.dtype]
-        args.weights = args.upstream = None
+        check(p, args, "repeats", "threads")
+        args.mode = chosen_mode(p, args)
         record = run(args)
     found = record["cost_model"]
-    if args.json:
-        write_json(result_path(args.json, record), record)
+    save(args.json, record)
     print("\nRates: " + "; ".join(f"{k} {v}" for k, v in found["rates"].items()))
     print("\n" + comparison_table(found["lines"]))
     errors = found["worst_error_of_unfitted"]

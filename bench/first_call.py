@@ -1,6 +1,6 @@
 """How long a fresh process waits for its first pictures, with and without code kept on disk.
 
-    python bench/first_call.py [--model titok-l-32] [--batch-size 8] [--modes eager packed int8]
+    python bench/first_call.py [--model titok-l-32] [--batch-size 8] [--modes eager fast int8]
                                [--json FILE]
 
 For each mode one process starts with an empty cache folder, and a second one with what the first
@@ -34,22 +34,15 @@ from typing import Any
 _STARTED = time.perf_counter()  # before torch is imported
 
 import torch  # noqa: E402
-from harness import environment, table, timed, write_json  # noqa: E402
-from options import result_path  # noqa: E402
+from harness import environment, table, timed  # noqa: E402
+from options import check_counts, save, techniques  # noqa: E402
 
 from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig  # noqa: E402
 from titok_fast.presets import Preset  # noqa: E402
 
 _IMPORTED = time.perf_counter()
 
-MODES = {
-    "eager": (),
-    "packed": ("packed", "products"),
-    "int8": ("products", "int8"),
-    "inductor": ("inductor",),
-    "graph": ("inductor", "graph"),
-}
-ON = {"cpu": ("eager", "packed", "int8", "inductor"), "cuda": ("eager", "inductor", "graph")}
+MODES = {"cpu": ("eager", "fast", "int8", "compiled"), "cuda": ("eager", "compiled", "fast")}
 TINY = Preset(
     TokenizerConfig(vit_enc_model_size=(64, 2, 2), vit_dec_model_size=(64, 2, 2), crop_size=64),
     GeneratorConfig(
@@ -73,8 +66,8 @@ def draw_twice(args: argparse.Namespace) -> dict[str, float]:
     def draw() -> object:
         return pipe(labels, batch_size=len(labels), output="tensor", num_sample_steps=args.steps)
 
-    techniques = MODES[args.modes[0]]
-    seconds["compile_s"] = timed(lambda: techniques and pipe.compile(techniques), device)
+    names = techniques(args.modes[0], device.type)
+    seconds["compile_s"] = timed(lambda: names and pipe.compile(names), device)
     for name in ("first_call_s", "next_call_s"):
         seconds[name] = timed(draw, device)
     return seconds
@@ -110,7 +103,7 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         "batch": args.batch_size,
         "dtype": args.dtype,
         "mode": mode,
-        "techniques": list(MODES[mode]),
+        "techniques": list(techniques(mode, args.device)),
         "cold": cold,
         "warm": warm,
         "warm_over_cold": {name: warm[name] / cold[name] for name in RATIOS},
@@ -127,21 +120,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="a network of a moment in place of --model")
     add("--batch-size", type=int, default=8, metavar="B", help="default: 8")
     add("--steps", type=int, metavar="T", help="default: those of the preset")
-    add("--modes", nargs="+", choices=tuple(MODES), help="default: all that the device has")
+    add("--modes", nargs="+", choices=MODES["cpu"], help="default: all that the device has")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--device", choices=tuple(ON), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=tuple(MODES), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
     add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
-    args.modes = args.modes or list(ON[args.device])
-    wrong = sorted(set(args.modes) - set(ON[args.device]))
+    args.modes = args.modes or list(MODES[args.device])
+    wrong = sorted(set(args.modes) - set(MODES[args.device]))
     if wrong:
         p.error(f"--modes: {', '.join(wrong)} not on {args.device}")
-    for name in ("batch_size", "steps", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
+    check_counts(p, args, "batch_size", "steps", "threads")
     if args.tiny:
         args.model = "tiny"
         PRESETS["tiny"] = TINY
@@ -171,8 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("cold", "warm"):
             shown = ", ".join(f"{field} {case[name][field]:.2f}" for field in SECONDS)
             print(f"{mode} {name}: {shown}", file=sys.stderr)
-        if args.json:
-            write_json(result_path(args.json, record), record)
+        save(args.json, record)
     rows = []
     for c in record["cases"]:
         rows += [{"mode": c["mode"], "process": name} | c[name] for name in ("cold", "warm")]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import environment, write_json
-from options import result_path
+from harness import environment
+from options import save
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "kernels", "sampling", "reconstruction", "report")
@@ -53,7 +53,7 @@ def run_tests(results: Path) -> int:
             "seconds": time.perf_counter() - began,
             **(outcome(report.read_text()) if report.exists() else {}),
         }
-    write_json(result_path(str(results), record), record)
+    save(str(results), record)
     return status
 
 

@@ -164,6 +164,17 @@ def summary(times: Sequence[float]) -> dict[str, float | int]:
     return {"median": median, "p20": p20, "p80": p80, "repeats": len(times)}
 
 
+def spread(s: Mapping[str, float | int], scale: float = 1.0) -> str:
+    """Times or rates of `summary` for a table, times `scale`: "median (p20-p80)"."""
+    median, p20, p80 = (scale * s[name] for name in ("median", "p20", "p80"))
+    return f"{median:.3g} ({p20:.3g}-{p80:.3g})"
+
+
+def gib(count: int | None) -> str | None:
+    """Bytes as GiB for a table; None where they are not known."""
+    return None if count is None else f"{count / 2**30:.2f}"
+
+
 def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Best matrix-product rate of a device in FLOP/s, under the float32 mode in force.
 

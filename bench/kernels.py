@@ -12,21 +12,15 @@ host spends on issuing a call; on the CPU they are wall-clock times.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from harness import (
-    environment,
-    precision,
-    summary,
-    synchronize,
-    table,
-    write_json,
-)
+from harness import environment, precision, spread, summary, synchronize, table
 from kernel_cases import Case, Rival, Spec
 from kernel_ops import BUILDERS
 from kernel_timing import peaks, time_calls
-from options import result_path
+from options import save
 
 BUDGET_S, QUICK_BUDGET_S = 5.0, 0.5  # of timed rounds, per case
 _COLUMNS = [
@@ -139,8 +133,7 @@ def slower_than_upstream(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     shown = row | {"B": row["batch"]}
     if "seconds" in row:
-        ms = {key: 1e3 * row["seconds"][key] for key in ("median", "p20", "p80")}
-        shown["ms (p20-p80)"] = f"{ms['median']:.3g} ({ms['p20']:.3g}-{ms['p80']:.3g})"
+        shown["ms (p20-p80)"] = spread(row["seconds"], 1e3)
         shown |= {"GB/s": row["gbps"], "of peak": f"{row['share_of_peak']:.0%}"}
         shown["x upstream"] = row["x_upstream"]
         if row["host_seconds"] is not None:
@@ -154,9 +147,9 @@ def run(
     *,
     compiled: bool,
     budget_s: float,
-    save: Callable[[dict[str, Any]], None],
+    keep: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """Measure a plan; `save` gets the record after each case, so that a time limit costs one."""
+    """Measure a plan; `keep` gets the record after each case, so that a time limit costs one."""
     clock = "device events" if device.type == "cuda" else "wall clock"
     protocol = {"timing": f"{clock}, caches flushed, random order", "budget_s": budget_s}
     record: dict[str, Any] = {
@@ -174,7 +167,7 @@ def run(
         rows = measure(spec, case, device, compiled=compiled, budget_s=budget_s)
         add_rates(rows, record["peaks"])
         record["cases"] += rows
-        save(record)
+        keep(record)
     return record
 
 
@@ -196,12 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     compiled = not args.quick if args.compile is None else args.compile
     budget_s = QUICK_BUDGET_S if args.quick else BUDGET_S
 
-    def save(record: dict[str, Any]) -> None:
-        if args.json:
-            write_json(result_path(args.json, record), record)
-
     with precision("fp32-ieee"):
-        record = run(specs, device, compiled=compiled, budget_s=budget_s, save=save)
+        record = run(
+            specs, device, compiled=compiled, budget_s=budget_s, keep=partial(save, args.json)
+        )
     rows = record["cases"]
     print(table([_shown(row) for row in rows], _COLUMNS))
     for told in slower_than_upstream(rows):

@@ -1,4 +1,4 @@
-"""Options of the benchmarks of whole models, the weights they name, and the record they begin."""
+"""Options of the benchmarks: modes, weights and devices; and the record that each begins."""
 
 import argparse
 import re
@@ -9,13 +9,16 @@ from typing import Any
 import torch
 import upstream as official
 from cases import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, say, shared
-from harness import environment, matmul_peak, precision
+from harness import environment, matmul_peak, precision, write_json
 
 from titok_fast import PRESETS, TiTokPipeline
+from titok_fast.fast import check_techniques, chosen
 
 PRECISIONS = ("fp32-ieee", "tf32", "bf16")
-# how ours runs, and the techniques of TiTokPipeline.compile behind it; None: its defaults
-MODES = {"eager": (), "fast": None, "int8": ("products", "int8"), "compiled": ("inductor",)}
+# how ours runs: what TiTokPipeline.compile is asked for
+MODES: dict[str, bool | str | tuple[str, ...]] = {
+    "eager": False, "fast": True, "int8": "int8", "compiled": ("inductor",)
+}  # fmt: skip
 
 
 def parser(description: str, default_models: Sequence[str]) -> argparse.ArgumentParser:
@@ -35,20 +38,38 @@ def parser(description: str, default_models: Sequence[str]) -> argparse.Argument
     sources = "directories or hub names for one model; `published`; default: random"
     add("--weights", metavar="TOKENIZER[,GENERATOR]", help=sources)
     add("--upstream", metavar="PATH", help="clone of bytedance/1d-tokenizer to measure as well")
+    add_run(p)
+    p.set_defaults(default_models=tuple(default_models))
+    return p
+
+
+def add_run(p: argparse.ArgumentParser) -> None:
+    """The options --json, --device and --threads."""
+    add = p.add_argument
     add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
-    p.set_defaults(default_models=tuple(default_models))
-    return p
+
+
+def add_single(p: argparse.ArgumentParser, what: str) -> None:
+    """What benchmarks under random weights take: one precision, one mode, --repeats, `add_run`.
+
+    Args:
+        p: gets the options.
+        what: runs in the mode of --compile, for its help.
+    """
+    add = p.add_argument
+    add("--dtype", choices=PRECISIONS, default="bf16")
+    how = f"{what} in the fast mode, or with these techniques; int8 is the mode of that name"
+    add("--compile", nargs="?", const="fast", metavar="A,B", help=how)
+    add("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
+    add_run(p)
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse, fill in what depends on the device, and refuse before any work."""
     args = p.parse_args(argv)
-    args.device = torch.device(args.device)
-    on_cuda = args.device.type == "cuda"
-    if on_cuda and not torch.cuda.is_available():
-        p.error("--device cuda: torch sees no CUDA device here")
+    on_cuda = check(p, args, "batch", "repeats", "threads")
     args.models = args.models or args.default_models[: None if on_cuda else 1]
     args.batch = args.batch or ([1, 32, 128] if on_cuda else [2])
     args.dtype = args.dtype or [d for d in PRECISIONS if on_cuda or d != "tf32"]
@@ -58,28 +79,71 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
     unknown = [name for name in args.models if name not in PRESETS]
     if unknown:
         p.error(f"--models: unknown {', '.join(unknown)}; known: {', '.join(PRESETS)}")
-    if "tf32" in args.dtype and not on_cuda:
-        p.error("--dtype tf32 exists on CUDA devices only")
-    for name in ("batch", "repeats", "threads"):
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [1 if value is None else value]) < 1:
-            p.error(f"--{name} wants at least 1; got {value}")
     if args.weights not in (None, "published") and len(args.models) != 1:
         p.error("--weights of one model wants one name in --models")
-    if args.upstream is not None:
+    return args
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace, *counts: str) -> bool:
+    """Refuse what cannot be done here; find the device and the checkout, and set the CPU threads.
+
+    Args:
+        p: makes the usage errors.
+        args: device, and where the benchmark has them dtype, upstream and threads; changed.
+        counts: options that want at least 1: numbers, lists of them, or None.
+
+    Returns:
+        Whether the device is CUDA.
+    """
+    args.device = torch.device(args.device)
+    on_cuda, given = args.device.type == "cuda", vars(args)
+    if on_cuda and not torch.cuda.is_available():
+        p.error("--device cuda: torch sees no CUDA device here")
+    if "tf32" in (given.get("dtype") or ()) and not on_cuda:
+        p.error("--dtype tf32 exists on CUDA devices only")
+    check_counts(p, args, *counts)
+    if given.get("upstream") is not None:
         try:
             args.upstream = official.find(args.upstream)
         except FileNotFoundError as error:
             p.error(str(error))
-    if args.threads is not None:
+    if given.get("threads") is not None:
         torch.set_num_threads(args.threads)
-    return args
+    return on_cuda
+
+
+def check_counts(p: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """A usage error for a number below 1, alone or in a list; None passes."""
+    for name in names:
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [1 if value is None else value]) < 1:
+            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
+
+
+def chosen_mode(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Of --compile: a key of MODES, or techniques joined by "+"; a usage error if they misfit."""
+    if args.compile is None:
+        return "eager"
+    mode, kind = args.compile.replace(",", "+"), args.device.type
+    try:
+        check_techniques(
+            techniques(mode, kind), kind, torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        )
+    except ValueError as error:
+        p.error(f"--compile: {error}")
+    return mode
+
+
+def techniques(mode: str, device_type: str) -> tuple[str, ...]:
+    """Techniques of TiTokPipeline.compile in a mode: a key of MODES, or some joined by "+"."""
+    return chosen(MODES.get(mode, mode.split("+")), device_type)
 
 
 def in_mode(pipe: TiTokPipeline, mode: str) -> TiTokPipeline:
-    """A pipeline of its own on the same weights, made as fast as the mode says."""
+    """A pipeline of its own on the same weights, made as fast as the mode (`techniques`) says."""
     own = shared(pipe)
-    return own if mode == "eager" else own.compile(MODES[mode])
+    names = techniques(mode, own.device.type)
+    return own.compile(names) if names else own
 
 
 def load(name: str, weights: str | None, device: torch.device, *, generate: bool) -> TiTokPipeline:
@@ -102,10 +166,15 @@ def load(name: str, weights: str | None, device: torch.device, *, generate: bool
 
 
 def start_record(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON before its first case: device, versions, protocol, matrix-product rates."""
+    """The JSON before its first case: device, versions, protocol, matrix-product rates.
+
+    Args:
+        benchmark: its name.
+        args: device, dtype (one, or a list), and where the benchmark has them weights and upstream.
+    """
     say("measuring the device's matrix products")
-    rates = {}
-    for name in args.dtype:
+    rates, given = {}, vars(args)
+    for name in [args.dtype] if isinstance(args.dtype, str) else args.dtype:
         with precision(name) as dtype:
             rates[name] = matmul_peak(args.device, dtype)
     return {
@@ -115,9 +184,9 @@ def start_record(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
             "timing": "wall clock between device synchronisations, candidates taking turns",
             "warmup": "three calls of each: first-call time, memory, agreement",
             "memory": "weights of the candidate, and what its second call adds at most",
-            "weights": _describe_weights(args.weights),
+            "weights": _describe_weights(given.get("weights")),
         },
-        "upstream_commit": official.commit(args.upstream) if args.upstream else None,
+        "upstream_commit": official.commit(args.upstream) if given.get("upstream") else None,
         "matmul_flop_per_s": rates,
         "cases": [],
     }
@@ -129,6 +198,15 @@ def _describe_weights(weights: str | None) -> str:
         return "random"
     names = weights.split(",")
     return ", ".join("local files" if Path(name).exists() else name for name in names)
+
+
+def save(target: str | None, record: dict[str, Any]) -> Path | None:
+    """Write the record, or what there is of it, where --json says; None where it says nothing."""
+    if not target:
+        return None
+    path = result_path(target, record)
+    write_json(path, record)
+    return path
 
 
 def result_path(target: str, record: dict[str, Any]) -> Path:

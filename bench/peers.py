@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import arithmetic, say, shared
-from harness import NOT_MEASURED, summary, table, time_interleaved, write_json
-from options import PRECISIONS, result_path, start_record
+from cases import arithmetic, say
+from harness import NOT_MEASURED, summary, table, time_interleaved
+from options import add_single, check, chosen_mode, in_mode, save, start_record
 from peer_models import Calls, Peer
 from peer_systems import PAPER_A100, SYSTEMS, System
-from weights import add_compile, build, draw_only, in_mode, mode
+from weights import build, draw_only
 
 from titok_fast import PRESETS
 
@@ -64,12 +64,12 @@ def ours(args: argparse.Namespace, side: int) -> dict[str, Callable[[], object]]
     calls: dict[str, Callable[[], object]] = {}
     for name in args.ours or OURS[side]:
         pipe = draw_only(PRESETS[name], args.device, args.weights_dtype)
-        for name_of_mode in args.modes:
-            own = in_mode(shared(pipe), name_of_mode)
+        for mode in args.modes:
+            own = in_mode(pipe, mode)
             settings = asdict(own.sampling.but(num_sample_steps=OUR_STEPS))
             labels = torch.arange(args.batch_size) % 1000
             draw = partial(own, labels, batch_size=args.batch_size, output="tensor", **settings)
-            calls[f"{name} {name_of_mode}"] = draw
+            calls[f"{name} {mode}"] = draw
     return calls
 
 
@@ -79,7 +79,7 @@ def measure(
     """The row of one system, with ours timed in the same rounds."""
     row: dict[str, Any] = {
         key: value for key, value in asdict(system).items() if key not in ("build", "left_out")
-    } | {"batch": args.batch_size, "dtype": args.dtype[0]}
+    } | {"batch": args.batch_size, "dtype": args.dtype}
     if system.build is None:
         return row | {"not_measured": system.left_out}
     make = partial(system.build, args.tiny)
@@ -108,7 +108,7 @@ def _rounds(
     calls = peer.calls(args.batch_size, system.steps)
     candidates = dict(rivals) | {f"step {i}": call for i, call in calls.steps.items()}
     candidates["decode"] = calls.decode
-    with arithmetic(args.dtype[0]):
+    with arithmetic(args.dtype):
         times = time_interleaved(candidates, repeats=args.repeats, warmup=1, device=args.device)
     return times, calls
 
@@ -185,7 +185,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "memory": "one peer at a time beside ours",
         "peers": "eager, a step times the published steps; ours whole",
     }
-    path = result_path(args.json, record) if args.json else None
     side = 0
     rivals: dict[str, Callable[[], object]] = {}
     for system in args.systems:
@@ -194,8 +193,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rivals.clear()  # before the next ones are loaded
             side, rivals = system.side, ours(args, system.side)
         record["cases"].append(measure(system, rivals, args))
-        if path is not None:
-            write_json(path, record)
+        save(args.json, record)
     return record
 
 
@@ -207,12 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add, known = p.add_argument, {s.name: s for s in SYSTEMS}
     add("--peers", metavar="A,B", help=f"default: all of {', '.join(known)}")
     add("--batch-size", type=int, metavar="B", help="pictures at once; CPU: 1; CUDA: 32")
-    add("--dtype", choices=PRECISIONS, default="bf16")
-    add("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
-    add_compile(p, "ours also")
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
+    add_single(p, "ours also")
     add("--ours", nargs="+", choices=tuple(PRESETS), metavar="NAME", help=argparse.SUPPRESS)
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # small networks, for tests
     args = p.parse_args(argv)
@@ -221,21 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         p.error(f"--peers: unknown {', '.join(unknown)}; known: {', '.join(known)}")
     args.systems = sorted((known[name] for name in names), key=SYSTEMS.index)
-    args.device = torch.device(args.device)
-    on_cuda = args.device.type == "cuda"
-    if args.dtype == "tf32" and not on_cuda:
-        p.error("--dtype tf32 exists on CUDA devices only")
+    on_cuda = check(p, args, "batch_size", "repeats", "threads")
     args.batch_size = (32 if on_cuda else 1) if args.batch_size is None else args.batch_size
-    for name in ("batch_size", "repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     args.weights_dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    args.modes = list(dict.fromkeys(("eager", mode(p, args))))
-    args.dtype = [args.dtype]  # as start_record takes it
-    args.weights = args.upstream = None  # start_record's: random, and no upstream
+    args.modes = list(dict.fromkeys(("eager", chosen_mode(p, args))))
     record = run(args)
     print(peers_table(record))
     return int(any("failed" in str(c.get("not_measured")) for c in record["cases"]))

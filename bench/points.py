@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from cases import arithmetic, say, weight_bytes
 from harness import peak_memory, summary, time_interleaved
+from options import in_mode
 from stages import StageClock, watch
-from weights import draw_only, in_mode
+from weights import draw_only
 
 from titok_fast import PRESETS, SamplingConfig, TiTokPipeline
 from titok_fast.kernels.lm_head_sample import lm_head_sample
@@ -145,7 +146,7 @@ def measure(
         device: where they run.
         dtype: a precision that harness.precision knows.
         repeats: timed rounds.
-        mode: of weights.in_mode.
+        mode: of options.in_mode.
         memory: also the peak of each, one more call.
 
     Returns:

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 import upstream as official
 from cases import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
-from harness import write_json
-from options import in_mode, load, parse, parser, result_path, start_record
-from report import reconstruction_table
+from options import in_mode, load, parse, parser, save, start_record
+from report_tables import reconstruction_table
 from torch import Tensor
 
 from titok_fast import TiTokPipeline
@@ -99,7 +98,6 @@ def candidates(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the whole matrix; the JSON, where asked for, is rewritten after every group."""
     record = start_record("reconstruction", args)
-    path = result_path(args.json, record) if args.json else None
     for name in args.models:
         pipe = load(name, args.weights, args.device, generate=False)
         cfg = pipe.tokenizer.config
@@ -123,8 +121,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     prefix=f"{name} {direction} batch {batch}: ",
                 )  # fmt: skip
                 record["cases"] += [case | row for row in rows]
-                if path is not None:
-                    write_json(path, record)
+                save(args.json, record)
                 torch.compiler.reset()
     return record
 

@@ -71,13 +71,14 @@ def unmask(
         (B, K) int64 ids in [0, N).
     """
     mask_id = generator.config.mask_token_id
-    base = ids.shape[1] if config.confidence == "logit" else (ids == mask_id).sum(dim=1)
+    base = sampling.maskable(ids, config, mask_id)
     for step in steps(config):
-        mask = ids == mask_id
         guided = step.guidance != 0
         if not switches.skips and config.guidance_decay == "power-cosine":
             guided = True
-        rows = mask.view(-1).nonzero().squeeze(1) if switches.masked_rows else None
+        rows = None
+        if switches.masked_rows:
+            rows = (ids == mask_id).view(-1).nonzero().squeeze(1)
         cond, uncond = _hidden(generator, ids, class_ids, guided, rows, step, switches)
         if switches.mixed:
             picked = rows if not switches.read_rows else None  # else the others are gone already
@@ -91,22 +92,17 @@ def unmask(
             )
         if rows is not None:
             candidates = ids.view(-1).scatter(0, rows, candidates)
-            scores = torch.zeros(mask.numel(), device=ids.device).scatter(0, rows, scores)
-        candidates = torch.where(mask, candidates.view_as(ids), ids)
-        scores = scores.view(ids.shape).masked_fill(~mask, float("inf"))
-        if step.last:
-            ids = candidates
-        else:
-            ids = sampling.remask(
-                candidates,
-                scores,
-                sampling.num_masked(mask, base, step.mask_ratio),
-                mask_id=mask_id,
-                seeds=seeds,
-                step=step.index,
-                noise_temperature=step.remask_noise,
-                rule=config.confidence,
-            )
+            scores = torch.zeros(ids.numel(), device=ids.device).scatter(0, rows, scores)
+        ids = sampling.end_step(
+            ids,
+            candidates.view_as(ids),
+            scores.view_as(ids),
+            step,
+            base,
+            mask_id=mask_id,
+            seeds=seeds,
+            rule=config.confidence,
+        )
         if on_step is not None:
             on_step()
     return ids

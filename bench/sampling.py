@@ -6,7 +6,9 @@
 Ours (as it is, in its fast mode, in int8) beside the plain float32 reference sampler and,
 with --upstream, beside a checkout of bytedance/1d-tokenizer on the same weights, taking turns. The
 share of each stage, first-call time, memory, FLOPs and agreement with float32 stand in the same
-row. Weights are random unless --weights says otherwise; the speed does not depend on them.
+row. Weights are random unless --weights says otherwise; the speed does not depend on them. The
+model in the package has its own, and the quality that fashion.py measured; upstream's classes
+cannot be built at its sizes.
 """
 
 import argparse
@@ -19,10 +21,11 @@ from typing import Any
 import torch
 import upstream as official
 from cases import Candidate, arithmetic, in_dtypes, measure, say, shared, weight_bytes
-from harness import write_json
+from harness import NOT_MEASURED, write_json
 from options import in_mode, load, parse, parser, result_path, start_record
 from peer_systems import PAPER_A100
 from report import sampling_table
+from report_fashion import quality
 from stages import watch
 from torch import Tensor
 
@@ -31,7 +34,7 @@ from titok_fast.costs import generation_costs
 from titok_fast.images import to_uint8
 from titok_fast.reference import generate
 
-MODELS = ("titok-l-32", "titok-b-64", "titok-s-128")
+MODELS = ("titok-l-32", "titok-b-64", "titok-s-128", "fashion-16")
 
 
 @torch.no_grad()
@@ -96,15 +99,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     path = result_path(args.json, record) if args.json else None
     for name in args.models:
         config = (PRESETS[name].sampling or SamplingConfig()).but(num_sample_steps=args.steps)
-        say(f"{name}: {record['protocol']['weights']} weights")
-        pipe = load(name, args.weights, args.device, generate=True)
+        shipped = PRESETS[name].folder is not None and args.weights is None
+        weights = "in the package" if shipped else record["protocol"]["weights"]
+        say(f"{name}: weights {weights}")
+        source = "published" if shipped else args.weights
+        pipe = load(name, source, args.device, generate=True)
         assert pipe.generator is not None
+        classes = pipe.generator.config.condition_num_classes
         rival = official.load(args.upstream, pipe.tokenizer, pipe.generator)
+        if args.upstream is not None and rival is None:
+            say(f"{name}: {NOT_MEASURED} with upstream, whose classes have other sizes only")
         by_dtype = in_dtypes(pipe, args.dtype)
         costs = generation_costs(pipe.tokenizer.config, pipe.generator.config, config)
         gflop = {stage: cost.flops / 1e9 for stage, cost in costs.items()}
         for batch in args.batch:
-            labels = (37 * torch.arange(batch, device=args.device)) % 1000
+            labels = (37 * torch.arange(batch, device=args.device)) % classes
             made = candidates(pipe, by_dtype, rival, args.modes, labels, config)
             rows = measure(
                 made, images=batch, device=args.device, repeats=args.repeats,
@@ -116,6 +125,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "sampling": asdict(config),
                 "gflop_per_image": gflop,
                 "paper_a100_images_per_s": PAPER_A100.get((name, config.num_sample_steps)),
+                "weights": weights,
+                "quality": quality(name) if shipped and args.steps is None else None,
             }
             record["cases"] += [case | row for row in rows]
             if path is not None:
@@ -125,9 +136,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def quality_lines(record: Mapping[str, Any]) -> list[str]:
+    """Of each model that has weights in the package: label agreement, and FID beside its floor."""
+    found = {case["model"]: case["quality"] for case in record["cases"]
+             if PRESETS[case["model"]].folder is not None}  # fmt: skip
+    return [
+        f"{model}: {NOT_MEASURED}" if q is None
+        else f"{model}: label agreement {q['label_agreement']:.1%}, FID {q['fid_samples']:.3g} "
+        f"beside {q['fid_real']:.3g} of real test pictures ({q['features']})"
+        for model, q in found.items()
+    ]  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a candidate failed."""
     p = parser(__doc__ or "", MODELS)
+    if not torch.cuda.is_available():
+        p.set_defaults(models=[MODELS[0], MODELS[-1]])  # one large, and one that takes seconds
     p.add_argument("--steps", type=int, metavar="T", help="default: the model's published setting")
     args = parse(p, argv)
     for name in args.models:
@@ -139,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             p.error(f"--steps: {error}")
     record = run(args)
-    print(sampling_table(record, details=True))
+    print("\n".join([sampling_table(record, details=True), *quality_lines(record)]))
     return int(any("error" in case for case in record["cases"]))
 
 

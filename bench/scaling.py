@@ -20,10 +20,10 @@ from typing import Any
 import cost_model
 import torch
 from cases import say
-from harness import summary, table, timed, write_json
-from options import PRECISIONS, result_path, start_record
+from harness import NOT_MEASURED, gib, spread, summary, table, timed
+from options import add_single, check, chosen_mode, in_mode, save, start_record
 from points import Point, Prepared, measure
-from weights import add_compile, draw_only, in_mode, mode
+from weights import draw_only
 
 AXES = ("batch", "tokens", "resolution", "steps", "threads", "ranks")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -132,15 +132,14 @@ def measure_axis(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     reasons = {p: left_out(p, args.max_batch, cores) for p in points}
     chosen = [p for p in points if reasons[p] is None]
     common: dict[str, Any] = {
-        "device": args.device, "dtype": args.dtype[0], "repeats": args.repeats,
-        "mode": args.mode
+        "device": args.device, "dtype": args.dtype, "repeats": args.repeats, "mode": args.mode
     }  # fmt: skip
     if axis == "ranks":
         rows = [measure_ranks(p, **common) for p in chosen]
     else:
         rows = measure(chosen, **common) if chosen else []
     measured = dict(zip(chosen, rows, strict=True))
-    same = {"dtype": args.dtype[0], "mode": args.mode}
+    same = {"dtype": args.dtype, "mode": args.mode}
     return [
         {"axis": axis}
         | measured.get(p, p.row() | {**same, "not_measured": reasons[p]})
@@ -153,16 +152,15 @@ def scaling_table(record: Mapping[str, Any]) -> str:
     """Markdown, a line per point."""
     rows = []
     for case in record["cases"]:
-        speed, peak = case.get("images_per_s"), case.get("peak_bytes")
-        missing = case.get("not_measured") or case.get("error")
+        speed, missing = case.get("images_per_s"), case.get("not_measured") or case.get("error")
         rows.append(
             {name: case[name] for name in ("axis", "model", "batch", "tokens", "side", "steps")}
             | {"threads": case["threads"] or "all", "ranks": case["ranks"]}
             | {
-                "samples/s (p20-p80)": f"not measured: {missing}"
+                "samples/s (p20-p80)": f"{NOT_MEASURED}: {missing}"
                 if speed is None
-                else f"{speed['median']:.3g} ({speed['p20']:.3g}-{speed['p80']:.3g})",
-                "peak GiB": None if peak is None else f"{peak / 2**30:.2f}",
+                else spread(speed),
+                "peak GiB": gib(case.get("peak_bytes")),
             }
         )
     columns = ("axis", "model", "batch", "tokens", "side", "steps", "threads", "ranks")
@@ -173,18 +171,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure axis after axis; the JSON, where asked for, is rewritten after each."""
     record = start_record("scaling", args)
     record["protocol"]["warmup"] = "two calls of each: first call, memory"
-    path = result_path(args.json, record) if args.json else None
     for axis in args.axes:
         say(f"axis {axis}")
         record["cases"] += measure_axis(axis, args)
-        if path is not None:
-            write_json(path, record)
+        save(args.json, record)
     try:
         record["cost_model"] = cost_model.analysis(record["cases"], FIT)
     except (ValueError, ImportError) as error:  # axes without the points to fit on
         say(f"no cost model: {error}")
-    if path is not None:
-        write_json(path, record)
+    save(args.json, record)
     return record
 
 
@@ -196,32 +191,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = p.add_argument
     add("--axes", metavar="A,B", default=",".join(AXES), help=f"default: {','.join(AXES)}")
     add("--max-batch", type=int, metavar="B", help="CPU: 8; CUDA: 64")
-    add("--dtype", choices=PRECISIONS, default="bf16")
-    add_compile(p, "all points")
-    add("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
     add("--plots", metavar="DIR", help="also scaling.svg there")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
+    add_single(p, "all points")
     args = p.parse_args(argv)
-    args.axes, args.device = args.axes.split(","), torch.device(args.device)
+    on_cuda = check(p, args, "max_batch", "repeats", "threads")
+    args.axes, args.mode = args.axes.split(","), chosen_mode(p, args)
     unknown = [axis for axis in args.axes if axis not in AXES]
     if unknown:
         p.error(f"--axes: unknown {', '.join(unknown)}; known: {', '.join(AXES)}")
-    if args.dtype == "tf32" and args.device.type != "cuda":
-        p.error("--dtype tf32 exists on CUDA devices only")
-    if args.max_batch is None:
-        args.max_batch = 64 if args.device.type == "cuda" else 8
-    for name in ("max_batch", "repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
+    args.max_batch = (64 if on_cuda else 8) if args.max_batch is None else args.max_batch
     if args.plots is not None and not Path(args.plots).is_dir():
         p.error(f"--plots wants an existing folder; got {args.plots}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    args.mode = mode(p, args)
-    args.dtype, args.weights, args.upstream = [args.dtype], None, None  # start_record's: random
     record = run(args)
     print(scaling_table(record))
     if "cost_model" in record:

@@ -5,7 +5,8 @@
 
 Rows are cumulative: each adds one technique to its parent. An aside is measured and left out again.
 Rows that fit in memory take turns. The groups that this makes each have a row in common with the
-one before, and ratios go through it, so that clocks that drift in between do not enter them.
+one before, and ratios go through it, so that clocks that drift in between do not enter them. Beside
+the file of --json stands a plot under its name, ending in .svg.
 
 The JSON has the fields of sampling.py's record ("benchmark": "waterfall", "environment",
 "protocol", "upstream_commit", "matmul_flop_per_s"), and beside them
@@ -37,8 +38,8 @@ import torch
 import upstream as official
 import waterfall_rows
 from cases import measure, say
-from harness import NOT_MEASURED, matmul_peak, precision, table, write_json
-from options import result_path, start_record
+from harness import NOT_MEASURED, gib, matmul_peak, precision, spread, table
+from options import add_run, check, save, start_record
 from waterfall_candidates import Bench, Made, settings
 from waterfall_rows import Row, next_group
 
@@ -136,7 +137,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = PRESETS[args.model].sampling or SamplingConfig()
     rows = [row for row in _rows(args) if row.name in args.rows]
     record = _begin(args, rows, config)
-    path = result_path(args.json, record) if args.json else None
     cases: dict[str, Case] = {case["row"]: case for case in record["cases"]}
     waiting = [row for row in rows if row.not_measured is None]
     bench, anchor = Bench(args, config), None
@@ -154,12 +154,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         done = [r for r in group if "images_per_s" in cases[r.name] and not r.aside]
         anchor = done[-1] if done else anchor
         compare_rates(record)
-        if path is not None:
-            write_json(path, record)
+        save(args.json, record)
     _measure_peaks_again(record, args.device)
     compare_rates(record)
+    path = save(args.json, record)
     if path is not None:
-        write_json(path, record)
         _draw(record, path)
     return record
 
@@ -191,15 +190,15 @@ def waterfall_table(record: Mapping[str, Any]) -> str:
             why = case.get("not_measured") or f"failed ({case.get('error')})"
             line["samples/s (p20-p80)"] = f"{NOT_MEASURED}: {why}"
             continue
-        rate, quality, peak = case["images_per_s"], case["quality"], case["peak_bytes"]
+        quality = case["quality"]
         psnr = "identical" if quality["pixel_rms"] == 0 else f"{quality['psnr_db']:.1f}"
         line |= {
-            "samples/s (p20-p80)": f"{rate['median']:.3g} ({rate['p20']:.3g}-{rate['p80']:.3g})",
+            "samples/s (p20-p80)": spread(case["images_per_s"]),
             "x upstream fp32": case["x_upstream_fp32"],
             "x autocast": case["x_upstream_autocast"],
             "x parent": case["x_parent"] and f"{case['x_parent']:.3f}",
             "of bf16 peak": f"{case['of_bf16_peak']:.0%}",
-            "peak GiB": None if peak is None else f"{peak / 2**30:.2f}",
+            "peak GiB": gib(case["peak_bytes"]),
             "first call s": case["prepare_s"] + case["first_call_s"],
             "exact": "yes" if case["exact"] else "no",
             "ids, step 1": _percent(quality["step1_ids_equal"]),
@@ -237,10 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = "directories or hub names; `published`; default: random"
     add("--weights", metavar="TOKENIZER[,GENERATOR]", help=sources)
     add("--upstream", metavar="PATH", help="clone of bytedance/1d-tokenizer to measure as well")
-    add("--json", metavar="FILE", help="write the record there and a plot beside it, FILE's name "
-        "ending in .svg; a folder: name both after the run")  # fmt: skip
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
+    add_run(p)
     args = p.parse_args(argv)
     _check(p, args, known)
     record = run(args)
@@ -260,22 +256,8 @@ def _check(p: argparse.ArgumentParser, args: argparse.Namespace, known: Sequence
     unknown = [name for name in args.rows if name not in known]
     if unknown:
         p.error(f"--rows: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    args.device = torch.device(args.device)
-    on_cuda = args.device.type == "cuda"
-    if on_cuda and not torch.cuda.is_available():
-        p.error("--device cuda: torch sees no CUDA device here")
+    on_cuda = check(p, args, "batch_size", "repeats", "threads")
     args.batch_size = (32 if on_cuda else 8) if args.batch_size is None else args.batch_size
-    for name in ("batch_size", "repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
-    if args.upstream is not None:
-        try:
-            args.upstream = official.find(args.upstream)
-        except FileNotFoundError as error:
-            p.error(str(error))
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     args.dtype = ["fp32-ieee", *["tf32"] * on_cuda, "bf16"]
 
 

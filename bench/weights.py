@@ -1,9 +1,8 @@
-"""Models under random weights, made in seconds, and the modes that ours run in.
+"""Models under random weights, made in seconds.
 
 Speed does not depend on what the weights are.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from titok_fast import TiTok, TiTokPipeline
-from titok_fast.fast import check_techniques
 from titok_fast.generator import generator_class
 from titok_fast.presets import Preset
 from titok_fast.quantizer import VectorQuantizer
@@ -92,31 +90,3 @@ def draw_only(system: Preset, device: torch.device, dtype: torch.dtype) -> TiTok
     t = build(tokenizer, device, dtype)
     g = build(lambda: generator_class(config)(config), device, dtype)
     return TiTokPipeline(t, g, system.sampling)
-
-
-def add_compile(p: argparse.ArgumentParser, what: str) -> None:
-    """The option --compile [A,B]; `mode` reads it."""
-    p.add_argument(
-        "--compile", nargs="?", const="compiled", metavar="A,B",
-        help=f"{what} in the fast mode, by default with the device's techniques",
-    )  # fmt: skip
-
-
-def mode(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """Mode "eager", "compiled" or techniques joined by "+"; a usage error where they do not fit."""
-    if args.compile not in (None, "compiled"):
-        weights = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        try:
-            check_techniques(args.compile.split(","), args.device.type, weights)
-        except ValueError as error:
-            p.error(f"--compile: {error}")
-    return "eager" if args.compile is None else args.compile.replace(",", "+")
-
-
-def in_mode(pipe: TiTokPipeline, name: str) -> TiTokPipeline:
-    """The same pipeline, made fast in place unless the mode is "eager"."""
-    if name == "compiled":
-        pipe.compile()
-    elif name != "eager":
-        pipe.compile(name.split("+"))
-    return pipe

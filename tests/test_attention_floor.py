@@ -1,18 +1,12 @@
 """The paper comparison of attention back ends: arithmetic by hand, and what it concludes."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from bench_scripts import scripts
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    floor = importlib.import_module("attention_floor")
-finally:
-    sys.path.remove(str(BENCH))
+(floor,) = scripts("attention_floor")
 
 
 def test_one_row_by_hand() -> None:

@@ -1,9 +1,7 @@
 """The benchmarks of whole models, on small ones: protocol, record, options, the rival's adapter."""
 
-import importlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,21 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_generator_config, tiny_tokenizer_config
+from bench_scripts import add_tiny, scripts
+from models import tiny_tokenizer_config
 from torch import Tensor
 
-from titok_fast import PRESETS, GeneratorConfig, SamplingConfig, TiTokPipeline, TokenizerConfig
+from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig
 from titok_fast.presets import Preset
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    cases, options, reconstruction, sampling, stages, upstream = map(
-        importlib.import_module,
-        ("cases", "options", "reconstruction", "sampling", "stages", "upstream"),
-    )
-finally:
-    sys.path.remove(str(BENCH))
+cases, options, reconstruction, sampling, stages, upstream = scripts(
+    "cases", "options", "reconstruction", "sampling", "stages", "upstream"
+)
 
 CPU = torch.device("cpu")
 UPSTREAM = os.environ.get("TITOK_UPSTREAM")
@@ -37,10 +30,7 @@ RATE = {"median", "p20", "p80", "repeats"}
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SamplingConfig(3, 4.5, "linear", 3.0, 9.5, True)
-    tiny = Preset(tiny_tokenizer_config(), tiny_generator_config(), settings)
-    monkeypatch.setitem(PRESETS, "tiny", tiny)
-    monkeypatch.setattr(options, "matmul_peak", lambda device, dtype: 1e12)
+    add_tiny(monkeypatch, options)
     monkeypatch.setitem(PRESETS, "tiny-vae", Preset(tiny_tokenizer_config("vae")))
 
 

@@ -1,27 +1,16 @@
 """The cost model: counted work, the fit on synthetic times, the comparison, the floors."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import tiny_generator_config, tiny_tokenizer_config
+from bench_scripts import add_tiny, scripts
 
-from titok_fast import PRESETS, SamplingConfig
 from titok_fast.costs import generation_costs
-from titok_fast.presets import Preset
 
 pytest.importorskip("scipy")
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    cost_model, options, points, stage_work = map(
-        importlib.import_module, ("cost_model", "options", "points", "stage_work")
-    )
-finally:
-    sys.path.remove(str(BENCH))
+cost_model, options, points, stage_work = scripts("cost_model", "options", "points", "stage_work")
 
 Point = points.Point
 # a machine of this project's kind, every kind of work with a cost of its own
@@ -165,10 +154,7 @@ def test_command_on_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_run_measures_fit_and_check_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SamplingConfig(3, 4.5, "linear", 3.0, 9.5, True)
-    tiny = Preset(tiny_tokenizer_config(), tiny_generator_config(), settings)
-    monkeypatch.setitem(PRESETS, "tiny", tiny)
-    monkeypatch.setattr(options, "matmul_peak", lambda device, dtype: 1e12)
+    add_tiny(monkeypatch, options)
     monkeypatch.setattr(cost_model, "FIT", tuple(Point("tiny", B, steps=2) for B in (1, 3)))
     monkeypatch.setattr(cost_model, "CHECK", (Point("tiny", 2, tokens=4, steps=3),))
     path = tmp_path / "r.json"

@@ -1,25 +1,19 @@
 """The benchmark of first calls: two fresh processes for each mode, and the arithmetic on them."""
 
-import importlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench_scripts import scripts
 
 from titok_fast import PRESETS
 from titok_fast.fast import DEFAULTS, check_techniques
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    first_call = importlib.import_module("first_call")
-finally:
-    sys.path.remove(str(BENCH))
+first_call, options = scripts("first_call", "options")
 
 CALLS = ("import_s", "load_s", "compile_s", "first_call_s", "next_call_s")
 
@@ -87,7 +81,7 @@ def test_a_child_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--batch-size", "0"], "--batch-size wants at least 1; got 0"),
         (["--threads", "-1"], "--threads wants at least 1; got -1"),
-        (["--modes", "graph"], "--modes: graph not on cpu"),
+        (["--modes", "graph"], "invalid choice: 'graph'"),
         (["--model", "titok-x"], "invalid choice: 'titok-x'"),
     ],
 )
@@ -97,8 +91,16 @@ def test_wrong_options(words: list[str], message: str, capsys: pytest.CaptureFix
     assert message in capsys.readouterr().err
 
 
+def test_a_mode_of_another_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        first_call.main(["--device", "cuda", "--modes", "fast", "int8"])
+    assert "--modes: int8 not on cuda" in capsys.readouterr().err
+
+
 def test_every_mode_of_a_device_fits_it() -> None:
-    for device, modes in first_call.ON.items():
-        for name in modes:
-            check_techniques(first_call.MODES[name], device, torch.bfloat16)
-        assert DEFAULTS[device] in [first_call.MODES[name] for name in modes]
+    for device, modes in first_call.MODES.items():
+        names = [options.techniques(mode, device) for mode in modes]
+        for chosen in names:
+            check_techniques(chosen, device, torch.bfloat16)
+        assert len(set(names)) == len(names)
+        assert {(), DEFAULTS[device]} < set(names)

@@ -1,38 +1,21 @@
 """The kernel benchmark: rivals that do the same work, judges that notice, rows, exit status."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from bench_scripts import script_apart
 
 import titok_fast.kernels
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
 CPU = torch.device("cpu")
-
-
-def load(name: str) -> ModuleType:
-    """A script of bench/, under another name: `kernels` is taken by other projects."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCH))
-
-
-bench = load("kernels")
+# under another name: `kernels` is taken by other projects
+bench = script_apart("kernels")
 # the very modules that the script uses: a second copy would have classes of its own
 cases, ops, draws, timing = (
     sys.modules[f"kernel_{name}"] for name in ("cases", "ops", "draws", "timing")

@@ -1,28 +1,18 @@
 """The peers benchmark: published numbers, sizes, extrapolation, record."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import tiny_generator_config, tiny_tokenizer_config
-
-from titok_fast import PRESETS, SamplingConfig
-from titok_fast.presets import Preset
+from bench_scripts import add_tiny, scripts
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    options, peer_systems, peers, report, weights = map(
-        importlib.import_module, ("options", "peer_systems", "peers", "report", "weights")
-    )
-finally:
-    sys.path.remove(str(BENCH))
+options, peer_systems, peers, report, weights = scripts(
+    "options", "peer_systems", "peers", "report", "weights"
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SYSTEMS = {s.name: s for s in peer_systems.SYSTEMS}
@@ -31,10 +21,7 @@ MEASURED = [name for name, s in SYSTEMS.items() if s.build is not None]
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SamplingConfig(3, 4.5, "linear", 3.0, 9.5, True)
-    tiny = Preset(tiny_tokenizer_config(), tiny_generator_config(), settings)
-    monkeypatch.setitem(PRESETS, "tiny", tiny)
-    monkeypatch.setattr(options, "matmul_peak", lambda device, dtype: 1e12)
+    add_tiny(monkeypatch, options)
 
 
 def run(path: Path, *words: str) -> tuple[int, dict[str, Any]]:

@@ -1,31 +1,22 @@
 """The scaling benchmark on small models: axes, record, ranks, plots; and the points it shares."""
 
-import importlib
 import json
 import os
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import tiny_generator_config, tiny_tokenizer_config
+from bench_scripts import BENCH, add_tiny, scripts
 
-from titok_fast import PRESETS, SamplingConfig
-from titok_fast.presets import Preset
+from titok_fast import PRESETS
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    cost_model, options, plots, points, scaling, weights = map(
-        importlib.import_module,
-        ("cost_model", "options", "plots", "points", "scaling", "weights"),
-    )
-finally:
-    sys.path.remove(str(BENCH))
+cost_model, options, plots, points, scaling, weights = scripts(
+    "cost_model", "options", "plots", "points", "scaling", "weights"
+)
 
 CPU, Point = torch.device("cpu"), points.Point
 TINY_AXES = {
@@ -38,10 +29,7 @@ TINY_AXES = {
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SamplingConfig(3, 4.5, "linear", 3.0, 9.5, True)
-    tiny = Preset(tiny_tokenizer_config(), tiny_generator_config(), settings)
-    monkeypatch.setitem(PRESETS, "tiny", tiny)
-    monkeypatch.setattr(options, "matmul_peak", lambda device, dtype: 1e12)
+    add_tiny(monkeypatch, options)
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from math import log10
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from bench_scripts import BENCH, add_tiny, scripts
 from models import (
+    TINY_VQGAN,
     CountingForwards,
+    rebuilt,
     relative,
     tiny_generator,
-    tiny_generator_config,
-    tiny_tokenizer,
     tiny_tokenizer_config,
 )
 from torch import Tensor
@@ -27,6 +28,7 @@ from titok_fast import (
     PRESETS,
     GeneratorConfig,
     SamplingConfig,
+    TiTok,
     TiTokPipeline,
     TokenizerConfig,
     maskgit_vqgan,
@@ -34,15 +36,10 @@ from titok_fast import (
 )
 from titok_fast.presets import Preset
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    options, sampler_variants, techniques, waterfall = map(
-        importlib.import_module, ("options", "sampler_variants", "techniques", "waterfall")
-    )
-    quality, rows_of = map(importlib.import_module, ("waterfall_quality", "waterfall_rows"))
-finally:
-    sys.path.remove(str(BENCH))
+options, sampler_variants, techniques, waterfall = scripts(
+    "options", "sampler_variants", "techniques", "waterfall"
+)
+quality, rows_of = scripts("waterfall_quality", "waterfall_rows")
 
 CPU = torch.device("cpu")
 UPSTREAM = os.environ.get("TITOK_UPSTREAM")
@@ -66,17 +63,21 @@ VARIANTS = {
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Preset(tiny_tokenizer_config(), tiny_generator_config(), LINEAR)
-    monkeypatch.setitem(PRESETS, "tiny", tiny)
-    monkeypatch.setattr(options, "matmul_peak", lambda device, dtype: 1e12)
+    add_tiny(monkeypatch, options, LINEAR)
     monkeypatch.setattr(waterfall, "matmul_peak", lambda device, dtype: 2e12)
     # the tiny decoder's largest level to be upsampled is 16 x 16
     monkeypatch.setattr(maskgit_vqgan, "PHASES_FROM_PIXELS", 16 * 16)
 
 
+def pipeline(model_type: str = "ViT") -> TiTokPipeline:
+    """Its pixel decoder begins with 128 channels: narrower ones are not laid out channels-last."""
+    config = replace(tiny_tokenizer_config(), pixel=replace(TINY_VQGAN, hidden_channels=64))
+    return TiTokPipeline(rebuilt(TiTok(config)), tiny_generator(model_type), LINEAR)
+
+
 @pytest.fixture(scope="module", params=["ViT", "UViT"])
 def pipe(request: pytest.FixtureRequest) -> TiTokPipeline:
-    return TiTokPipeline(tiny_tokenizer(), tiny_generator(request.param), LINEAR)
+    return pipeline(request.param)
 
 
 @torch.no_grad()
@@ -209,7 +210,7 @@ def _masked(pipe: TiTokPipeline) -> list[int]:
 
 @pytest.mark.parametrize("name", SEEN)
 def test_a_technique_is_in_or_out(name: str) -> None:
-    pipe = TiTokPipeline(tiny_tokenizer(), tiny_generator(), LINEAR)
+    pipe = pipeline()
     look, there, absent = SEEN[name]
     outside = [n for n in BUILT_IN if n != name]
     for names, want in ((outside, absent), ([*outside, name], there)):
@@ -220,7 +221,7 @@ def test_a_technique_is_in_or_out(name: str) -> None:
 
 
 def test_shared_rows_of_the_first_block_are_computed_once() -> None:
-    pipe = TiTokPipeline(tiny_tokenizer(), tiny_generator(), LINEAR)
+    pipe = pipeline()
     first = pipe.tokenizer.decoder.transformer[0].attn
     with techniques.applied([*BUILT_IN, "first-layer"]):
         assert _widths(first, "qkv", pipe) == [257, 4 * 8]
@@ -229,7 +230,7 @@ def test_shared_rows_of_the_first_block_are_computed_once() -> None:
 
 
 def test_the_last_blocks_read_what_is_drawn() -> None:
-    pipe = TiTokPipeline(tiny_tokenizer(), tiny_generator(), LINEAR)
+    pipe = pipeline()
     with techniques.applied(VARIANTS["last-layer"]):
         widths = _widths(pipe.generator.blocks[-1], "mlp", pipe)
     # the second half of a guided batch follows the first; none of the classes' rows
@@ -397,7 +398,7 @@ def test_quality_is_counted_from_what_differs() -> None:
 
 
 def test_answers_do_not_depend_on_the_batch() -> None:
-    pipe = TiTokPipeline(tiny_tokenizer(), tiny_generator(), LINEAR)
+    pipe = pipeline()
     whole = quality.answers(pipe, pipe, quality.IMAGES, LINEAR)
     one = quality.answers(pipe, pipe, 1, LINEAR)
     assert {name: len(t) for name, t in whole.items()} == dict.fromkeys(whole, quality.IMAGES)

@@ -257,7 +257,6 @@ LOCAL = "--tokenizer={weights}/tokenizer --generator={weights}/generator"
 MISTAKES = {
     "": "the following arguments are required: COMMAND",
     "paint": "invalid choice: 'paint'",
-    "sample --model=tiny --out={out}": "required: --labels/--label",
     "sample --labels=1 --model=tiny": "sample wants --out DIR, --grid FILE, or both",
     "sample --labels=1,x --model=tiny": "wants classes separated by commas",
     f"sample --labels=1,10 --out={{out}} {LOCAL}": "labels lie in 0..9; got 10",

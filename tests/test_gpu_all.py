@@ -1,21 +1,15 @@
 """The single command for a GPU machine, with a pretended GPU: which steps run, and what is left."""
 
-import importlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_scripts import BENCH, scripts
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    gpu_all = importlib.import_module("gpu_all")
-finally:
-    sys.path.remove(str(BENCH))
+(gpu_all,) = scripts("gpu_all")
 
 STATUSES: dict[str, int] = {}
 ENVIRONMENT = {"device": "NVIDIA H200", "date_utc": "2026-01-02T03:04:05", "commit": "c" * 40}

@@ -1,32 +1,20 @@
 """The benchmark harness: order of calls, arithmetic, restored switches, atomic files."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from bench_scripts import script_apart
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def load() -> ModuleType:
-    """By path: bench/ is no package, its scripts import the harness as their neighbour."""
-    spec = importlib.util.spec_from_file_location("harness", ROOT / "bench" / "harness.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-harness = load()
+harness = script_apart("harness")
 
 
 class Clock:

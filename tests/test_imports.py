@@ -95,6 +95,9 @@ ORDER = (
     "schedules",
     "reference",
     "sampling",
+    "batches",
+    "coder",
+    "pretrained",
     "pipeline",
 )
 

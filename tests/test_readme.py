@@ -55,7 +55,8 @@ def test_commands_parse() -> None:
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("titok-fast ")]
     assert {command[0] for command in commands} == {
-        "sample", "tokenize", "detokenize", "reconstruct", "info", "train", "pretokenize", "eval",
+        "sample", "tokenize", "detokenize", "reconstruct", "info", "train", "pretokenize",
+        "convert", "eval",
     }  # fmt: skip
     for command in commands:
         if command[-1] == "--help":

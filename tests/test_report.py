@@ -1,20 +1,14 @@
 """Tables from result files: what is chosen, what is computed, what --check notices."""
 
 import copy
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_scripts import scripts
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # its scripts import each other as neighbours
-try:
-    report = importlib.import_module("report")
-finally:
-    sys.path.remove(str(BENCH))
+(report,) = scripts("report")
 
 MARKERS = "\n".join(
     f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->"
@@ -76,6 +70,10 @@ def save(folder: Path, name: str, content: Any) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content))
 
 
+def section(folder: Path, benchmark: str) -> str:
+    return str(report.section(report.read(folder), benchmark))
+
+
 def test_a_row_says_it_all() -> None:
     (row,) = cells(report.sampling_table(record()), "ours, eager")
     assert row == {
@@ -103,6 +101,40 @@ def test_a_kernel_row_sets_ours_beside_upstream() -> None:
         "op": "remask", "shape": "L-32", "batch": "8", "dtype": "float32", "pass": "forward",
         "ours ms": "2", "upstream ms": "1", "x upstream": "0.50",
     }  # fmt: skip
+
+
+def test_other_rivals_have_a_column_where_they_were_timed() -> None:
+    def of(op: str, by: str, median: float | None = None) -> dict[str, Any]:
+        key = {"op": op, "model": "L-32", "batch": 8, "dtype": "float32", "work": "forward"}
+        timed = {} if median is None else {"seconds": {"median": median}}
+        return key | {"by": by} | timed
+
+    run = [of("remask", "ours", 0.002), of("remask", "compiled"), of("remask", "liger-kernel")]
+    run += [of("soft_codes", "ours", 0.003), of("soft_codes", "compiled", 0.004)]
+    run += [of("soft_codes", "channels-first", 0.005), of("soft_codes", "upstream", 0.006)]
+    remask, soft_codes = cells(report.kernels_table({"cases": run}))
+    fixed = ["op", "shape", "batch", "dtype", "pass", "ours ms", "upstream ms", "x upstream"]
+    assert list(remask) == [*fixed, "compiled ms", "channels-first ms"]
+    assert (soft_codes["compiled ms"], soft_codes["channels-first ms"]) == ("4", "5")
+    assert remask["compiled ms"] == "not measured"  # it was asked for, and has no time
+    assert remask["channels-first ms"] == "-"  # there is no such rival
+
+
+def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    read = Path.read_text
+
+    def counted(path: Path, *args: Any, **options: Any) -> str:
+        seen.append(path.name)
+        return read(path, *args, **options)
+
+    for name in ("a", "b"):
+        save(tmp_path, name, record())
+    (tmp_path / "README.md").write_text(MARKERS)
+    monkeypatch.setattr(Path, "read_text", counted)
+    words = ["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path)]
+    assert report.main(words) == 0
+    assert sorted(seen) == ["README.md", "a.json", "b.json"]
 
 
 def test_details_for_the_terminal() -> None:
@@ -151,31 +183,31 @@ def test_newest_commit_of_each_device(tmp_path: Path) -> None:
         save(tmp_path, name, content)
     save(tmp_path, "kernels", {"rows": []})
     save(tmp_path, "list", [1, 2])
-    first, second = report.load(tmp_path, "sampling")
+    first, second = report.merged(report.read(tmp_path), "sampling")
     assert (first["environment"]["device"], second["environment"]["device"]) == (
         "Other",
         "Some CPU",
     )
     assert [c["images_per_s"]["median"] for c in second["cases"]] == [444.0, 333.0]
     assert json.loads((tmp_path / "c.json").read_text()) == more
-    assert report.load(tmp_path, "reconstruction") == []
+    assert report.merged(report.read(tmp_path), "reconstruction") == []
 
 
 def test_caption_says_dirty(tmp_path: Path) -> None:
     save(tmp_path, "a", record(dirty=True))
-    assert "commit aaaa with local changes, 2026-01-01; random weights" in report.section(
+    assert "commit aaaa with local changes, 2026-01-01; random weights" in section(
         tmp_path, "sampling"
     )
 
 
 def test_the_papers_column_and_ours(tmp_path: Path) -> None:
-    text = report.section(tmp_path, "sampling")
+    text = section(tmp_path, "sampling")
     assert text.startswith("Samples/s beside the paper's")
     (row,) = cells(text, "titok-l-32")
     assert row["paper's figure: A100"] == "102"
     assert row["ours: A100, best"] == "not measured"
     save(tmp_path, "a", record("NVIDIA A100-SXM4-80GB", driver="550"))
-    text = report.section(tmp_path, "sampling")
+    text = section(tmp_path, "sampling")
     (row,) = cells(text[text.index("beside the paper's") :], "titok-l-32")
     assert row["ours: A100, best"] == "1"  # ours, not upstream's
 
@@ -230,10 +262,10 @@ def scaling_record(model: str, date: str, speed: float) -> dict[str, Any]:
 def test_files_that_stand_alone_show_the_newest_of_each_device(tmp_path: Path) -> None:
     save(tmp_path, "old", scaling_record("titok-l-32", "2026-01-01T00:00:00", 3.0))
     save(tmp_path, "new", scaling_record("titok-l-32", "2026-01-02T00:00:00", 7.0))
-    text = report.section(tmp_path, "scaling")
+    text = section(tmp_path, "scaling")
     assert "| 7 (7-7)" in text
     assert "| 3 (3-3)" not in text
     assert "![" not in text
     (tmp_path / "new.svg").write_text("<svg/>")
-    assert "![scaling](bench/results/new.svg)" in report.section(tmp_path, "scaling")
-    assert report.section(tmp_path, "peers") == "Not measured yet."
+    assert "![scaling](bench/results/new.svg)" in section(tmp_path, "scaling")
+    assert section(tmp_path, "peers") == "Not measured yet."

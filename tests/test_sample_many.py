@@ -9,7 +9,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from titok_fast.sample_many import follow, lead, main
 from titok_fast.sample_options import build_parser
 from titok_fast.sampling import sample_seeds
 
+pytestmark = pytest.mark.usefixtures("one_thread_for_all")  # as torchrun sets it
 NUM, CLASSES = 20, 5
 GENERATOR = replace(tiny_generator_config(), condition_num_classes=CLASSES)
 NAMES = ["manifest.json", *(f"{i:06d}.png" for i in range(NUM))]
@@ -54,15 +55,6 @@ def wanted(weights: Path) -> np.ndarray:
     assert isinstance(pixels, np.ndarray)
     assert len({picture.tobytes() for picture in pixels}) == NUM
     return pixels
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """As torchrun sets it: the order of float32 sums follows the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def options(weights: Path, out: Path, *more: object) -> list[str]:

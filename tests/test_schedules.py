@@ -201,5 +201,5 @@ def test_but_keeps_what_is_none() -> None:
 
 
 def test_unknown_schedule_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown schedule 'root'; known: arccos, cosine"):
+    with pytest.raises(ValueError, match="unknown mask schedule 'root'; known: arccos, cosine"):
         mask_ratio("root", 0.5)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,14 +28,8 @@ from titok_fast.training.recipe import Recipe
 from titok_fast.training.signals import Interrupt
 from titok_fast.training.sources import ArraySource
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The order of sums, and so their last bits, follow the number of threads: children use one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# children use one thread, and the order of sums, so their last bits, follow the number of threads
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +68,6 @@ def done(output: Path) -> int:
 
 def killed_runs_are_exact(kills: int, steps: int, weights: Path, folder: Path) -> None:
     """Kill -9 at random moments, go on, and end with the weights of the run that was left alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the other processes
     alone, killed = (
         but(
             recipe_of("stage2", weights, folder / name, steps),
@@ -85,7 +76,6 @@ def killed_runs_are_exact(kills: int, steps: int, weights: Path, folder: Path) -
         for name in ("alone", "killed")
     )
     run(alone)
-    torch.set_num_threads(threads)
     output, chance, deaths = folder / "killed", random.Random(kills), 0
     while deaths < kills:
         goal = min(done(output) + chance.randint(0, steps // kills), steps - 3)

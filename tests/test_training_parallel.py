@@ -33,20 +33,12 @@ from titok_fast.training.parallel import RankLostError, Ranks, join, rank_mean, 
 from titok_fast.training.recipe import Recipe
 
 BATCH = 8
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the ranks have
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """As the ranks have: the order of float32 sums follows the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def start(

@@ -471,7 +471,10 @@ def test_damaged_pictures_are_left_out(tmp_path: Path, tokenizer: TiTok) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augmentation": "flip"}, "augmentation wants one of center, center_flip, ten_crop; got 'flip'"),
+        (
+            {"augmentation": "flip"},
+            "augmentation wants one of center, center_flip, ten_crop; got 'flip'",
+        ),
         ({"batch_size": 0}, "wants batch_size of 1 or more; got 0"),
         ({"shard_size": 0}, "wants shard_size of 1 or more; got 0"),
         ({"workers": 0}, "wants workers of 1 or more; got 0"),

@@ -4,7 +4,6 @@ Token space, N = codebook_size: 0..N-1 image tokens, N the mask, N+1.. the class
 """
 
 from collections.abc import Mapping
-from math import pi
 from typing import Any
 
 import torch
@@ -147,12 +146,12 @@ class MaskedGenerator(PretrainedModel):
         Returns:
             (B, K) ids with masks, (B, K) bool, True where masked (at least one per row).
         """
-        B, K = input_tokens.shape
-        device = input_tokens.device
-        ratio = torch.acos(torch.rand(B, device=device)) / (pi * 0.5)
-        count = (K * ratio.clamp(1e-6, 1.0)).round().clamp(min=1)
-        masks = torch.rand(B, K, device=device).argsort(dim=-1) < count[:, None]
-        return torch.where(masks, self.mask_token_id, input_tokens), masks
+        from titok_fast.training.masking import Noise, mask_tokens
+
+        B, device = len(input_tokens), input_tokens.device
+        # drawn in upstream's order; `forward` draws for the labels
+        ratio, order = torch.rand(B, device=device), torch.rand(input_tokens.shape, device=device)
+        return mask_tokens(input_tokens, Noise(ratio, order, ratio[:0]), self.mask_token_id)
 
 
 class ImageBert(MaskedGenerator):

@@ -17,7 +17,7 @@ from titok_fast.generator import MaskedGenerator
 from titok_fast.kernels.lm_head_sample import lm_head_sample
 from titok_fast.kernels.remask import remask
 from titok_fast.reference import check_labels
-from titok_fast.schedules import steps
+from titok_fast.schedules import Step, steps
 
 _MASK64 = (1 << 64) - 1
 
@@ -138,17 +138,14 @@ def unmask(
         (B, K) int64 ids in [0, N).
     """
     cfg = generator.config
-    mask_id, logit_rule = cfg.mask_token_id, config.confidence == "logit"
     no_class = torch.full_like(class_ids, cfg.no_class_id)
     both = torch.cat([class_ids, no_class])
     B, K = ids.shape
     row_seeds = seeds.repeat_interleave(K)
     row_positions = torch.arange(K, device=ids.device).repeat(B)
-    # TiTok's rule counts from all K tokens, MaskGIT's from those unknown at the start
-    base = K if logit_rule else (ids == mask_id).sum(dim=1)
+    base = maskable(ids, config, cfg.mask_token_id)
 
     for step in steps(config):
-        mask = ids == mask_id
         if step.guidance == 0:
             cond, uncond = generator.hidden(ids, class_ids).flatten(0, 1), None
         else:
@@ -166,24 +163,75 @@ def unmask(
             noise_temperature=step.token_noise,
             rule=config.confidence,
         )
-        candidates = torch.where(mask, candidates.view(B, K), ids)
-        scores = scores.view(B, K).masked_fill(~mask, float("inf"))
-        if step.last:
-            ids = candidates
-        else:
-            ids = remask(
-                candidates,
-                scores,
-                num_masked(mask, base, step.mask_ratio),
-                mask_id=mask_id,
-                seeds=seeds,
-                step=step.index,
-                noise_temperature=step.remask_noise,
-                rule=config.confidence,
-            )
+        ids = end_step(
+            ids,
+            candidates.view(B, K),
+            scores.view(B, K),
+            step,
+            base,
+            mask_id=cfg.mask_token_id,
+            seeds=seeds,
+            rule=config.confidence,
+        )
         if on_step is not None:
             on_step()
     return ids
+
+
+def maskable(ids: Tensor, config: SamplingConfig, mask_id: int) -> int | Tensor:
+    """What the mask ratio counts from: all K tokens by TiTok's rule, by MaskGIT's the unknown.
+
+    Args:
+        ids: (B, K) int64, mask id where a token is to be drawn.
+        config: settings.
+        mask_id: N.
+
+    Returns:
+        K, or (B,) int64.
+    """
+    return ids.shape[1] if config.confidence == "logit" else (ids == mask_id).sum(dim=1)
+
+
+def end_step(
+    ids: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    step: Step,
+    base: int | Tensor,
+    *,
+    mask_id: int,
+    seeds: Tensor,
+    rule: str,
+) -> Tensor:
+    """Tokens after a step: known ones stay, and of the drawn the least confident are masked again.
+
+    Args:
+        ids: (B, K) int64 before the step.
+        candidates: (B, K) int64 in [0, N), drawn for all positions.
+        scores: (B, K) float32, their confidence.
+        step: this step; the last masks nothing again.
+        base: of `maskable`, at the start of the run.
+        mask_id: N.
+        seeds: (B,) int64.
+        rule: "logit" or "probability".
+
+    Returns:
+        (B, K) int64 ids.
+    """
+    mask = ids == mask_id
+    candidates = torch.where(mask, candidates, ids)
+    if step.last:
+        return candidates
+    return remask(
+        candidates,
+        scores.masked_fill(~mask, float("inf")),
+        num_masked(mask, base, step.mask_ratio),
+        mask_id=mask_id,
+        seeds=seeds,
+        step=step.index,
+        noise_temperature=step.remask_noise,
+        rule=rule,
+    )
 
 
 def num_masked(mask: Tensor, base: int | Tensor, mask_ratio: float) -> Tensor:
@@ -191,7 +239,7 @@ def num_masked(mask: Tensor, base: int | Tensor, mask_ratio: float) -> Tensor:
 
     Args:
         mask: (B, K) bool, masked before the step.
-        base: tokens that the ratio counts from: a number for all, or (B,) int64.
+        base: tokens that the ratio counts from, of `maskable`.
         mask_ratio: share of them that the schedule leaves masked.
 
     Returns:

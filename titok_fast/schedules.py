@@ -4,8 +4,14 @@ Float64 matters: the cosine schedule at r = 2/3 loses a token in float32. Formul
 modeling/maskgit.py for TiTok, google-research/maskgit for the other mask schedules.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import acos, cos, floor, pi
+from math import cos, floor, pi
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from titok_fast.config import SamplingConfig
 
@@ -33,18 +39,34 @@ class Step:
     last: bool
 
 
-def mask_ratio(schedule: str, r: float) -> float:
-    """Share still masked once the share `r` (0..1] of the steps is done."""
-    if schedule == "arccos":
-        return acos(r) / (pi * 0.5)
-    if schedule == "cosine":
-        # MaskGIT clips at 1e-6; cos(pi/2) is 6e-17 in float64, and floor() makes both 0
-        return cos(pi * 0.5 * r)
-    if schedule == "linear":
-        return 1.0 - r
-    if schedule == "sqrt":
-        return 1.0 - r**0.5
-    raise ValueError(f"unknown schedule {schedule!r}; known: arccos, cosine, linear, sqrt")
+# by schedule, with the functions of math or of torch
+_RATIOS: dict[str, Callable[[Any, Any], Any]] = {
+    "arccos": lambda lib, r: lib.acos(r) / (pi * 0.5),
+    # MaskGIT clips at 1e-6; cos(pi/2) is 6e-17 in float64, and floor() makes both 0
+    "cosine": lambda lib, r: lib.cos(pi * 0.5 * r),
+    "linear": lambda lib, r: 1.0 - r,
+    "sqrt": lambda lib, r: 1.0 - r**0.5,
+}
+Share = TypeVar("Share", float, Tensor)
+
+
+def mask_ratio(schedule: str, r: Share) -> Share:
+    """Share of the tokens that is masked.
+
+    Args:
+        schedule: "arccos", "cosine", "linear" or "sqrt".
+        r: in sampling the share (0..1] of the steps that are done; in training uniforms in [0, 1),
+            float32 of any shape.
+
+    Returns:
+        As `r`: a number of [0, 1], or a tensor of its shape and dtype.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    if schedule not in _RATIOS:
+        raise ValueError(f"unknown mask schedule {schedule!r}; known: {', '.join(_RATIOS)}")
+    return _RATIOS[schedule](torch if isinstance(r, Tensor) else math, r)
 
 
 def guidance_weight(config: SamplingConfig, step: int) -> float:
