@@ -105,6 +105,8 @@ class TokenizerConfig:
         finetune_decoder: the pixel codebook and pixel decoder are part of the model (stage 2).
         crop_size: image side in pixels.
         pixel: the MaskGIT-VQGAN whose codes a legacy head predicts.
+        is_2d: the paper's "2D variant" (table 3c): no tokens beside the patches, each patch's own
+            row is quantised and decoded. Wants K patches of one size, and is_legacy=False.
     """
 
     num_latent_tokens: int = 32
@@ -121,6 +123,7 @@ class TokenizerConfig:
     finetune_decoder: bool = True
     crop_size: int = 256
     pixel: VQGANConfig = field(default_factory=VQGANConfig)
+    is_2d: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vit_enc_model_size", "vit_dec_model_size"):
@@ -160,6 +163,13 @@ class TokenizerConfig:
                 f"a multiple of the pixel decoder's factor {self.pixel.downsampling}",
                 self.vit_dec_patch_size,
             )  # fmt: skip
+        if self.is_2d:
+            wanted = (self.encoder_grid**2, self.vit_enc_patch_size, False)
+            got = (self.num_latent_tokens, self.vit_dec_patch_size, self.is_legacy)
+            _require(
+                got == wanted, "is_2d=True",
+                f"(num_latent_tokens, vit_dec_patch_size, is_legacy) of {wanted}", got,
+            )  # fmt: skip
 
     @classmethod
     def from_official(
@@ -188,6 +198,8 @@ class TokenizerConfig:
         crop_size = section.pop("crop_size")
         if self.pixel == VQGANConfig():
             section.pop("pixel")
+        if not self.is_2d:  # not a key of upstream's files
+            section.pop("is_2d")
         return {
             "experiment": {},
             "model": {"vq_model": section},

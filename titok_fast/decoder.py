@@ -14,7 +14,10 @@ from titok_fast.config import TokenizerConfig
 
 
 class TiTokDecoder(nn.Module):
-    """ViT over [class, mask tokens, latents]; the rows of the mask tokens become the picture."""
+    """ViT over [class, mask tokens, latents]; the rows of the mask tokens become the picture.
+
+    In the 2D variant each latent is added to the mask token of its place.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -60,7 +63,10 @@ class TiTokDecoder(nn.Module):
         x = x + self.latent_token_positional_embedding.to(x.dtype)
         first = torch.cat([self.class_embedding, self.mask_token[0].expand(self.num_patches, -1)])
         first = (first + self.positional_embedding).to(x.dtype)  # (1+P, D), the same for all images
-        x = torch.cat([first.expand(B, -1, -1), x], dim=1)  # (B, 1+P+K, D)
+        if self.config.is_2d:
+            x = torch.cat([first[:1].expand(B, -1, -1), first[1:] + x], dim=1)  # (B, 1+K, D)
+        else:
+            x = torch.cat([first.expand(B, -1, -1), x], dim=1)  # (B, 1+P+K, D)
 
         x = self.ln_pre(x)
         for block in self.transformer:

@@ -8,7 +8,10 @@ from titok_fast.config import TokenizerConfig
 
 
 class TiTokEncoder(nn.Module):
-    """ViT over [class, patches, latent tokens]; the latent rows of its output are the latents."""
+    """ViT over [class, patches, latent tokens]; the latent rows of its output are the latents.
+
+    In the 2D variant each latent token is added to its patch, and the patch rows are the latents.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -50,12 +53,15 @@ class TiTokEncoder(nn.Module):
         x = torch.cat([self.class_embedding.to(x.dtype).expand(B, 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)  # (B, 1+P, D)
         latents = (latent_tokens + self.latent_token_positional_embedding).to(x.dtype)
-        x = torch.cat([x, latents.expand(B, -1, -1)], dim=1)  # (B, 1+P+K, D)
+        if self.config.is_2d:
+            x = torch.cat([x[:, :1], x[:, 1:] + latents], dim=1)  # (B, 1+K, D)
+        else:
+            x = torch.cat([x, latents.expand(B, -1, -1)], dim=1)  # (B, 1+P+K, D)
 
         x = self.ln_pre(x)
         for block in self.transformer:
             x = block(x)
-        x = self.ln_post(x[:, 1 + self.num_patches :])  # (B, K, D)
+        x = self.ln_post(x[:, -self.config.num_latent_tokens :])  # (B, K, D)
 
         if self.config.is_legacy:
             x = reread_as_channels_first(x)
