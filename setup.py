@@ -11,5 +11,5 @@ setup(
         "titok_fast.training",
     ],
     package_dir={"titok_fast": "titok_fast", "titok_fast.kernels": "kernels"},
-    package_data={"titok_fast": ["py.typed"]},
+    package_data={"titok_fast": ["py.typed", "*.cpp", "weights/*.md", "weights/*/*/*"]},
 )

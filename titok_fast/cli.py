@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 import torch
 
 from titok_fast import __version__, cli_commands
-from titok_fast.attention import BACKENDS, BackendError
+from titok_fast.attention import BackendError
 from titok_fast.cli_info import info
-from titok_fast.config import SCHEDULES
 from titok_fast.layer_costs import DTYPE_BYTES
+from titok_fast.options import add_running, add_sampling, add_weights, labels, positive
 from titok_fast.presets import PRESETS
-from titok_fast.sample_options import add_fast, interval
 
 _EPILOG = """\
 examples:
+  titok-fast sample --model fashion-16 --num 100 --out clothes --grid clothes.png
   titok-fast sample --model titok-l-32 --labels 1,7,282 --num 4 --out samples --grid sheet.png
   titok-fast reconstruct photos --model titok-l-32 --out back --side-by-side
   titok-fast tokenize photos --model titok-l-32 --out photos.npz
@@ -94,6 +94,7 @@ _COMMANDS = {
 _LATE = {
     "train": ("titok_fast.training.command", "train a tokenizer or a generator by a recipe"),
     "pretokenize": ("titok_fast.training.pretokenize", "turn a data set into token shards"),
+    "convert": ("titok_fast.cli_convert", "put trained models into one small folder"),
     "eval": ("titok_fast.evaluation.command", "measure reconstructions, samples and features"),
 }
 
@@ -112,7 +113,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"titok-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_sample(commands.add_parser("sample", help="draw pictures of ImageNet classes"))
+    _add_sample(commands.add_parser("sample", help="draw pictures of classes"))
     _add_reconstruct(commands.add_parser("reconstruct", help="encode pictures and decode them"))
     _add_tokenize(commands.add_parser("tokenize", help="turn pictures into token ids"))
     _add_detokenize(commands.add_parser("detokenize", help="turn token ids into pictures"))
@@ -126,42 +127,22 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Draw pictures of ImageNet classes. Picture i depends on the seed, on i, on its label and "
-        "on the sampling settings, never on the batch size."
+        "Draw pictures of classes: ImageNet's, or with fashion-16 ten kinds of clothes. Picture i "
+        "depends on the seed, on i, on its label and on the sampling settings, never on the batch "
+        "size."
     )
     parser.add_argument(
-        "--labels", "--label", dest="labels", type=_labels, action="extend", required=True,
-        metavar="LIST", help="classes from 0 to 999, such as 1,7,282; may be given several times",
+        "--labels", "--label", dest="labels", type=labels, action="extend", metavar="LIST",
+        help="classes such as 1,7,282; may be given several times (default: all in turn)",
     )  # fmt: skip
     parser.add_argument(
-        "--num", type=_positive, default=1, metavar="N", help="pictures of each label (default: 1)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the run, any integer (default: 0)"
-    )
+        "--num", type=positive, metavar="N",
+        help="pictures of each label (default: 1); without --labels, pictures in all (default: one "
+        "of each class)",
+    )  # fmt: skip
     _add_outputs(parser, "{index}_{label}.png")
-    settings = parser.add_argument_group(
-        "sampling settings",
-        "The default of each is the published one of --model, or without it: 8 steps, guidance 3, "
-        "temperature 4.5, arccos, logit.",
-    )
-    settings.add_argument("--steps", type=int, help="number of unmasking steps, 1 to 1024")
-    settings.add_argument("--guidance", type=float, help="guidance scale; 0 turns guidance off")
-    settings.add_argument(
-        "--guidance-interval", type=interval, metavar="LOW,HIGH",
-        help="share of the steps in which guidance acts, such as 0.25,0.75 (default: all)",
-    )  # fmt: skip
-    settings.add_argument("--temperature", type=float, help="noise at the first step, 0 or more")
-    settings.add_argument("--schedule", choices=SCHEDULES, help="how fast tokens are unmasked")
-    settings.add_argument(
-        "--confidence", choices=("logit", "probability"),
-        help="what ranks tokens: TiTok's raw logit, or MaskGIT's probability",
-    )  # fmt: skip
-    models = _add_models(parser)
-    models.add_argument(
-        "--generator", metavar="WEIGHTS",
-        help="directory, weight file or hub repository of the generator, likewise",
-    )  # fmt: skip
+    add_sampling(parser)
+    _add_models(parser, generator=True)
 
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
@@ -213,7 +194,7 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
         help="number format of weights and arithmetic (default: bfloat16)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N",
+        "--batch-size", type=positive, default=32, metavar="N",
         help="pictures at once, for the least times (default: 32)",
     )  # fmt: skip
 
@@ -239,56 +220,11 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace files that exist already")
 
 
-def _add_models(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def _add_models(parser: argparse.ArgumentParser, *, generator: bool = False) -> None:
     """Which weights, and where they run."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", choices=tuple(PRESETS), metavar="NAME",
-        help=f"published model: {', '.join(PRESETS)}",
-    )  # fmt: skip
-    group.add_argument(
-        "--tokenizer", metavar="WEIGHTS",
-        help="directory, weight file or hub repository of the tokenizer, in place of the "
-        "published weights; together with --model, the settings are still that model's",
-    )  # fmt: skip
-    group.add_argument(
-        "--random-weights", action="store_true",
-        help="dry run without weights: the pictures are noise",
-    )  # fmt: skip
-    group.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"),
-        help="number format of the weights (default: bfloat16 on cuda, float32 elsewhere)",
-    )  # fmt: skip
-    group.add_argument(
-        "--attention", choices=(*BACKENDS, "auto"),
-        help="attention back end (default: TITOK_FAST_ATTENTION, or else sdpa)",
-    )  # fmt: skip
-    add_fast(group)
-    group.add_argument(
-        "--batch-size", type=_positive, metavar="N",
-        help="pictures at once (default: 8 on the cpu, 128 elsewhere)",
-    )  # fmt: skip
-    group.add_argument("--quiet", action="store_true", help="show no progress bar")
-    return group
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"wants a whole number of 1 or more; got {text!r}")
-    return number
-
-
-def _labels(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        message = f"wants classes separated by commas, such as 1,7,282; got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
+    add_weights(group, generator=generator)
+    add_running(group)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,9 @@ def _details(name: str, known: Preset, dtype: str, batch: int) -> str:
             f"generator {once.parameters:,} parameters, {once.flops / 1e9:.2f} GFLOP a pass, "
             f"{generator_passes(sampling)} passes in {sampling.num_sample_steps} steps"
         )
+    if known.classes:
+        named = ", ".join(f"{label} {name}" for label, name in enumerate(known.classes))
+        lines.append(f"classes: {named}")
     lines += [
         f"{dtype}, batch {batch}; bytes and times per image. least: weights, input and output "
         "once; by layer: activations too.",

@@ -1,22 +1,49 @@
-"""Published models by name: what they are, how they sample, where their weights live.
+"""Models by name: what they are, how they sample, where their weights live.
 
-Numbers: upstream's configs/infer/TiTok and, for 512 px, appendix A of the paper.
+Numbers: upstream's configs/infer/TiTok and, for 512 px, appendix A of the paper; of the model that
+comes with this package, recipes/fashion.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig
+from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
+
+SHIPPED = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One published system. `generator` is None where only a tokenizer was published."""
+    """One system.
+
+    Attributes:
+        tokenizer: its configuration.
+        generator: None where only a tokenizer was published.
+        sampling: settings of its generator.
+        tokenizer_hub: repository of the published weights, if there are any.
+        generator_hub: likewise.
+        folder: weights on this disk instead, in sub-folders `tokenizer` and `generator`.
+        classes: names of the generator's classes; empty for ImageNet's thousand.
+    """
 
     tokenizer: TokenizerConfig
     generator: GeneratorConfig | None = None
     sampling: SamplingConfig | None = None
     tokenizer_hub: str | None = None
     generator_hub: str | None = None
+    folder: Path | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """What `TiTok.from_pretrained` takes; None where no weights were published."""
+        return str(self.folder / "tokenizer") if self.folder else self.tokenizer_hub
+
+    @property
+    def generator_source(self) -> str | None:
+        """The same of the generator."""
+        return str(self.folder / "generator") if self.folder else self.generator_hub
 
 
 def _two_stage(size: str, K: int, sampling: SamplingConfig, generator: GeneratorConfig) -> Preset:
@@ -63,6 +90,40 @@ def _at_512(size: str, K: int, steps: int, scale: float, temperature: float) -> 
     return Preset(tokenizer, GeneratorConfig(image_seq_len=K), sampling)
 
 
+def _fashion(K: int) -> Preset:
+    """The small model in this package, as recipes/fashion trains it."""
+    tokenizer = TokenizerConfig(
+        num_latent_tokens=K,
+        codebook_size=512,
+        commitment_cost=0.0,
+        vit_enc_model_size=(128, 5, 4),
+        vit_dec_model_size=(160, 5, 5),
+        vit_enc_patch_size=8,
+        vit_dec_patch_size=8,
+        crop_size=32,
+        pixel=VQGANConfig(32, (1, 2, 2), num_res_blocks=1, z_channels=64, codebook_size=256),
+    )
+    generator = GeneratorConfig(
+        hidden_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        intermediate_size=768,
+        image_seq_len=K,
+        codebook_size=512,
+        condition_num_classes=10,
+    )
+    return Preset(
+        tokenizer,
+        generator,
+        SamplingConfig(8, 2.0, "linear", 3.0, 4.5, True),
+        folder=SHIPPED / f"fashion-{K}",
+        classes=(
+            "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+        ),
+    )  # fmt: skip
+
+
 _VIT = GeneratorConfig()
 _UVIT = GeneratorConfig("UViT", hidden_size=1024, num_hidden_layers=20, intermediate_size=4096)
 
@@ -80,11 +141,12 @@ PRESETS: dict[str, Preset] = {
     "titok-bl-128-vae": _single_stage("base", 128, vae=True),
     "titok-l-64-512": _at_512("large", 64, 8, 2.0, 7.5),
     "titok-b-128-512": _at_512("base", 128, 64, 2.5, 6.5),
+    "fashion-16": _fashion(16),
 }
 
 
 def preset(name: str) -> Preset:
-    """The published system called `name`.
+    """The system called `name`.
 
     Raises:
         ValueError: no such preset; the message lists all.
@@ -92,3 +154,21 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def check_classes(labels: Sequence[int], count: int, names: Sequence[str] = ()) -> None:
+    """See that labels are classes.
+
+    Args:
+        labels: to look at.
+        count: number of classes.
+        names: of the classes, for the message; may be empty.
+
+    Raises:
+        ValueError: one is outside 0..count - 1.
+    """
+    outside = [label for label in labels if not 0 <= label < count]
+    if outside:
+        listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        known = f" ({listing})" if names else ""
+        raise ValueError(f"labels lie in 0..{count - 1}{known}; got {outside[0]}")

@@ -184,7 +184,7 @@ def _where(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 def _tokenizer(args: argparse.Namespace, ranks: Ranks) -> TiTok:
     known = preset(args.model) if args.model else None
-    source = args.tokenizer or (known.tokenizer_hub if known else None)
+    source = args.tokenizer or (known.tokenizer_source if known else None)
     if source is None:
         raise ValueError("name a tokenizer: --tokenizer WEIGHTS, or a published --model")
     config = known.tokenizer if known else None

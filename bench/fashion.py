@@ -1,0 +1,227 @@
+"""The small model of this package on Fashion-MNIST: its quality as numbers and as pictures.
+
+    python bench/fashion.py --json bench/results --plots bench/results
+    python bench/report.py
+
+The feature space is that of a small classifier, so nothing here is comparable with the published
+FID of other models; the real pictures of the test set, measured in the same way, are the scale.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cases import say
+from harness import environment, write_json
+from options import result_path
+from report_fashion import fashion_table
+from torch import Tensor
+
+from titok_fast import TiTokPipeline, preset
+from titok_fast.evaluation.classifier import NAME
+from titok_fast.evaluation.generation import Reference, evaluate_generation, measure_pictures
+from titok_fast.evaluation.networks import FeatureNetwork, open_network
+from titok_fast.evaluation.pictures import Batch, DrawnPictures, Pictures
+from titok_fast.evaluation.places import open_pictures
+from titok_fast.evaluation.reconstruction import evaluate_reconstruction, reconstructor
+from titok_fast.evaluation.statistics import Gaussian, frechet_distance
+from titok_fast.images import grid, save_png, to_pil
+
+MODEL = "fashion-16"
+# not in the package, which it does not fit beside the model within 12 MB
+CLASSIFIER = Path(__file__).parent / MODEL / "classifier"
+_IN_ROW, _ROWS = 10, 3  # of the sheet of reconstructions
+_ZOOM = 2  # pictures of 32 pixels are hard to see
+
+
+class _Reconstructions:
+    """What a tokenizer gives back of a set of pictures, with their classes."""
+
+    def __init__(self, pipe: TiTokPipeline, originals: Pictures) -> None:
+        self.pipe, self.originals = pipe, originals
+
+    def __len__(self) -> int:
+        return len(self.originals)
+
+    def read(self, part: range) -> Batch:
+        images, labels = self.originals.read(part)
+        made = self.pipe.reconstruct(_floats(images), batch_size=len(part), output="tensor")
+        assert isinstance(made, Tensor)
+        return made, labels
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def quality(
+    pipe: TiTokPipeline,
+    network: FeatureNetwork,
+    train: Pictures,
+    test: Pictures,
+    *,
+    count: int,
+    seed: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """Measure a tokenizer and its generator against real pictures.
+
+    Args:
+        pipe: both.
+        network: feature space; knows the classes.
+        train: real pictures that every Frechet distance is taken to.
+        test: real pictures that the model has not seen; the originals of the reconstructions.
+        count: pictures to draw, class i % classes.
+        seed: of the run that draws them.
+        batch_size: pictures at once.
+
+    Returns:
+        `psnr` in dB and `codebook_usage` (0..1) of reconstructions; `accuracy_real`,
+        `accuracy_reconstructions`, `label_agreement` (0..1); Frechet distances to the training set
+        `fid_real` (the floor), `fid_reconstructions`, `fid_samples`; `fid_to_originals` of the
+        reconstructions, the protocol of rFID; `precision`, `recall` of the samples among `test`.
+    """
+    measure = partial(measure_pictures, networks=[network], batch_size=batch_size)
+    say("real pictures")
+    (seen,), (unseen,) = measure(train), measure(test)
+    known = seen.sums.gaussian()
+    say("reconstructions")
+    back = evaluate_reconstruction(
+        reconstructor(pipe.tokenizer), test, codebook_size=pipe.tokenizer.config.codebook_size,
+        networks=[network], with_ssim=False, batch_size=batch_size,
+    )  # fmt: skip
+    (again,) = measure(_Reconstructions(pipe, test))
+    say(f"{count} samples")
+    drawn = evaluate_generation(
+        DrawnPictures(pipe, count, seed), Reference(test, known, network.name), [network],
+        batch_size=batch_size,
+    )  # fmt: skip
+    name = f"[{network.name}]"
+
+    def distance(other: Gaussian) -> float:
+        return frechet_distance(other, known)
+
+    return {
+        "psnr": back["psnr"],
+        "codebook_usage": back["codebook_usage"],
+        "accuracy_real": back[f"accuracy_originals{name}"],
+        "accuracy_reconstructions": back[f"accuracy_reconstructions{name}"],
+        "label_agreement": drawn[f"label_agreement{name}"],
+        "fid_real": distance(unseen.sums.gaussian()),
+        "fid_reconstructions": distance(again.sums.gaussian()),
+        "fid_samples": drawn[f"fid{name}"],
+        "fid_to_originals": back[f"fid{name}"],
+        "precision": drawn[f"precision{name}"],
+        "recall": drawn[f"recall{name}"],
+    }
+
+
+def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, np.ndarray]:
+    """Pictures to look at, not chosen by hand.
+
+    Args:
+        pipe: tokenizer and generator.
+        test: real pictures with classes.
+        seed: of the samples.
+
+    Returns:
+        "reconstructions": the first pictures of the set, rows of originals over what came back.
+        "samples": a row for each class. Both (H, W, 3) uint8.
+    """
+    originals, _ = test.read(range(_IN_ROW * _ROWS))
+    made = pipe.reconstruct(_floats(originals), output="tensor")
+    assert isinstance(made, Tensor)
+    pairs = torch.stack([originals.view(_ROWS, _IN_ROW, *originals.shape[1:]),
+                         made.view(_ROWS, _IN_ROW, *made.shape[1:])], dim=1)  # fmt: skip
+    assert pipe.generator is not None
+    classes = torch.arange(pipe.generator.config.condition_num_classes)
+    samples = pipe(classes.repeat_interleave(_IN_ROW), seed=seed, output="tensor")
+    assert isinstance(samples, Tensor)
+    return {
+        "reconstructions": _sheet(pairs.flatten(0, 2)),
+        "samples": _sheet(samples),
+    }
+
+
+def _sheet(pictures: Tensor) -> np.ndarray:
+    large = pictures.repeat_interleave(_ZOOM, dim=1).repeat_interleave(_ZOOM, dim=2)
+    return np.asarray(grid(to_pil(large), _IN_ROW))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, draw, and write what was asked for."""
+    network = open_network(NAME, args.classifier)
+    folder = args.weights or preset(MODEL).folder
+    parts = {part: str(folder / part) for part in ("tokenizer", "generator")}
+    pipe = TiTokPipeline.from_pretrained(MODEL, **parts)
+    train, test = (open_pictures(f"fashion-mnist:{s}{args.data}") for s in ("train", "eval"))
+    record = {
+        "benchmark": "fashion",
+        "environment": environment("cpu"),
+        "protocol": {
+            "model": MODEL,
+            "trained": "in this package" if args.weights is None else "local files",
+            "features": f"{NAME}, {network.dim} features, float32",
+            "reference": f"Fashion-MNIST, {len(train)} training pictures, 32 x 32",
+            "real": f"{len(test)} test pictures",
+            "samples": args.count,
+            "seed": args.seed,
+            "sampling": asdict(pipe.sampling),
+            "rounding": "reconstructions rounded to bytes, samples truncated",
+        },
+        "figures": quality(
+            pipe, network, train, test, count=args.count, seed=args.seed,
+            batch_size=args.batch_size,
+        ),
+    }  # fmt: skip
+    stem = result_path(args.json or ".", record).stem if args.plots else ""
+    if args.plots:
+        record["sheets"] = {}
+        for name, sheet in sheets(pipe, test, args.seed).items():
+            path = args.plots / f"{stem}-{name}.png"
+            save_png(path, to_pil(sheet[None])[0])
+            record["sheets"][name] = path.name
+    if args.json:
+        write_json(result_path(args.json, record), record)
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    add("--weights", type=Path, metavar="DIR",
+        help="folder with `tokenizer` and `generator`; default: those in the package")  # fmt: skip
+    add("--classifier", type=Path, default=CLASSIFIER, metavar="DIR",
+        help="trained by recipes/fashion/classifier.yaml; default: bench/fashion-16/classifier"
+        )  # fmt: skip
+    add("--data", type=lambda folder: f":{folder}", default="", metavar="DIR",
+        help="the four files of Fashion-MNIST; default: of Debian's package")  # fmt: skip
+    add("--count", type=int, default=10_000, metavar="N", help="samples; default: 10000")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=100, metavar="N", help="default: 100")
+    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    add("--plots", type=Path, metavar="DIR", help="write the two sheets of pictures there")
+    args = p.parse_args(argv)
+    if args.count < 10 or args.batch_size < 1:
+        p.error("--count wants at least 10, --batch-size at least 1")
+    if args.plots is not None and not args.plots.is_dir():
+        p.error(f"--plots: no folder {args.plots}")
+    try:
+        record = run(args)
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    print(fashion_table(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

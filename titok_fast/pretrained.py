@@ -1,0 +1,91 @@
+"""A preset's name, or places of weights, to models: what TiTokPipeline is made of."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from titok_fast.config import GeneratorConfig, SamplingConfig
+from titok_fast.files import fetch
+from titok_fast.generator import MaskedGenerator, generator_class
+from titok_fast.presets import Preset
+from titok_fast.tokenizer import TiTok
+
+
+class Models(NamedTuple):
+    """The arguments of TiTokPipeline; generator and settings are None where there are none."""
+
+    tokenizer: TiTok
+    generator: MaskedGenerator | None = None
+    sampling: SamplingConfig | None = None
+    classes: tuple[str, ...] = ()
+
+
+def load_models(
+    name: str | None,
+    known: Preset | None,
+    tokenizer: str | None,
+    generator: str | None,
+    options: dict[str, Any],
+) -> Models:
+    """Read weights.
+
+    Args:
+        name: of the preset, for messages.
+        known: the preset, or None: then the configurations come with the weights.
+        tokenizer: directory, weight file or hub repository; None takes the preset's.
+        generator: the same.
+        options: of `TiTok.from_pretrained`.
+
+    Raises:
+        ValueError: neither a preset nor a tokenizer.
+        FileNotFoundError: nothing there, or a preset that was never published.
+    """
+    tokenizer = tokenizer or (known.tokenizer_source if known else None)
+    generator = generator or (known.generator_source if known else None)
+    if tokenizer is None:
+        if known is None:
+            raise ValueError("from_pretrained wants a preset name, or tokenizer=")
+        raise FileNotFoundError(f"no weights of {name} were published: pass tokenizer=")
+    t = TiTok.from_pretrained(tokenizer, config=known.tokenizer if known else None, **options)
+    if generator is None:
+        return Models(t)
+    config = known.generator if known else None
+    known_class = generator_class(config or config_beside(generator, options.get("revision")))
+    g = known_class.from_pretrained(generator, config=config, **options)
+    return Models(t, g, known.sampling, known.classes) if known else Models(t, g)
+
+
+def random_models(known: Preset, seed: int, attention: str | None) -> Models:
+    """A preset's architecture with random weights, float32 on the CPU.
+
+    Args:
+        known: the preset.
+        seed: of the weights.
+        attention: back end, see attention.py.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        t = TiTok(known.tokenizer, attention=attention)
+        if known.tokenizer.finetune_decoder:
+            # as large as trained ones: the norms after tiny codes would blow up rounding
+            torch.nn.init.normal_(t.pixel_quantize.embedding.weight)
+        g = None
+        if known.generator is not None:
+            g = generator_class(known.generator)(known.generator, attention=attention)
+    return Models(t, g, known.sampling, known.classes)
+
+
+def config_beside(source: str, revision: str | None = None) -> GeneratorConfig:
+    """The configuration of a generator's weights.
+
+    Args:
+        source: directory, weight file or hub repository.
+        revision: hub revision.
+
+    Raises:
+        FileNotFoundError: nothing there, or weights without `config.json`.
+    """
+    _, config_file = fetch(source, revision=revision)
+    if config_file is None:
+        raise FileNotFoundError(f"{source} has no config.json: load the generator by its class")
+    return GeneratorConfig.from_official(config_file)
