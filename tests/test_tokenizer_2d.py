@@ -8,8 +8,11 @@ import pytest
 import torch
 from tiny_runs import ALONE, but, recipe_of
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from titok_fast import TiTok, TokenizerConfig
+from titok_fast.blocks import set_attention
+from titok_fast.costs import tokenizer_costs
 from titok_fast.training.learner import Learner
 
 CONFIG = TokenizerConfig(
@@ -70,6 +73,15 @@ def test_every_weight_is_trained() -> None:
     z, result = model.encode(torch.rand(8, 3, 16, 16))
     (model.decode(z).square().mean() + result["quantizer_loss"]).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_its_cost_is_that_of_the_products_it_does() -> None:
+    model, costs = TiTok(CONFIG).eval(), tokenizer_costs(CONFIG)
+    set_attention(model, "products")  # the counter does not see SDPA's on a CPU
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        z = model.encoder(torch.rand(1, 3, 16, 16), model.latent_tokens)
+        model.decoder(z)
+    assert counter.get_total_flops() == costs["encoder"].flops + costs["vit_decoder"].flops
 
 
 def test_it_is_saved_and_read_back(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def _encoder(cfg: TokenizerConfig) -> Cost:
     P, pixels = cfg.encoder_grid**2, cfg.crop_size**2
     channels = cfg.token_size * (2 if cfg.quantize_mode == "vae" else 1)
     tables = Cost(parameters=(1 + P + 1 + K) * D)  # class; positions; positions of latents
-    vit = total([block(1 + P + K, D, 4 * D)] * layers) + norm(D) + norm(D)
+    vit = total([block(_rows(cfg, P), D, 4 * D)] * layers) + norm(D) + norm(D)
     patches = conv(P, 3, D, p, pixels_in=pixels)
     whole = patches + tables + vit + linear(K, D, channels)
     return replace(whole, boundary=3 * pixels + K * channels)
@@ -28,7 +28,7 @@ def _vit_decoder(cfg: TokenizerConfig) -> Cost:
     (D, layers, _), p, K = cfg.decoder_size, cfg.vit_dec_patch_size, cfg.num_latent_tokens
     P, pixels = cfg.decoder_grid**2, cfg.crop_size**2
     tables = Cost(parameters=(1 + P + 1 + 1 + K) * D)  # as the encoder's, and the mask token
-    vit = total([block(1 + P + K, D, 4 * D)] * layers) + norm(D) + norm(D)
+    vit = total([block(_rows(cfg, P), D, 4 * D)] * layers) + norm(D) + norm(D)
     if cfg.is_legacy:
         logits = cfg.pixel.codebook_size * cfg.proxy_block**2
         head, out = linear(P, D, 2 * D) + linear(P, 2 * D, logits), P * logits
@@ -36,6 +36,11 @@ def _vit_decoder(cfg: TokenizerConfig) -> Cost:
         head, out = linear(P, D, 3 * p * p) + conv(pixels, 3, 3, 3), 3 * pixels
     whole = linear(K, cfg.token_size, D) + tables + vit + head
     return replace(whole, boundary=K * cfg.token_size + out)
+
+
+def _rows(cfg: TokenizerConfig, P: int) -> int:
+    """Of a sequence: class token, patches, latent tokens; the 2D variant's are the patches."""
+    return 1 + P if cfg.is_2d else 1 + P + cfg.num_latent_tokens
 
 
 def pixel_encoder_cost(config: VQGANConfig, side: int = 256) -> Cost:
