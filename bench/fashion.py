@@ -8,6 +8,7 @@ FID of other models; the real pictures of the test set, measured in the same way
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from cases import say
 from harness import environment, write_json
-from options import result_path
+from options import in_mode, result_path
 from report_fashion import fashion_table
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from titok_fast.evaluation.statistics import Gaussian, frechet_distance
 from titok_fast.images import grid, save_png, to_pil
 
 MODEL = "fashion-16"
+FAST_MODES = ("fast", "int8")  # a CPU's, of options.MODES; the same seeds as in float32
 # not in the package, which it does not fit beside the model within 12 MB
 CLASSIFIER = Path(__file__).parent / MODEL / "classifier"
 _IN_ROW, _ROWS = 10, 3  # of the sheet of reconstructions
@@ -69,7 +71,7 @@ def quality(
     count: int,
     seed: int,
     batch_size: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure a tokenizer and its generator against real pictures.
 
     Args:
@@ -85,7 +87,8 @@ def quality(
         `psnr` in dB and `codebook_usage` (0..1) of reconstructions; `accuracy_real`,
         `accuracy_reconstructions`, `label_agreement` (0..1); Frechet distances to the training set
         `fid_real` (the floor), `fid_reconstructions`, `fid_samples`; `fid_to_originals` of the
-        reconstructions, the protocol of rFID; `precision`, `recall` of the samples among `test`.
+        reconstructions, the protocol of rFID; `precision`, `recall` of the samples among `test`;
+        `fast_modes`: the four figures of samples again for each of FAST_MODES, in bfloat16.
     """
     measure = partial(measure_pictures, networks=[network], batch_size=batch_size)
     say("real pictures")
@@ -97,28 +100,39 @@ def quality(
         networks=[network], with_ssim=False, batch_size=batch_size,
     )  # fmt: skip
     (again,) = measure(_Reconstructions(pipe, test))
-    say(f"{count} samples")
-    drawn = evaluate_generation(
-        DrawnPictures(pipe, count, seed), Reference(test, known, network.name), [network],
-        batch_size=batch_size,
-    )  # fmt: skip
-    name = f"[{network.name}]"
+    name, reference = f"[{network.name}]", Reference(test, known, network.name)
 
     def distance(other: Gaussian) -> float:
         return frechet_distance(other, known)
+
+    def samples(own: TiTokPipeline) -> dict[str, float]:
+        found = evaluate_generation(
+            DrawnPictures(own, count, seed), reference, [network], batch_size=batch_size
+        )
+        return {
+            "label_agreement": found[f"label_agreement{name}"],
+            "fid_samples": found[f"fid{name}"],
+            "precision": found[f"precision{name}"],
+            "recall": found[f"recall{name}"],
+        }
+
+    low = copy.deepcopy(pipe).to(dtype=torch.bfloat16)
+    modes = {}
+    for mode in FAST_MODES:
+        say(f"{count} samples, bf16, {mode}")
+        modes[mode] = samples(in_mode(low, mode))
+    say(f"{count} samples")
 
     return {
         "psnr": back["psnr"],
         "codebook_usage": back["codebook_usage"],
         "accuracy_real": back[f"accuracy_originals{name}"],
         "accuracy_reconstructions": back[f"accuracy_reconstructions{name}"],
-        "label_agreement": drawn[f"label_agreement{name}"],
         "fid_real": distance(unseen.sums.gaussian()),
         "fid_reconstructions": distance(again.sums.gaussian()),
-        "fid_samples": drawn[f"fid{name}"],
         "fid_to_originals": back[f"fid{name}"],
-        "precision": drawn[f"precision{name}"],
-        "recall": drawn[f"recall{name}"],
+        **samples(pipe),
+        "fast_modes": modes,
     }
 
 
@@ -151,7 +165,7 @@ def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, np.ndarr
 
 def _sheet(pictures: Tensor) -> np.ndarray:
     large = pictures.repeat_interleave(_ZOOM, dim=1).repeat_interleave(_ZOOM, dim=2)
-    return np.asarray(grid(to_pil(large), _IN_ROW))
+    return np.array(grid(to_pil(large), _IN_ROW))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

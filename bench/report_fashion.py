@@ -53,16 +53,9 @@ def figures_table(record: Mapping[str, Any]) -> str:
             "precision": "-",
             "recall": "-",
         },
-        {
-            _SET: f"{protocol['samples']:,} samples",
-            "classifier agrees": f"{f['label_agreement']:.1%}",
-            _TRAIN: f"{f['fid_samples']:.3g}",
-            _ORIGINALS: "-",
-            "PSNR dB": "-",
-            "precision": f"{f['precision']:.3f}",
-            "recall": f"{f['recall']:.3f}",
-        },
+        _samples_row(f"{protocol['samples']:,} samples", f),
     ]
+    rows += [_samples_row(f"the same, bf16, {m}", found) for m, found in f["fast_modes"].items()]
     sampling = protocol["sampling"]
     note = (
         f"{protocol['model']}, {sampling['num_sample_steps']} steps, guidance "
@@ -71,6 +64,18 @@ def figures_table(record: Mapping[str, Any]) -> str:
         f"{f['codebook_usage']:.1%}."
     )
     return f"{table(rows, _COLUMNS)}\n\n{note}"
+
+
+def _samples_row(name: str, figures: Mapping[str, float]) -> dict[str, str]:
+    return {
+        _SET: name,
+        "classifier agrees": f"{figures['label_agreement']:.1%}",
+        _TRAIN: f"{figures['fid_samples']:.3g}",
+        _ORIGINALS: "-",
+        "PSNR dB": "-",
+        "precision": f"{figures['precision']:.3f}",
+        "recall": f"{figures['recall']:.3f}",
+    }
 
 
 def newest(model: str, folder: Path = RESULTS) -> dict[str, Any] | None:

@@ -59,6 +59,10 @@ def test_figures_are_those_of_the_pictures(measured: tuple[Path, Path, dict[str,
     assert figures["label_agreement"] == pytest.approx(right(drawn, turns))
     assert 0 <= figures["fid_real"] < figures["fid_samples"]
     assert figures["fid_to_originals"] > 0
+    assert set(figures["fast_modes"]) == {"fast", "int8"}
+    for found in figures["fast_modes"].values():  # other roundings of the same draws
+        assert found["fid_samples"] == pytest.approx(figures["fid_samples"], rel=0.2)
+        assert found["fid_samples"] != figures["fid_samples"]
     protocol = record["protocol"]
     assert (protocol["samples"], protocol["trained"]) == (COUNT, "local files")
     assert protocol["features"] == "fashion-classifier, 128 features, float32"
