@@ -76,7 +76,9 @@ def _remask_numpy(
     if noise_temperature != 0.0:
         if noise is None:
             assert seeds is not None  # remask has checked
-            confidence = score + noise_temperature * remask_noise_numpy(seeds, step, K)
+            confidence = remask_noise_numpy(seeds, step, K)
+            confidence *= np.float32(noise_temperature)
+            confidence += score
         else:
             with np.errstate(invalid="ignore"):  # a given noise of -inf makes NaN of +inf
                 confidence = score + noise_temperature * noise.detach().numpy()

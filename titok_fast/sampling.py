@@ -245,7 +245,7 @@ def num_masked(mask: Tensor, base: int | Tensor, mask_ratio: float) -> Tensor:
     Returns:
         (B,) int64.
     """
-    most = mask.sum(dim=1) - 1
+    most = mask.sum(dim=1).sub_(1)
     if isinstance(base, int):
-        return most.clamp(1, max(1, floor(base * mask_ratio)))
+        return most.clamp_(1, max(1, floor(base * mask_ratio)))
     return torch.minimum(most, (base.double() * mask_ratio).floor().long()).clamp(min=1)
