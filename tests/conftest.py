@@ -23,6 +23,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _float32_products_as_found() -> Iterator[None]:
+    """A training run turns TF32 on for its whole process."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_cache_in_the_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """TiTokPipeline.compile keeps compiled code in the user's cache folder."""
