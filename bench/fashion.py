@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from cases import say
-from harness import environment, write_json
-from options import in_mode, result_path
+from harness import environment
+from options import in_mode, result_path, save
 from report_fashion import fashion_table
 from torch import Tensor
 
@@ -201,8 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             path = args.plots / f"{stem}-{name}.png"
             save_png(path, to_pil(sheet[None])[0])
             record["sheets"][name] = path.name
-    if args.json:
-        write_json(result_path(args.json, record), record)
+    save(args.json, record)
     return record
 
 

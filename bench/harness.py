@@ -27,6 +27,7 @@ from tqdm import tqdm
 from titok_fast.files import write_atomic
 
 NOT_MEASURED = "not measured"
+NOT_YET = f"{NOT_MEASURED.capitalize()} yet."  # in place of a whole table
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from cases import say
+from fashion import CLASSIFIER
 from harness import environment, table, write_json
 from options import add_run, check, save
 from report_trends import trends_table
@@ -38,7 +39,6 @@ from titok_fast.evaluation.classifier import FashionClassifier
 from titok_fast.evaluation.networks import FashionFeatures
 from titok_fast.training.sources import ArraySource, fashion_mnist
 
-CLASSIFIER = Path(__file__).parent / "fashion-16" / "classifier"
 _NOISE = "One seed each, but for the masking schedules: small differences may be chance"
 
 

@@ -9,7 +9,6 @@ model and batch. What was not measured says so. The paper's numbers are labelled
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from cost_model import comparison_table
-from harness import NOT_MEASURED, table
+from harness import NOT_YET, table
 from peer_systems import PAPER_A100
 from peers import peers_table
 from report_fashion import fashion_table
 from report_tables import (
     PAPER,
+    Files,
     Record,
     group_of,
     kernels_table,
+    read,
     reconstruction_table,
     sampling_table,
 )
@@ -38,13 +39,6 @@ from titok_fast import PRESETS
 from titok_fast.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-Files = Sequence[tuple[Path, Record]]
-
-
-def read(folder: Path) -> Files:
-    """All records of a folder, with their files, by name."""
-    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
-    return [(path, r) for path, r in found if isinstance(r, dict) and "benchmark" in r]
 
 
 def merged(files: Files, benchmark: str) -> list[Record]:
@@ -109,7 +103,7 @@ def section(files: Files, benchmark: str) -> str:
     parts = [f"{_caption(record)}\n\n{make(record)}" for record in records]
     if benchmark == "sampling":
         parts.append(_beside_the_paper(records))
-    return "\n\n".join(parts) or _nothing()
+    return "\n\n".join(parts) or NOT_YET
 
 
 def _section_of_files(files: Files, benchmark: str) -> str:
@@ -120,11 +114,7 @@ def _section_of_files(files: Files, benchmark: str) -> str:
             parts[-1] = f"{record['model']}, batch {record['batch']}. {parts[-1]}"
         if path.with_suffix(".svg").exists():
             parts.append(f"![{benchmark}](bench/results/{path.stem}.svg)")
-    return "\n\n".join(parts) or _nothing()
-
-
-def _nothing() -> str:
-    return f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]} yet."
+    return "\n\n".join(parts) or NOT_YET
 
 
 def _caption(record: Record) -> str:

@@ -5,13 +5,13 @@ python bench/report_fashion.py --check   exit status 1 when the card says someth
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import NOT_MEASURED, table
+from harness import NOT_YET, table
+from report_tables import read
 
 from titok_fast.files import write_atomic
 
@@ -85,8 +85,7 @@ def newest(model: str, folder: Path = RESULTS) -> dict[str, Any] | None:
         model: its preset.
         folder: of result files.
     """
-    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    mine = [r for r in found if r.get("benchmark") == "fashion"]
+    mine = [record for _, record in read(folder) if record["benchmark"] == "fashion"]
     mine = [r for r in mine if r["protocol"]["model"] == model]
     return max(mine, key=lambda r: r["environment"]["date_utc"], default=None)
 
@@ -124,7 +123,7 @@ def fill_card(card: str, record: Mapping[str, Any] | None) -> str:
     _, end, after = rest.partition(_END)
     if not (begin and end):
         raise ValueError(f"the card wants the markers {_BEGIN} and {_END}")
-    text = f"{NOT_MEASURED.capitalize()} yet."
+    text = NOT_YET
     if record is not None:
         environment = record["environment"]
         commit = (environment["commit"] or "unknown")[:10]

@@ -1,13 +1,16 @@
 """Tables of result files: a function per benchmark, from its record to Markdown."""
 
+import json
 from collections.abc import Sequence
 from math import log10
+from pathlib import Path
 from typing import Any
 
 from harness import gib, spread, table
 
 Record = dict[str, Any]
 Case = dict[str, Any]
+Files = Sequence[tuple[Path, Record]]
 
 PAPER = "paper's figure: A100"
 _COMMON = ("model", "batch", "implementation", "dtype")
@@ -16,6 +19,12 @@ _DETAILS = ("first call s", "GFLOP")
 _COST_AND_QUALITY = ("of matmul peak", "peak GiB", "ids equal", "PSNR dB")
 _STAGES = ("generator ms", "ViT decoder ms", "pixel decoder ms", "transfer ms")
 _KERNEL_KEYS = ("op", "shape", "batch", "dtype", "pass")
+
+
+def read(folder: Path) -> Files:
+    """All records of a folder, with their files, by name."""
+    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    return [(path, r) for path, r in found if isinstance(r, dict) and "benchmark" in r]
 
 
 def sampling_table(record: Record, *, details: bool = False) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from harness import NOT_MEASURED, table
+from harness import NOT_YET, table
 
 _TITLES = {
     "reconstruction-tokens": "reconstruction",
@@ -25,7 +25,7 @@ def trends_table(record: Mapping[str, Any]) -> str:
     """Markdown: how it was measured, a row per curve beside the paper's, and what they say."""
     found = record["comparisons"]
     if not found:
-        return f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]} yet."
+        return NOT_YET
     rows = [
         {
             "curve": title(curve),

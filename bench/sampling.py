@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import upstream as official
 from cases import Candidate, arithmetic, in_dtypes, measure, say, shared, weight_bytes
-from harness import NOT_MEASURED, write_json
-from options import in_mode, load, parse, parser, result_path, start_record
+from harness import NOT_MEASURED
+from options import in_mode, load, parse, parser, save, start_record
 from peer_systems import PAPER_A100
 from report import sampling_table
 from report_fashion import quality
@@ -96,7 +96,6 @@ def candidates(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the whole matrix; the JSON, where asked for, is rewritten after every group."""
     record = start_record("sampling", args)
-    path = result_path(args.json, record) if args.json else None
     for name in args.models:
         config = (PRESETS[name].sampling or SamplingConfig()).but(num_sample_steps=args.steps)
         shipped = PRESETS[name].folder is not None and args.weights is None
@@ -129,8 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "quality": quality(name) if shipped and args.steps is None else None,
             }
             record["cases"] += [case | row for row in rows]
-            if path is not None:
-                write_json(path, record)
+            save(args.json, record)
             del made
             torch.compiler.reset()
     return record

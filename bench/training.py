@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from cases import say
-from harness import gib, spread, summary, table, timed, write_json
-from options import check, result_path, start_record
+from harness import gib, spread, summary, table, timed
+from options import check, save, start_record
 from training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
 from training_upstream import UpstreamLearner
 
@@ -127,7 +127,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "memory": "most that a process ever held (VmHWM)",
         "weights": "random, the same for all systems",
     }
-    path = result_path(args.json, record) if args.json else None
     systems = [
         name for name, bf16 in SYSTEMS.items()
         if (bf16 or args.float32) and (args.upstream or name.startswith("ours"))
@@ -141,8 +140,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rows = measure(job, systems, args.rounds)
             compare(rows)
             record["cases"] += rows
-            if path is not None:
-                write_json(path, record)
+            save(args.json, record)
     return record
 
 

@@ -51,7 +51,7 @@ def random_weights() -> Iterator[None]:
     """Whatever networks would load, they keep the weights of their constructors instead."""
 
     def unloaded(cls: Any, source: object, *, config: Any = None, **_: object) -> Any:
-        return _filled(cls(config)).eval()
+        return weights.fill(cls(config)).eval()
 
     with TemporaryDirectory() as folder:
 
@@ -59,27 +59,22 @@ def random_weights() -> Iterator[None]:
             from torchvision.models import convnext_small
 
             path = Path(folder) / filename
-            torch.save(_filled(convnext_small(weights=None)).state_dict(), path)
+            torch.save(weights.fill(convnext_small(weights=None)).state_dict(), path)
             return path
 
         with (
-            weights._NoInit(),
+            weights.NoInit(),
             patch.object(PretrainedModel, "from_pretrained", classmethod(unloaded)),
             patch("titok_fast.training.perceptual._find", convnext),
         ):
             yield
 
 
-def _filled(network: Any) -> Any:
-    weights._fill(network)
-    return network
-
-
 def fill_task(task: Task) -> None:
     """Give what is trained the numbers of bench/weights.py, drawn in a second."""
-    _filled(task.model)
+    weights.fill(task.model)
     if task.criterion is not None:
-        _filled(task.criterion.discriminator)
+        weights.fill(task.criterion.discriminator)
 
 
 def batch_of(recipe: Recipe) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class UpstreamLearner:
         self.proxy: Any = None
         self.criterion: Any = None
         self.critic_optimizer: AdamW | None = None
-        with official._imports_from(checkout):
+        with official.imports_from(checkout):
             from modeling.modules import losses  # type: ignore[import-not-found]
 
             if recipe.stage == "generator":
@@ -128,7 +128,7 @@ def _model(checkout: Path, task: Task) -> Any:
     if task.recipe.stage == "generator":
         module, name = "maskgit", type(ours).__name__  # the same in both
     config = OmegaConf.create(ours.config.to_official())
-    with official._imports_from(checkout):
+    with official.imports_from(checkout):
         kind = getattr(__import__(f"modeling.{module}", fromlist=[name]), name)
     frozen: set[str] = set()
 

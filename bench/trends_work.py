@@ -28,8 +28,9 @@ from titok_fast.sampling import sample, sample_seeds
 from titok_fast.training.learner import Learner
 from titok_fast.training.loop import FINAL, train
 from titok_fast.training.parallel import Ranks
+from titok_fast.training.pretokenize import pretokenize
 from titok_fast.training.sources import ArraySource
-from titok_fast.training.token_shards import TokenSource, shard_path, write_shard
+from titok_fast.training.token_shards import TokenSource
 
 Figures = dict[str, Any]
 SIDE = 32
@@ -95,20 +96,14 @@ def train_cell(bench: Bench, cell: Cell) -> None:
         raise StoppedError(ended)
 
 
-@torch.no_grad()
 def tokens(bench: Bench, cell: Cell) -> TokenSource:
     """All training pictures as the tokens of a generator's tokenizer, from shards made once."""
     first = Cell("tokenizer", cell.size, cell.tokens)
     folder = bench.work / f"{first.name}-ids"
-    if not shard_path(folder, 0).exists():
-        tokenizer = bench.load(TiTok, first)
-        ids = []
-        for start in range(0, len(bench.train), _AT_ONCE):
-            images = pixels(bench.train.images[start : start + _AT_ONCE]).to(bench.device)
-            ids.append(tokenizer.encode(images)[1]["min_encoding_indices"].flatten(1).cpu())
-        folder.mkdir(exist_ok=True)
-        about = {"codebook_size": tokenizer.config.codebook_size, "shard": 0, "shards": 1}
-        write_shard(shard_path(folder, 0), torch.cat(ids).numpy(), bench.train.labels, about)
+    pretokenize(
+        bench.load(TiTok, first), bench.train, folder, augmentation="center",
+        batch_size=_AT_ONCE, device=bench.device,
+    )  # fmt: skip
     return TokenSource(folder, CLASSES)
 
 

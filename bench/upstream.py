@@ -115,7 +115,7 @@ def commit(checkout: Path) -> str | None:
 
 
 def _build(checkout: Path, module: str, name: str, ours: PretrainedModel) -> nn.Module:
-    with _imports_from(checkout):
+    with imports_from(checkout):
         try:
             kind = getattr(importlib.import_module(f"modeling.{module}"), name)
         except ImportError as error:
@@ -131,7 +131,7 @@ def _build(checkout: Path, module: str, name: str, ours: PretrainedModel) -> nn.
 
 
 @contextmanager
-def _imports_from(checkout: Path) -> Iterator[None]:
+def imports_from(checkout: Path) -> Iterator[None]:
     """Upstream is no package: its files import each other from its root.
 
     Our own root is hidden meanwhile, since transformers takes a folder `kernels` for a package that

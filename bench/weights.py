@@ -19,7 +19,7 @@ from titok_fast.quantizer import VectorQuantizer
 M = TypeVar("M", bound=nn.Module)
 
 
-class _NoInit(TorchFunctionMode):
+class NoInit(TorchFunctionMode):
     """Constructors leave their weights as allocated: drawing 3.8 billion of them takes minutes."""
 
     def __torch_function__(
@@ -48,20 +48,23 @@ def build(make: Callable[[], M], device: torch.device, dtype: torch.dtype) -> M:
         device: "meta" makes one that takes no memory.
         dtype: of the weights; our codebooks are float32 whatever it is, as they are elsewhere.
     """
-    with _NoInit(), _default_dtype(dtype), torch.device(device):
+    with NoInit(), _default_dtype(dtype), torch.device(device):
         model = make()
     model = model.eval().requires_grad_(False)
     for part in model.modules():
         if isinstance(part, VectorQuantizer):
             part.embedding.float()
     if device.type != "meta":
-        _fill(model)
+        fill(model)
     return model
 
 
 @torch.no_grad()
-def _fill(model: nn.Module) -> None:
-    """Normal weights of scale fan_in**-0.5, one stretch of noise repeated; norms scale by 1."""
+def fill(model: M) -> M:
+    """Normal weights of scale fan_in**-0.5, one stretch of noise repeated; norms scale by 1.
+
+    In place; gives the model back.
+    """
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for name, p in model.named_parameters():
         if p.ndim < 2:
@@ -70,6 +73,7 @@ def _fill(model: nn.Module) -> None:
         scaled = (noise * p[0].numel() ** -0.5).to(p.device, p.dtype)
         for part in p.view(-1).split(len(scaled)):
             part.copy_(scaled[: len(part)])
+    return model
 
 
 def draw_only(system: Preset, device: torch.device, dtype: torch.dtype) -> TiTokPipeline:

@@ -59,8 +59,13 @@ class CpuLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor) -> tuple:
-        """Scale what the forward left."""
-        total, *grads = ctx.saved_tensors
-        scale = g_loss / total
-        scaled = [(g * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return *scaled, None, None, None, None
+        """See `scaled_gradients`."""
+        return scaled_gradients(ctx, g_loss)
+
+
+def scaled_gradients(ctx: Any, g_loss: Tensor) -> tuple:
+    """The backward of the loss: scale what the forward left, here and in the kernel's operator."""
+    total, *grads = ctx.saved_tensors
+    scale = g_loss / total
+    scaled = [(g * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return *scaled, None, None, None, None

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
-from titok_fast.kernels._masked_cross_entropy_cpu import CpuLoss
+from titok_fast.kernels._masked_cross_entropy_cpu import CpuLoss, scaled_gradients
 from titok_fast.kernels._offline import OfflineCase
 
 _EPS = 1e-8  # of the weighted mean, as in the published training code
@@ -116,10 +116,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple:
-    total, *grads = ctx.saved_tensors
-    scale = g_loss / total
-    scaled = [(g * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-    return *scaled, None, None, None, None
+    return scaled_gradients(ctx, g_loss)
 
 
 def _attach_gradient(op: Any) -> None:

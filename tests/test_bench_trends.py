@@ -2,7 +2,6 @@
 
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,7 @@ cells, paper, paper_trends, plot, report, shape, work = scripts(
 Cell, FULL, SMOKE = cells.Cell, cells.Settings(), cells.SMOKE
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_for_all")
 
 
 def everything(settings: Any) -> list[Any]:
@@ -187,7 +181,6 @@ def smoke(folder: Path, *words: str) -> int:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run of every kind of cell, and its record."""
     folder = tmp_path_factory.mktemp("trends")
-    torch.set_num_threads(1)
     path = folder / "record.json"
     assert smoke(folder / "work", "--json", str(path), "--plots", str(folder)) == 0
     return folder, json.loads(path.read_text())

@@ -1,13 +1,11 @@
 """Recordings on CUDA: nothing waits for the host, and a GPU replays what eager draws."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from processes import output_of
 from test_fast_graphs import OTHER, SETTINGS, draw, pipeline
 
 from titok_fast import TiTokPipeline
@@ -59,15 +57,8 @@ except Exception as error:
 
 def test_no_host_wait_on_fake_cuda_tensors() -> None:
     """All that is recorded, and the copies around it, on tensors that have no values to fetch."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "0"  # set, so that conftest's default does not apply
     code = NO_HOST_WAIT.format(tests=str(Path(__file__).parent))
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == (
+    assert output_of(code) == (
         "8 {((4, 8), (4,), (4,), (4, 32, 32, 3))}\na host wait gives DataDependentOutputException\n"
     )
 

@@ -44,9 +44,7 @@ def keep_compiled(folder: str | Path | None = None) -> Path | None:
                     "earlier compilation of this process"
                 )
             return Path(given)
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        _make(place)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         _warn(
             f"compiled code goes to torch's temporary folder, which a reboot empties: {error}; "
@@ -64,11 +62,17 @@ def folder_of_compiled() -> Path | None:
     """
     given = os.environ.get(VARIABLE)
     try:
-        place = _default() / _processor() if given is None else Path(given)
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return place if os.access(place, os.W_OK) else None
+        return _make(_default() / _processor() if given is None else Path(given))
     except (OSError, RuntimeError):
         return None
+
+
+def _make(place: Path) -> Path:
+    """A folder that can be written to; OSError otherwise."""
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=place):
+        pass
+    return place
 
 
 def _default() -> Path:

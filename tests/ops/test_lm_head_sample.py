@@ -1,8 +1,5 @@
 """lm_head_sample against the head and guided_sample one after the other."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +10,7 @@ import triton.language as tl
 from draws import any_seeds, assert_same_draws, chi_square_limit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import output_of
 from triton.runtime import interpreter
 
 from titok_fast.kernels._sampling import RULES
@@ -257,16 +255,8 @@ def test_sampling_ops_never_wait_for_the_device(compiled: bool) -> None:
 
     In a process of its own, where kernels are compiled: the interpreter would read their memory.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"COMPILED = {compiled}\n{TRACE}"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["(2, 3) torch.int64 cuda (6,) torch.int64 cuda"]
+    printed = output_of(f"COMPILED = {compiled}\n{TRACE}")
+    assert printed.splitlines() == ["(2, 3) torch.int64 cuda (6,) torch.int64 cuda"]
 
 
 H, W, ROWS = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch.int64)

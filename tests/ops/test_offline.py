@@ -6,7 +6,6 @@ Kernels are compiled here, so the work is done in processes without TRITON_INTER
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "bench" / "kernel_report.py"
@@ -32,13 +32,6 @@ def load() -> ModuleType:
 
 
 report = load()
-
-
-def python(*args: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *args], capture_output=True, text=True, env=env, cwd=ROOT, check=False
-    )
 
 
 def check_report(archs: list[int], path: Path) -> None:
