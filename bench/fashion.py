@@ -38,6 +38,7 @@ MODEL = "fashion-16"
 FAST_MODES = ("fast", "int8")  # a CPU's, of options.MODES; the same seeds as in float32
 # not in the package, which it does not fit beside the model within 12 MB
 CLASSIFIER = Path(__file__).parent / MODEL / "classifier"
+_COMPARED = 200  # pictures decoded by each fast mode and in float32
 _IN_ROW, _ROWS = 10, 3  # of the sheet of reconstructions
 _ZOOM = 2  # pictures of 32 pixels are hard to see
 
@@ -88,7 +89,8 @@ def quality(
         `accuracy_reconstructions`, `label_agreement` (0..1); Frechet distances to the training set
         `fid_real` (the floor), `fid_reconstructions`, `fid_samples`; `fid_to_originals` of the
         reconstructions, the protocol of rFID; `precision`, `recall` of the samples among `test`;
-        `fast_modes`: the four figures of samples again for each of FAST_MODES, in bfloat16.
+        `fast_modes`: the four figures of samples again for each of FAST_MODES, in bfloat16, and
+        `psnr_to_float32` in dB, of pictures decoded from the same tokens by it and in float32.
     """
     measure = partial(measure_pictures, networks=[network], batch_size=batch_size)
     say("real pictures")
@@ -116,11 +118,12 @@ def quality(
             "recall": found[f"recall{name}"],
         }
 
-    low = copy.deepcopy(pipe).to(dtype=torch.bfloat16)
+    low = copy.deepcopy(pipe).to(torch.bfloat16)
     modes = {}
     for mode in FAST_MODES:
         say(f"{count} samples, bf16, {mode}")
-        modes[mode] = samples(in_mode(low, mode))
+        own = in_mode(low, mode)
+        modes[mode] = {"psnr_to_float32": _psnr_to(pipe, own, test), **samples(own)}
     say(f"{count} samples")
 
     return {
@@ -134,6 +137,14 @@ def quality(
         **samples(pipe),
         "fast_modes": modes,
     }
+
+
+@torch.no_grad()
+def _psnr_to(pipe: TiTokPipeline, other: TiTokPipeline, test: Pictures) -> float:
+    """PSNR in dB between what two pipelines decode from the first test pictures' tokens."""
+    ids = pipe.tokenize(_floats(test.read(range(min(_COMPARED, len(test))))[0]))
+    made, wanted = (p.tokenizer.decode_tokens(ids).double().clamp(0, 1) for p in (other, pipe))
+    return float(-10 * (made - wanted).square().mean().log10())
 
 
 def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from peer_systems import PAPER_A100
 from peers import peers_table
 from report_fashion import fashion_table
 from report_tables import (
+    IN_PACKAGE,
     PAPER,
     Files,
     Record,
@@ -125,8 +126,12 @@ def _caption(record: Record) -> str:
     if "weights" not in protocol:
         return f"{run}."
     inputs = f"; input: {protocol['inputs']}" if "inputs" in protocol else ""
+    shipped = [c["model"] for c in record["cases"] if c.get("weights") == IN_PACKAGE]
+    weights = f"{protocol['weights']} weights"
+    if shipped:
+        weights += f", of {', '.join(dict.fromkeys(shipped))} those in the package"
     return (
-        f"{run}; {protocol['weights']} weights{inputs}. Upstream as shipped is its float32"
+        f"{run}; {weights}{inputs}. Upstream as shipped is its float32"
         f"{' with TF32' if 'driver' in e else ''}."
     )
 

@@ -12,6 +12,7 @@ Record = dict[str, Any]
 Case = dict[str, Any]
 Files = Sequence[tuple[Path, Record]]
 
+IN_PACKAGE = "in the package"  # a case's `weights` where they are not those of its record
 PAPER = "paper's figure: A100"
 _COMMON = ("model", "batch", "implementation", "dtype")
 _RATIOS = ("x upstream as shipped", "x upstream, same dtype")

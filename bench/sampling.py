@@ -26,6 +26,7 @@ from options import in_mode, load, parse, parser, save, start_record
 from peer_systems import PAPER_A100
 from report import sampling_table
 from report_fashion import quality
+from report_tables import IN_PACKAGE
 from stages import watch
 from torch import Tensor
 
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.models:
         config = (PRESETS[name].sampling or SamplingConfig()).but(num_sample_steps=args.steps)
         shipped = PRESETS[name].folder is not None and args.weights is None
-        weights = "in the package" if shipped else record["protocol"]["weights"]
+        weights = IN_PACKAGE if shipped else record["protocol"]["weights"]
         say(f"{name}: weights {weights}")
         source = "published" if shipped else args.weights
         pipe = load(name, source, args.device, generate=True)

@@ -63,6 +63,7 @@ def test_figures_are_those_of_the_pictures(measured: tuple[Path, Path, dict[str,
     for found in figures["fast_modes"].values():  # other roundings of the same draws
         assert found["fid_samples"] == pytest.approx(figures["fid_samples"], rel=0.2)
         assert found["fid_samples"] != figures["fid_samples"]
+        assert 25 < found["psnr_to_float32"] < 80
     protocol = record["protocol"]
     assert (protocol["samples"], protocol["trained"]) == (COUNT, "local files")
     assert protocol["features"] == "fashion-classifier, 128 features, float32"

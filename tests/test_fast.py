@@ -45,7 +45,12 @@ def layer(D: int, E: int, dtype: torch.dtype, *, bias: bool = True) -> nn.Linear
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 2, 8), (2, 33, 4, 48), (3, 289, 2, 64)])
+@pytest.mark.parametrize(
+    # the last two in parts: of 5, 5 and 3 pictures in float32, of 11 and 2 in bfloat16;
+    # and pictures that are larger than a part
+    "shape",
+    [(1, 1, 2, 8), (2, 33, 4, 48), (3, 289, 2, 64), (13, 257, 4, 16), (2, 1030, 2, 8)],
+)
 def test_products_are_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     B, L, H, d = shape
     qkv = torch.randn(B, L, 3, H, d).to(dtype)
@@ -56,7 +61,7 @@ def test_products_are_attention(shape: tuple[int, int, int, int], dtype: torch.d
 
 
 def test_products_have_the_gradient_of_attention() -> None:
-    qkv = torch.randn(2, 5, 3, 2, 8, requires_grad=True)
+    qkv = torch.randn(3, 600, 3, 4, 8, requires_grad=True)  # in three parts
     (want,) = torch.autograd.grad(attend(qkv).sin().sum(), qkv)
     (got,) = torch.autograd.grad(attend(qkv, "products").sin().sum(), qkv)
     assert relative(got, want) < 1e-5

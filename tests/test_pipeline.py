@@ -135,7 +135,9 @@ def test_bfloat16(pipe: TiTokPipeline) -> None:
     ids = pipe.tokenize(PHOTOGRAPHS)
     got = half.detokenize(ids, output="tensor").float()  # type: ignore[union-attr]
     assert relative(got, pipe.detokenize(ids, output="tensor").float()) < 0.05  # type: ignore[union-attr]
-    assert half.to(dtype=torch.float32).tokenizer.dtype == torch.float32
+    assert half.to(torch.float32).tokenizer.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"`to` wants one dtype; got torch\.float16 and bfloat16"):
+        half.to(torch.float16, "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", torch.float64, torch.int64])

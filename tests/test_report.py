@@ -137,6 +137,17 @@ def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(seen) == ["README.md", "a.json", "b.json"]
 
 
+def test_caption_says_whose_weights_are_trained(tmp_path: Path) -> None:
+    one = record()
+    save(tmp_path, "a", one)
+    assert "; random weights." in report.section(report.read(tmp_path), "sampling")
+    for row in one["cases"][:2]:
+        row.update(model="fashion-16", weights=report.IN_PACKAGE)
+    save(tmp_path, "a", one)
+    text = report.section(report.read(tmp_path), "sampling")
+    assert "; random weights, of fashion-16 those in the package." in text
+
+
 def test_details_for_the_terminal() -> None:
     (row,) = cells(report.sampling_table(record(), details=True), "ours, eager")
     assert row["x reference"] == "4.00"

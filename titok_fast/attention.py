@@ -4,8 +4,9 @@ SDPA is the default: on CUDA it runs flash kernels itself. The name comes from a
 from the environment variable TITOK_FAST_ATTENTION, else it is "sdpa". "auto" takes the first back
 end that works here and agrees with SDPA on a small input. A named back end that cannot work raises.
 
-"products" keeps the whole (L, L) matrix of weights, rounded to the dtype of qkv. It is for CPUs:
-SDPA's blocks are slow there in bfloat16, and a few hundred positions need none.
+"products" keeps whole (L, L) matrices of weights, of a few pictures at a time, rounded to the dtype
+of qkv. It is for CPUs: SDPA's blocks are slow there in bfloat16, and a few hundred positions need
+none.
 
 There is no kernel of our own for the short sequences: beside SDPA's 64 x 64 kernels the most it
 could save is 4 % of a block, by `python bench/attention_floor.py`.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 BACKENDS = ("sdpa", "products", "flash", "xformers")
 ENVIRONMENT = "TITOK_FAST_ATTENTION"
-_CACHED_BYTES = 6 << 20  # of attention weights at once: 2 pictures of L-32 take 8 ms, 8 take 19
+_CACHED_BYTES = 6 << 20  # of weights at once by "products": fresh memory costs more than the work
 
 
 class BackendError(RuntimeError):
@@ -76,7 +77,7 @@ def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
 
 
 def _products(qkv: Tensor, dropout: float) -> Tensor:
-    """(B, L, 3, H, d) -> (B, L, H, d), a few pictures at a time: their weights stay in the cache."""
+    """(B, L, 3, H, d) -> (B, L, H, d), a few pictures at a time, to stay in the cache."""
     B, L, _, H, _ = qkv.shape
     pictures = max(1, _CACHED_BYTES // max(1, H * L * L * qkv.element_size()))
     if pictures >= B:

@@ -117,17 +117,23 @@ class TiTokPipeline(Coder):
         return self.compile(chosen(fast, self.device.type)) if fast else self
 
     def to(
-        self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> "TiTokPipeline":
         """Move and cast both models, in place. Codebooks stay float32.
 
         Args:
-            device: any torch device.
+            device: any torch device; or, as for torch's modules, the dtype alone.
             dtype: float32, bfloat16 or float16, or its name.
 
         Raises:
             ValueError: another dtype, or a compiled pipeline.
         """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise ValueError(f"`to` wants one dtype; got {device} and {dtype}")
+            device, dtype = None, device
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype, dtype)
         if self.techniques:
