@@ -256,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = json.loads(Path(args.source).read_text())
         if "cost_model" not in record:
             p.error(f"--from {args.source}: this run measured too few points to fit on")
+        record["benchmark"] = "cost-model"  # so that its own file does not take the other's name
         fitted_on = [Point(**point) for point in record["cost_model"]["fitted_on"]]
         record["cost_model"] = analysis(record["cases"], fitted_on)
     else:

@@ -34,8 +34,9 @@ from typing import Any
 _STARTED = time.perf_counter()  # before torch is imported
 
 import torch  # noqa: E402
-from harness import environment, table, timed  # noqa: E402
+from harness import environment, timed  # noqa: E402
 from options import check_counts, save, techniques  # noqa: E402
+from report_tables import PROCESS_SECONDS, first_call_table  # noqa: E402
 
 from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig  # noqa: E402
 from titok_fast.presets import Preset  # noqa: E402
@@ -51,7 +52,6 @@ TINY = Preset(
 )
 CALLS = ("import_s", "load_s", "compile_s", "first_call_s", "next_call_s")
 RATIOS = ("extra_s", "start_s")
-SECONDS = (*CALLS, *RATIOS, "process_s")
 
 
 def draw_twice(args: argparse.Namespace) -> dict[str, float]:
@@ -159,15 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         case = measure(args, mode)
         record["cases"].append(case)
         for name in ("cold", "warm"):
-            shown = ", ".join(f"{field} {case[name][field]:.2f}" for field in SECONDS)
+            shown = ", ".join(f"{field} {case[name][field]:.2f}" for field in PROCESS_SECONDS)
             print(f"{mode} {name}: {shown}", file=sys.stderr)
         save(args.json, record)
-    rows = []
-    for c in record["cases"]:
-        rows += [{"mode": c["mode"], "process": name} | c[name] for name in ("cold", "warm")]
-        blank = {"mode": c["mode"], "process": "warm / cold"} | dict.fromkeys(SECONDS, "")
-        rows.append(blank | c["warm_over_cold"])
-    print(table(rows, ("mode", "process", *SECONDS)))
+    print(first_call_table(record))
     return 0
 
 

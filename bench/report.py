@@ -25,6 +25,7 @@ from report_tables import (
     PAPER,
     Files,
     Record,
+    first_call_table,
     group_of,
     kernels_table,
     read,
@@ -90,6 +91,7 @@ _WHOLE: dict[str, Callable[[Record], str]] = {
     "scaling": scaling_table,
     "cost-model": cost_model_table,
     "peers": peers_table,
+    "first_call": first_call_table,
     "fashion": fashion_table,
     "paper-trends": trends_table,
 }
@@ -130,10 +132,10 @@ def _caption(record: Record) -> str:
     weights = f"{protocol['weights']} weights"
     if shipped:
         weights += f", of {', '.join(dict.fromkeys(shipped))} those in the package"
-    return (
-        f"{run}; {weights}{inputs}. Upstream as shipped is its float32"
-        f"{' with TF32' if 'driver' in e else ''}."
-    )
+    text = f"{run}; {weights}{inputs}."
+    if any(case.get("implementation") == "upstream" for case in record["cases"]):
+        text += f" Upstream as shipped is its float32{' with TF32' if 'driver' in e else ''}."
+    return text
 
 
 def _beside_the_paper(records: Sequence[Record]) -> str:

@@ -1,7 +1,7 @@
 """Samples/s and peak memory against batch, tokens, resolution, steps, threads and ranks.
 
     python bench/scaling.py
-    python bench/scaling.py --axes batch,steps --max-batch 16 --json bench/results --plots .
+    python bench/scaling.py --axes batch,steps --json bench/results --plots bench/results
 
 All points of an axis take turns. What the default leaves out for its time stands in the record as
 not measured. The time of each stage is set beside the cost model's (cost_model.py), fitted on a few
@@ -10,7 +10,6 @@ on a CPU they share its threads, on CUDA each has a device.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ import cost_model
 import torch
 from cases import say
 from harness import NOT_MEASURED, gib, spread, summary, table, timed
-from options import add_single, check, chosen_mode, in_mode, save, start_record
+from options import add_single, check, chosen_mode, in_mode, result_path, save, start_record
 from points import Point, Prepared, measure
 from weights import draw_only
 
@@ -191,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = p.add_argument
     add("--axes", metavar="A,B", default=",".join(AXES), help=f"default: {','.join(AXES)}")
     add("--max-batch", type=int, metavar="B", help="CPU: 8; CUDA: 64")
-    add("--plots", metavar="DIR", help="also scaling.svg there")
+    add("--plots", metavar="DIR", help="also a plot there, named after the run")
     add_single(p, "all points")
     args = p.parse_args(argv)
     on_cuda = check(p, args, "max_batch", "repeats", "threads")
@@ -209,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plots is not None:
         import plots
 
-        plots.write(plots.scaling(record), os.path.join(args.plots, "scaling.svg"))
+        stem = result_path(args.json or ".", record).stem
+        plots.write(plots.scaling(record), Path(args.plots) / f"{stem}.svg")
     return int(any("error" in case for case in record["cases"]))
 
 

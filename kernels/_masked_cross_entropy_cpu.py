@@ -36,7 +36,7 @@ class CpuLoss(torch.autograd.Function):
         head, offset, w = weight.to(hidden.dtype), bias.to(hidden.dtype), weights.to(wide)
         total, summed = w.sum() + eps, w.new_zeros(())
         g_hidden, g_bias = torch.empty_like(hidden), hidden.new_zeros(N, dtype=wide)
-        g_weight = hidden.new_zeros((N, D), dtype=wide)
+        g_weight = None  # not zeros to add to: most calls are one chunk
         step = max(1, _CHUNK_ELEMENTS // N)
         for rows in (slice(r, r + step) for r in range(0, len(hidden), step)):
             logits = F.linear(hidden[rows], head, offset).to(wide)
@@ -51,7 +51,10 @@ class CpuLoss(torch.autograd.Function):
             g_bias += grad.sum(dim=0)
             grad = grad.to(hidden.dtype)
             torch.mm(grad, head, out=g_hidden[rows])
-            g_weight += grad.T @ hidden[rows]
+            made = (grad.T @ hidden[rows]).to(wide)
+            g_weight = made if g_weight is None else g_weight.add_(made)
+        if g_weight is None:
+            g_weight = hidden.new_zeros((N, D), dtype=wide)
         ctx.save_for_backward(total, g_hidden, g_weight, g_bias)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
         return summed / total

@@ -52,9 +52,10 @@ def nearest_code_ref(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> 
         e_sq = e.square().sum(dim=1)
         eager_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
         step = max(16, _CHUNK_ELEMENTS["cpu" if eager_cpu else "other"] // codebook.shape[0])
+        f_sq = f.square().sum(dim=1, keepdim=True)
         ids = [
-            torch.sub(part.square().sum(1, keepdim=True) + e_sq, part @ e.T, alpha=2).argmin(1)
-            for part in f.split(step)
+            torch.sub(part_sq + e_sq, part @ e.T, alpha=2).argmin(1)
+            for part, part_sq in zip(f.split(step), f_sq.split(step), strict=True)
         ]
         return torch.cat(ids)
 

@@ -142,7 +142,9 @@ def test_command_on_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     record["cost_model"] = cost_model.analysis(rows, cost_model.FIT)
     path.write_text(json.dumps(record))
     assert cost_model.main(["--from", str(path), "--json", str(out)]) == 0
-    written = json.loads(out.read_text())["cost_model"]
+    made = json.loads(out.read_text())
+    assert made["benchmark"] == "cost-model"
+    written = made["cost_model"]
     assert written["seconds_per"] == pytest.approx(TRUE, rel=1e-4)
     rows[-1]["stages_s"]["generator"] *= 1.5
     path.write_text(json.dumps(record))

@@ -119,7 +119,7 @@ def test_record(small_axes: None, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(lines) == 5 * (len(rows) - 1)  # not the row of its own thread count
     out = capsys.readouterr().out
     assert "not measured: over --max-batch 2" in out
-    svg = ET.fromstring((tmp_path / "scaling.svg").read_text())
+    svg = ET.fromstring((tmp_path / "r.svg").read_text())
     assert svg.tag.endswith("svg")
 
 

@@ -138,7 +138,7 @@ def test_refusals(here: Path, tmp_path: Path) -> None:
     tokenizer = ("--tokenizer", here / "tokenizer")
     with pytest.raises(ValueError, match="--batch-size wants at least 1"):
         evaluate("reconstruction", here / "p.npz", *tokenizer, "--batch-size", 0)
-    with pytest.raises(ValueError, match="name a tokenizer"):
+    with pytest.raises(ValueError, match="name a published model, or the weights of a tokenizer"):
         evaluate("reconstruction", here / "p.npz")
     with pytest.raises(FileNotFoundError, match="create it first"):
         evaluate("reconstruction", here / "p.npz", *tokenizer, "--json", tmp_path / "no" / "x")

@@ -313,7 +313,7 @@ def test_from_pretrained_by_directory_and_by_name(
 
 
 def test_from_pretrained_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wants a preset name, or tokenizer="):
+    with pytest.raises(ValueError, match="name a published model, or the weights of a tokenizer"):
         TiTokPipeline.from_pretrained()
     with pytest.raises(FileNotFoundError, match="no weights of titok-l-64-512 were published"):
         TiTokPipeline.from_pretrained("titok-l-64-512")

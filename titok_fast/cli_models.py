@@ -13,7 +13,7 @@ from titok_fast.files import fetch
 from titok_fast.options import place
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import Preset, preset
-from titok_fast.tokenizer import TiTok
+from titok_fast.pretrained import load_tokenizer
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -120,9 +120,6 @@ def _models(args: argparse.Namespace) -> TiTokPipeline:
     if args.command == "sample":
         sources = {"tokenizer": args.tokenizer, "generator": args.generator}
         return TiTokPipeline.from_pretrained(args.model, **sources, **options)
-    if args.model is None:
-        return TiTokPipeline(TiTok.from_pretrained(args.tokenizer, **options))
-    known = preset(args.model)  # its generator is left alone: nothing is drawn
-    source = args.tokenizer or known.tokenizer_source
-    assert source is not None  # tokenizer_config refused that
-    return TiTokPipeline(TiTok.from_pretrained(source, config=known.tokenizer, **options))
+    known = preset(args.model) if args.model else None
+    # without the preset's generator: nothing is drawn
+    return TiTokPipeline(load_tokenizer(args.model, known, args.tokenizer, options))

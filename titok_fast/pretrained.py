@@ -37,22 +37,39 @@ def load_models(
         options: of `TiTok.from_pretrained`.
 
     Raises:
-        ValueError: neither a preset nor a tokenizer.
-        FileNotFoundError: nothing there, or a preset that was never published.
+        ValueError, FileNotFoundError: as `load_tokenizer`.
     """
-    tokenizer = tokenizer or (known.tokenizer_source if known else None)
+    t = load_tokenizer(name, known, tokenizer, options)
     generator = generator or (known.generator_source if known else None)
-    if tokenizer is None:
-        if known is None:
-            raise ValueError("from_pretrained wants a preset name, or tokenizer=")
-        raise FileNotFoundError(f"no weights of {name} were published: pass tokenizer=")
-    t = TiTok.from_pretrained(tokenizer, config=known.tokenizer if known else None, **options)
     if generator is None:
         return Models(t)
     config = known.generator if known else None
     known_class = generator_class(config or config_beside(generator, options.get("revision")))
     g = known_class.from_pretrained(generator, config=config, **options)
     return Models(t, g, known.sampling, known.classes) if known else Models(t, g)
+
+
+def load_tokenizer(
+    name: str | None, known: Preset | None, place: str | None, options: dict[str, Any]
+) -> TiTok:
+    """Read a tokenizer's weights.
+
+    Args:
+        name: of the preset, for messages.
+        known: the preset, or None: then the configuration comes with the weights.
+        place: directory, weight file or hub repository; None takes the preset's.
+        options: of `TiTok.from_pretrained`.
+
+    Raises:
+        ValueError: neither a preset nor a place.
+        FileNotFoundError: nothing there, or a preset that was never published.
+    """
+    place = place or (known.tokenizer_source if known else None)
+    if place is None:
+        if known is None:
+            raise ValueError("name a published model, or the weights of a tokenizer")
+        raise FileNotFoundError(f"no weights of {name} were published: pass those of a tokenizer")
+    return TiTok.from_pretrained(place, config=known.tokenizer if known else None, **options)
 
 
 def random_models(known: Preset, seed: int, attention: str | None) -> Models:

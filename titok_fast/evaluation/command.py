@@ -27,6 +27,7 @@ from titok_fast.files import write_atomic
 from titok_fast.maskgit_vqgan import MaskGitVQGAN
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import preset
+from titok_fast.pretrained import load_tokenizer
 from titok_fast.tokenizer import TiTok
 from titok_fast.training.parallel import Ranks, join
 from titok_fast.training.perceptual import perceptual
@@ -184,11 +185,7 @@ def _where(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 def _tokenizer(args: argparse.Namespace, ranks: Ranks) -> TiTok:
     known = preset(args.model) if args.model else None
-    source = args.tokenizer or (known.tokenizer_source if known else None)
-    if source is None:
-        raise ValueError("name a tokenizer: --tokenizer WEIGHTS, or a published --model")
-    config = known.tokenizer if known else None
-    return TiTok.from_pretrained(source, config=config, **_where(args, ranks))
+    return load_tokenizer(args.model, known, args.tokenizer, _where(args, ranks))
 
 
 def _pipeline(args: argparse.Namespace, ranks: Ranks) -> TiTokPipeline:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from titok_fast import __version__
 from titok_fast.crew import Crew
 from titok_fast.presets import PRESETS, preset
+from titok_fast.pretrained import load_tokenizer
 from titok_fast.sample_files import check_place, claim_folder, differences
 from titok_fast.tokenizer import TiTok
 from titok_fast.training.augment import VIEWS
@@ -231,7 +232,8 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             data = DataConfig(kind=args.data, **{args.split: args.path})
             source = open_source(data, args.split)
             device = _device(args.device, crew.rank)
-            tokenizer = _tokenizer(args.model, args.tokenizer)
+            known = preset(args.model) if args.model else None
+            tokenizer = load_tokenizer(args.model, known, args.tokenizer, {})
         rows = pretokenize(
             tokenizer, source, args.out, augmentation=args.augmentation,
             batch_size=args.batch_size, shard_size=args.shard_size, device=device,
@@ -242,17 +244,6 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             yield f"{rows} x {tokenizer.config.num_latent_tokens} ids in {args.out}"
             if args.jsonl is not None:
                 yield f"{shards_to_jsonl(args.out, args.jsonl)} lines in {args.jsonl}"
-
-
-def _tokenizer(model: str | None, weights: str | None) -> TiTok:
-    if model is None:
-        assert weights is not None  # run refused that
-        return TiTok.from_pretrained(weights)
-    known = preset(model)
-    place = weights or known.tokenizer_source
-    if place is None:
-        raise FileNotFoundError(f"no weights of {model} were published: pass --tokenizer")
-    return TiTok.from_pretrained(place, config=known.tokenizer)
 
 
 def _device(name: str | None, rank: int) -> torch.device:
