@@ -39,7 +39,7 @@ def test_fresh_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert seconds["process_s"] > sum(seconds[field] for field in CALLS)
         assert seconds["extra_s"] == seconds["first_call_s"] - seconds["next_call_s"]
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[2].strip() for line in shown[2:]] == ["cold", "warm", "warm / cold"]
+    assert [line.split("|")[4].strip() for line in shown[2:]] == ["cold", "warm", "warm / cold"]
 
 
 def test_the_second_process_has_the_folder_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
