@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
@@ -19,6 +20,7 @@ from PIL import Image
 from records import encoded, pixels, write_fashion, write_shards, write_tar
 from torch import Tensor
 
+from titok_fast.training import data as data_module
 from titok_fast.training.data import Batches, open_source
 from titok_fast.training.reader import BadRecords, Order
 from titok_fast.training.recipe import DataConfig
@@ -361,6 +363,29 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(
         os.kill(pid, number)
     assert len(list(islice(batches, 20))) == 20
     assert {p.pid for p in multiprocessing.active_children()} >= set(workers)
+
+
+def test_a_signal_to_workers_that_still_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = data_module._outlive_signals
+
+    def slowly(worker: int) -> None:
+        time.sleep(1)
+        ready(worker)
+
+    monkeypatch.setattr(data_module, "_outlive_signals", slowly)
+    source = WebDatasetSource(write_shards(tmp_path, [20]))
+    before = set(multiprocessing.active_children())
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    parts = Batches(source, replace(SMALL, workers=2), batch_size=4, seed=1, train=True)._parts()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for process in workers:
+        os.kill(process.pid or 0, signal.SIGTERM)
+    assert len(list(islice(parts, 8))) == 8
+    assert all(process.is_alive() for process in workers)
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 2, [signal.SIGKILL]])

@@ -22,6 +22,7 @@ from titok_fast.training.sources import FolderSource, Source, fashion_mnist
 from titok_fast.training.tar_index import WebDatasetSource
 from titok_fast.training.token_shards import TokenSource
 
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # launchers send them to all processes of a run
 _GRACE_S = 30  # torchrun and Slurm kill for good after as long
 
 
@@ -131,7 +132,12 @@ class Batches:
             worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else it takes a number from the run's own generator
         )
-        return iter(loader)
+        # held back until a worker has its own handlers: one that is told to end before would
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _spans(self) -> Iterator[range]:
         """This rank's positions, step by step."""
@@ -166,6 +172,7 @@ def _outlive_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
 
 
 def _end_later(number: int, frame: object) -> None:
