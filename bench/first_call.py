@@ -36,7 +36,7 @@ _STARTED = time.perf_counter()  # before torch is imported
 import torch  # noqa: E402
 from harness import environment, timed  # noqa: E402
 from options import check_counts, save, techniques  # noqa: E402
-from report_tables import PROCESS_SECONDS, first_call_table  # noqa: E402
+from report_tables import first_call_table  # noqa: E402
 
 from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig  # noqa: E402
 from titok_fast.presets import Preset  # noqa: E402
@@ -50,8 +50,6 @@ TINY = Preset(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
     ),
 )
-CALLS = ("import_s", "load_s", "compile_s", "first_call_s", "next_call_s")
-RATIOS = ("extra_s", "start_s")
 
 
 def draw_twice(args: argparse.Namespace) -> dict[str, float]:
@@ -106,7 +104,7 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         "techniques": list(techniques(mode, args.device)),
         "cold": cold,
         "warm": warm,
-        "warm_over_cold": {name: warm[name] / cold[name] for name in RATIOS},
+        "warm_over_cold": {name: warm[name] / cold[name] for name in ("extra_s", "start_s")},
     }
 
 
@@ -159,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case = measure(args, mode)
         record["cases"].append(case)
         for name in ("cold", "warm"):
-            shown = ", ".join(f"{field} {case[name][field]:.2f}" for field in PROCESS_SECONDS)
+            shown = ", ".join(f"{field} {value:.2f}" for field, value in case[name].items())
             print(f"{mode} {name}: {shown}", file=sys.stderr)
         save(args.json, record)
     print(first_call_table(record))

@@ -57,22 +57,14 @@ def figures_table(record: Mapping[str, Any]) -> str:
     ]
     rows += [_samples_row(f"the same, bf16, {m}", found) for m, found in f["fast_modes"].items()]
     sampling = protocol["sampling"]
+    near = [f"{found['psnr_to_float32']:.1f} dB ({m})" for m, found in f["fast_modes"].items()]
     note = (
         f"{protocol['model']}, {sampling['num_sample_steps']} steps, guidance "
         f"{sampling['guidance_scale']:g}. Features and classes: {protocol['features']}; no figure "
         f"here compares with an Inception FID. Reference: {protocol['reference']}. Codes in use: "
-        f"{f['codebook_usage']:.1%}."
+        f"{f['codebook_usage']:.1%}. Decoded from the same tokens, pictures of the bf16 modes are "
+        f"as near to those of float32 as PSNR {', '.join(near)}."
     )
-    near = [
-        f"{found['psnr_to_float32']:.1f} dB ({mode})"
-        for mode, found in f["fast_modes"].items()
-        if "psnr_to_float32" in found
-    ]
-    if near:
-        note += (
-            " Decoded from the same tokens, pictures of the bf16 modes are as near to those of "
-            f"float32 as PSNR {', '.join(near)}."
-        )
     return f"{table(rows, _COLUMNS)}\n\n{note}"
 
 

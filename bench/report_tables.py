@@ -19,11 +19,6 @@ _RATIOS = ("x upstream as shipped", "x upstream, same dtype")
 _DETAILS = ("first call s", "GFLOP")
 _COST_AND_QUALITY = ("of matmul peak", "peak GiB", "ids equal", "PSNR dB")
 _STAGES = ("generator ms", "ViT decoder ms", "pixel decoder ms", "transfer ms")
-# of a process that draws twice, in first_call.py's record
-PROCESS_SECONDS = (
-    "import_s", "load_s", "compile_s", "first_call_s", "next_call_s", "extra_s", "start_s",
-    "process_s",
-)  # fmt: skip
 _KERNEL_KEYS = ("op", "shape", "batch", "dtype", "pass")
 
 
@@ -77,12 +72,13 @@ def kernels_table(record: Record) -> str:
 def first_call_table(record: Record) -> str:
     """The Markdown table of what fresh processes wait for: cold, warm, and their ratio by mode."""
     rows: list[dict[str, Any]] = []
+    seconds = tuple(record["cases"][0]["cold"])
     for case in record["cases"]:
         key = {k: case[k] for k in ("model", "batch", "mode")}
         rows += [key | {"process": name} | case[name] for name in ("cold", "warm")]
-        blank = key | {"process": "warm / cold"} | dict.fromkeys(PROCESS_SECONDS, "")
+        blank = key | {"process": "warm / cold"} | dict.fromkeys(seconds, "")
         rows.append(blank | case["warm_over_cold"])
-    return table(rows, ("model", "batch", "mode", "process", *PROCESS_SECONDS))
+    return table(rows, ("model", "batch", "mode", "process", *seconds))
 
 
 def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from titok_fast import (
     TiTokPipeline,
     preset,
 )
-from titok_fast import pipeline as pipeline_module
 from titok_fast.generator import MaskedGenerator
-from titok_fast.presets import Preset
+from titok_fast.presets import PRESETS, Preset
 from titok_fast.sampling import sample, sample_seeds
 
 SETTINGS = SamplingConfig(4, 3.0, "linear", 3.0, 4.5, True)
@@ -304,7 +303,7 @@ def test_from_pretrained_by_directory_and_by_name(
     assert alone.tokenizer.dtype == torch.bfloat16
 
     known = Preset(pipe.tokenizer.config, pipe.generator.config, SETTINGS, *parts.values())
-    monkeypatch.setattr(pipeline_module, "preset", {"tiny": known}.__getitem__)
+    monkeypatch.setitem(PRESETS, "tiny", known)
     named = TiTokPipeline.from_pretrained("tiny")
     assert torch.equal(named([1, 2], output="tensor"), want)
     first, second = (TiTokPipeline.random("tiny", seed=s).tokenizer.latent_tokens for s in (1, 2))

@@ -120,6 +120,5 @@ def _models(args: argparse.Namespace) -> TiTokPipeline:
     if args.command == "sample":
         sources = {"tokenizer": args.tokenizer, "generator": args.generator}
         return TiTokPipeline.from_pretrained(args.model, **sources, **options)
-    known = preset(args.model) if args.model else None
     # without the preset's generator: nothing is drawn
-    return TiTokPipeline(load_tokenizer(args.model, known, args.tokenizer, options))
+    return TiTokPipeline(load_tokenizer(args.model, args.tokenizer, options))

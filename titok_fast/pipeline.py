@@ -88,10 +88,9 @@ class TiTokPipeline(Coder):
             ValueError: unknown preset, or neither a preset nor a tokenizer; see also `compile`.
             FileNotFoundError: see `TiTok.from_pretrained`; also a preset that was never published.
         """
-        known = preset(name) if name else None
         place, dtype = torch.device(options.get("device") or "cpu").type, options.get("dtype")
         check_techniques(chosen(fast, place), place, dtype or torch.float32)  # before a download
-        return cls(*load_models(name, known, tokenizer, generator, options))._made(fast)
+        return cls(*load_models(name, tokenizer, generator, options))._made(fast)
 
     @classmethod
     def random(
@@ -128,7 +127,7 @@ class TiTokPipeline(Coder):
             dtype: float32, bfloat16 or float16, or its name.
 
         Raises:
-            ValueError: another dtype, or a compiled pipeline.
+            ValueError: another dtype, two of them, or a compiled pipeline.
         """
         if isinstance(device, torch.dtype):
             if dtype is not None:

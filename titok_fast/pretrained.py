@@ -7,7 +7,7 @@ import torch
 from titok_fast.config import GeneratorConfig, SamplingConfig
 from titok_fast.files import fetch
 from titok_fast.generator import MaskedGenerator, generator_class
-from titok_fast.presets import Preset
+from titok_fast.presets import Preset, preset
 from titok_fast.tokenizer import TiTok
 
 
@@ -21,17 +21,12 @@ class Models(NamedTuple):
 
 
 def load_models(
-    name: str | None,
-    known: Preset | None,
-    tokenizer: str | None,
-    generator: str | None,
-    options: dict[str, Any],
+    name: str | None, tokenizer: str | None, generator: str | None, options: dict[str, Any]
 ) -> Models:
     """Read weights.
 
     Args:
-        name: of the preset, for messages.
-        known: the preset, or None: then the configurations come with the weights.
+        name: of a preset, or None: then the configurations come with the weights.
         tokenizer: directory, weight file or hub repository; None takes the preset's.
         generator: the same.
         options: of `TiTok.from_pretrained`.
@@ -39,7 +34,8 @@ def load_models(
     Raises:
         ValueError, FileNotFoundError: as `load_tokenizer`.
     """
-    t = load_tokenizer(name, known, tokenizer, options)
+    known = preset(name) if name else None
+    t = load_tokenizer(name, tokenizer, options)
     generator = generator or (known.generator_source if known else None)
     if generator is None:
         return Models(t)
@@ -49,21 +45,19 @@ def load_models(
     return Models(t, g, known.sampling, known.classes) if known else Models(t, g)
 
 
-def load_tokenizer(
-    name: str | None, known: Preset | None, place: str | None, options: dict[str, Any]
-) -> TiTok:
+def load_tokenizer(name: str | None, place: str | None, options: dict[str, Any]) -> TiTok:
     """Read a tokenizer's weights.
 
     Args:
-        name: of the preset, for messages.
-        known: the preset, or None: then the configuration comes with the weights.
+        name: of a preset, or None: then the configuration comes with the weights.
         place: directory, weight file or hub repository; None takes the preset's.
         options: of `TiTok.from_pretrained`.
 
     Raises:
-        ValueError: neither a preset nor a place.
+        ValueError: unknown preset, or neither a preset nor a place.
         FileNotFoundError: nothing there, or a preset that was never published.
     """
+    known = preset(name) if name else None
     place = place or (known.tokenizer_source if known else None)
     if place is None:
         if known is None:

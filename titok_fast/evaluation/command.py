@@ -26,7 +26,6 @@ from titok_fast.evaluation.reconstruction import evaluate_reconstruction, recons
 from titok_fast.files import write_atomic
 from titok_fast.maskgit_vqgan import MaskGitVQGAN
 from titok_fast.pipeline import TiTokPipeline
-from titok_fast.presets import preset
 from titok_fast.pretrained import load_tokenizer
 from titok_fast.tokenizer import TiTok
 from titok_fast.training.parallel import Ranks, join
@@ -184,8 +183,7 @@ def _where(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 
 def _tokenizer(args: argparse.Namespace, ranks: Ranks) -> TiTok:
-    known = preset(args.model) if args.model else None
-    return load_tokenizer(args.model, known, args.tokenizer, _where(args, ranks))
+    return load_tokenizer(args.model, args.tokenizer, _where(args, ranks))
 
 
 def _pipeline(args: argparse.Namespace, ranks: Ranks) -> TiTokPipeline:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from titok_fast import __version__
 from titok_fast.crew import Crew
-from titok_fast.presets import PRESETS, preset
+from titok_fast.presets import PRESETS
 from titok_fast.pretrained import load_tokenizer
 from titok_fast.sample_files import check_place, claim_folder, differences
 from titok_fast.tokenizer import TiTok
@@ -232,8 +232,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             data = DataConfig(kind=args.data, **{args.split: args.path})
             source = open_source(data, args.split)
             device = _device(args.device, crew.rank)
-            known = preset(args.model) if args.model else None
-            tokenizer = load_tokenizer(args.model, known, args.tokenizer, {})
+            tokenizer = load_tokenizer(args.model, args.tokenizer, {})
         rows = pretokenize(
             tokenizer, source, args.out, augmentation=args.augmentation,
             batch_size=args.batch_size, shard_size=args.shard_size, device=device,
