@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titok_fast.checkpoint import PretrainedModel
 from titok_fast.training.learner import Learner
+from titok_fast.training.memory import keep_freed_memory
 from titok_fast.training.parallel import Ranks
 from titok_fast.training.recipe import Recipe, read_recipe
 from titok_fast.training.tasks import Task, build_task
@@ -101,9 +102,10 @@ def random_task(recipe: Recipe) -> Task:
 
 
 class OurLearner:
-    """The update of `titok-fast train`, on one device."""
+    """The update of `titok-fast train`, on the CPU."""
 
     def __init__(self, recipe: Recipe) -> None:
+        keep_freed_memory()
         with random_weights():
             self.learner = Learner(recipe, Ranks(0, 1, CPU))
         fill_task(self.learner.task)

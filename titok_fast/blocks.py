@@ -1,18 +1,11 @@
 """Transformer blocks: one attention and one MLP, arranged in the two ways the published models use.
 
 Parameter names here are the project's own; checkpoint.py knows upstream's.
-
-A block with `recompute` keeps for the backward what matrix products made (queries, keys and values,
-the MLP's hidden layer) and the residual stream, and forms the rest again: norms, GELU, attention,
-and the low-precision copies of weights. That is 9 widths per token instead of 16 and more.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from titok_fast.attention import attend, backend_name
 
@@ -28,12 +21,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        return self.mix(self.qkv(x))
-
-    def mix(self, qkv: Tensor) -> Tensor:
-        """What follows the fused projection: (B, L, 3 D) -> (B, L, D)."""
-        B, L, D = qkv.shape
-        qkv = qkv.view(B, L, 3, self.heads, D // (3 * self.heads))
+        B, L, D = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
         return self.proj(attend(qkv, self.backend, self.dropout if self.training else 0.0))
 
 
@@ -47,17 +36,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.close(self.fc1(x))
-
-    def close(self, x: Tensor) -> Tensor:
-        """What follows the first layer: (..., hidden) -> (..., D)."""
-        return self.fc2(F.gelu(x))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class PreNormBlock(nn.Module):
     """Block of the tokenizer's ViTs and of U-ViT; with `skip` it first merges a long skip."""
-
-    recompute = False
 
     def __init__(
         self, D: int, heads: int, hidden: int, *, qkv_bias: bool = True, skip: bool = False
@@ -74,23 +57,12 @@ class PreNormBlock(nn.Module):
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))  # current first: weights expect it
-        if self.recompute and torch.is_grad_enabled():
-            x = x + _again(self.attn.mix, _again(self._project, x))
-            return x + _again(self.mlp.close, _again(self._widen, x))
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-    def _project(self, x: Tensor) -> Tensor:
-        return self.attn.qkv(self.norm1(x))
-
-    def _widen(self, x: Tensor) -> Tensor:
-        return self.mlp.fc1(self.norm2(x))
 
 
 class PostNormBlock(nn.Module):
     """BERT's block: normalise after each residual sum, eps 1e-12 (statistics in float32)."""
-
-    recompute = False
 
     def __init__(
         self, D: int, heads: int, hidden: int, *, dropout: float, attention_dropout: float
@@ -104,23 +76,8 @@ class PostNormBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        if self.recompute and torch.is_grad_enabled():
-            x = self.norm1(self.dropout(_again(self.attn.mix, _again(self.attn.qkv, x))) + x)
-            return self.norm2(self.dropout(_again(self.mlp.close, _again(self.mlp.fc1, x))) + x)
         x = self.norm1(self.dropout(self.attn(x)) + x)
         return self.norm2(self.dropout(self.mlp(x)) + x)
-
-
-def _again(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`work(x)`, of which only `x` is kept: the backward works again, up to its last operation.
-
-    That one is a matrix product, which is not formed twice: torch stops where all inputs are there.
-    """
-    kind = x.device.type
-    bf16, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    # its cache would hold a cast copy of every weight until the last block is done
-    with torch.autocast(kind, dtype, enabled=bf16, cache_enabled=False):
-        return checkpoint(work, x, use_reentrant=False)
 
 
 def set_attention(module: nn.Module, backend: str | None) -> None:

@@ -45,11 +45,14 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     """
     # here: torch's distributed parts take seconds to import, and the program has other commands
     from titok_fast.training.loop import train
+    from titok_fast.training.memory import keep_freed_memory
     from titok_fast.training.parallel import join
     from titok_fast.training.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, args.overrides)
     with join(args.device, args.patience) as ranks:
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         ended = train(recipe, ranks, bar=not args.quiet)
     if ranks.rank == 0:
         yield ended

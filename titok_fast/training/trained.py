@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from titok_fast.attention import ENVIRONMENT
 from titok_fast.blocks import PostNormBlock, PreNormBlock, set_attention
+from titok_fast.training.lean_blocks import make_lean
 from titok_fast.training.optim import set_learning_rate
 from titok_fast.training.parallel import BLOCKS, Engine, local, whole
 from titok_fast.training.recipe import TrainingConfig
@@ -101,17 +102,18 @@ def under(part: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_blocks(model: nn.Module, config: TrainingConfig) -> None:
-    """Attention, what is recomputed, checkpoints and compilation, block by block.
+    """Attention, checkpoints and compilation, block by block.
 
-    One compiled block serves all. On a CPU, wide transformer blocks recompute what is cheap to, and
-    in bfloat16 attend by plain products unless the environment names a back end.
+    One compiled block serves all. On a CPU, wide transformer blocks become lean, and in bfloat16
+    they attend by plain products unless the environment names a back end.
     """
     plain = not (config.compile or config.activation_checkpointing)
     for block in model.modules():
         if not isinstance(block, PreNormBlock | PostNormBlock) or not block.norm1.weight.is_cpu:
             continue
         if block.norm1.weight.shape[0] >= WIDE:
-            block.recompute = plain
+            if plain:
+                make_lean(block)
             if config.mixed_precision == "bf16":
                 set_attention(block, os.environ.get(ENVIRONMENT) or "products")
     for block in [part for part in model.modules() if isinstance(part, BLOCKS)]:
