@@ -129,7 +129,8 @@ def _caption(record: Record) -> str:
         return f"{run}."
     inputs = f"; input: {protocol['inputs']}" if "inputs" in protocol else ""
     shipped = [c["model"] for c in record["cases"] if c.get("weights") == IN_PACKAGE]
-    weights = f"{protocol['weights']} weights"
+    whose, comma, rest = protocol["weights"].partition(",")
+    weights = f"{whose} weights{comma}{rest}"
     if shipped:
         weights += f", of {', '.join(dict.fromkeys(shipped))} those in the package"
     text = f"{run}; {weights}{inputs}."

@@ -3,7 +3,8 @@
 R token rows of width D, N codes. Rows are taken in chunks; the logits of a chunk become their own
 gradient in place, and two products turn it into the gradients of hidden states and head. Nothing of
 size R * N is kept for the backward, which only scales. Plain autograd keeps the logits in two
-dtypes and forms two more tensors of their size in the backward.
+dtypes and forms two more tensors of their size in the backward. A mean is learnt from as it is,
+so gradients are divided by the sum of weights where it costs nothing, in the forward.
 """
 
 from typing import Any
@@ -35,6 +36,9 @@ class CpuLoss(torch.autograd.Function):
         (_, D), N = hidden.shape, weight.shape[0]
         head, offset, w = weight.to(hidden.dtype), bias.to(hidden.dtype), weights.to(wide)
         total, summed = w.sum() + eps, w.new_zeros(())
+        # float16 has no numbers for gradients so small: there the division waits for the backward
+        divided = hidden.dtype != torch.float16
+        w = w / total if divided else w
         g_hidden, g_bias = torch.empty_like(hidden), hidden.new_zeros(N, dtype=wide)
         g_weight = None  # not zeros to add to: most calls are one chunk
         step = max(1, _CHUNK_ELEMENTS // N)
@@ -55,15 +59,20 @@ class CpuLoss(torch.autograd.Function):
             g_weight = made if g_weight is None else g_weight.add_(made)
         if g_weight is None:
             g_weight = hidden.new_zeros((N, D), dtype=wide)
+        ctx.divided, ctx.dtypes = divided, (hidden.dtype, weight.dtype, bias.dtype)
         ctx.save_for_backward(total, g_hidden, g_weight, g_bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
-        return summed / total
+        return summed if divided else summed / total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor) -> tuple:
-        """See `scaled_gradients`."""
-        return scaled_gradients(ctx, g_loss)
+        """See `scaled_gradients`; where the loss itself is learnt from, nothing is to be scaled."""
+        if not ctx.divided:
+            return scaled_gradients(ctx, g_loss)
+        _, *grads = ctx.saved_tensors
+        one = bool(g_loss == 1)
+        scaled = ((g if one else g * g_loss).to(t) for g, t in zip(grads, ctx.dtypes, strict=True))
+        return *scaled, None, None, None, None
 
 
 def scaled_gradients(ctx: Any, g_loss: Tensor) -> tuple:

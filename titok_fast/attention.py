@@ -81,9 +81,14 @@ def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
 
 def _products(qkv: Tensor, dropout: float) -> Tensor:
     """(B, L, 3, H, d) -> (B, L, H, d)."""
+    return _Products.apply(qkv, *dropped_weights(qkv, dropout))
+
+
+def dropped_weights(qkv: Tensor, dropout: float) -> tuple[Tensor | None, float]:
+    """Which weights dropout keeps, (B, H, L, L) or None where it is 0, and the factor of those."""
     B, L, _, H, _ = qkv.shape
     kept = keep_mask((B, H, L, L), dropout, qkv.device) if dropout else None
-    return _Products.apply(qkv, kept, 1 / (1 - dropout))
+    return kept, 1 / (1 - dropout)
 
 
 def keep_mask(shape: Sequence[int], dropout: float, device: torch.device) -> Tensor:
@@ -97,28 +102,58 @@ def keep_mask(shape: Sequence[int], dropout: float, device: torch.device) -> Ten
 
 
 class _Products(torch.autograd.Function):
-    """Attention a few pictures at a time, to stay in the cache; the backward forms weights again.
-
-    qkv, mask of the weights that dropout keeps or None, factor of those.
-    """
+    """`attended`, of which qkv and the mask are kept."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, kept: Tensor | None, factor: float) -> Tensor:
         ctx.save_for_backward(qkv, kept)
         ctx.factor = factor
-        parts = [_attended(part, mask, factor) for part, mask in _in_parts(qkv, kept)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return attended(qkv, kept, factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         qkv, kept = ctx.saved_tensors
-        made, start = torch.empty_like(qkv, memory_format=torch.contiguous_format), 0
-        for part, mask in _in_parts(qkv, kept):
-            end = start + len(part)
-            _attended_backward(part, mask, ctx.factor, grad[start:end], made[start:end])
-            start = end
-        return made, None, None
+        return attended_backward(grad, qkv, kept, ctx.factor)[1], None, None
+
+
+def attended(qkv: Tensor, kept: Tensor | None, factor: float) -> Tensor:
+    """Attention by plain products, a few pictures at a time, to stay in the cache.
+
+    Args:
+        qkv: (B, L, 3, H, d).
+        kept: see `dropped_weights`.
+        factor: the same.
+
+    Returns:
+        (B, L, H, d).
+    """
+    parts = []
+    for part, mask in _in_parts(qkv, kept):
+        _, _, v, weights = _weights(part)
+        parts.append(torch.matmul(_dropped(weights, mask, factor), v).transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attended_backward(
+    grad: Tensor, qkv: Tensor, kept: Tensor | None, factor: float
+) -> tuple[Tensor, Tensor]:
+    """`attended` again, and the gradient of qkv from that of its result."""
+    out, made, start = torch.empty_like(grad), torch.empty_like(qkv), 0
+    for part, mask in _in_parts(qkv, kept):
+        at = slice(start, start + len(part))
+        q, k, v, weights = _weights(part)
+        dropped = _dropped(weights, mask, factor)
+        out[at].transpose(1, 2).copy_(torch.matmul(dropped, v))
+        g_out = grad[at].transpose(1, 2).contiguous()
+        to_q, to_k, to_v = made[at].permute(2, 0, 3, 1, 4)
+        to_v.copy_(torch.matmul(dropped.transpose(-1, -2), g_out))
+        g = _dropped(torch.matmul(g_out, v.transpose(-1, -2)), mask, factor)
+        g = torch.ops.aten._softmax_backward_data(g, weights, -1, weights.dtype)
+        to_q.copy_(torch.matmul(g, k)).mul_(q.shape[-1] ** -0.5)
+        to_k.copy_(torch.matmul(g.transpose(-1, -2), q))
+        start = at.stop
+    return out, made
 
 
 def _in_parts(qkv: Tensor, kept: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -137,30 +172,8 @@ def _weights(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, torch.softmax(torch.matmul(q, k.transpose(-1, -2)), dim=-1)
 
 
-def _attended(qkv: Tensor, kept: Tensor | None, factor: float) -> Tensor:
-    _, _, v, weights = _weights(qkv)
-    if kept is not None:
-        weights = weights * kept * factor
-    return torch.matmul(weights, v).transpose(1, 2)
-
-
-def _attended_backward(
-    qkv: Tensor, kept: Tensor | None, factor: float, grad: Tensor, made: Tensor
-) -> None:
-    """Write the gradient of `_attended` to `made`, of the shape of qkv."""
-    q, k, v, weights = _weights(qkv)
-    grad = grad.transpose(1, 2).contiguous()
-    to_q, to_k, to_v = made.permute(2, 0, 3, 1, 4)
-    g = torch.matmul(grad, v.transpose(-1, -2))
-    if kept is None:
-        to_v.copy_(torch.matmul(weights.transpose(-1, -2), grad))
-    else:
-        dropped = weights * kept * factor
-        to_v.copy_(torch.matmul(dropped.transpose(-1, -2), grad))
-        g = g * kept * factor
-    g = torch.ops.aten._softmax_backward_data(g, weights, -1, weights.dtype)
-    to_q.copy_(torch.matmul(g, k)).mul_(q.shape[-1] ** -0.5)
-    to_k.copy_(torch.matmul(g.transpose(-1, -2), q))
+def _dropped(weights: Tensor, kept: Tensor | None, factor: float) -> Tensor:
+    return weights if kept is None else weights * kept * factor
 
 
 @lru_cache

@@ -124,8 +124,9 @@ def test_mixed_precision(
 
 @pytest.mark.parametrize("chunk", [1, 700, 1 << 24])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("factor", [1, 3])
 def test_on_cpu_against_float64(
-    chunk: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
+    factor: int, chunk: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_cpu, "_CHUNK_ELEMENTS", chunk)
     args = inputs(37, 101, 16)
@@ -134,8 +135,8 @@ def test_on_cpu_against_float64(
     wide = widened(*args[:3])
     want = exact(*wide, *args[3:], smoothing)
     assert_near(got, want, terms=16, scale=4)
-    grads = torch.autograd.grad(3 * got, args[:3])
-    for mine, theirs in zip(grads, torch.autograd.grad(3 * want, wide), strict=True):
+    grads = torch.autograd.grad(factor * got, args[:3])
+    for mine, theirs in zip(grads, torch.autograd.grad(factor * want, wide), strict=True):
         assert_near(mine, theirs, terms=37, scale=4)
 
 
@@ -150,6 +151,17 @@ def test_on_cpu_bfloat16_is_as_near_as_autograd() -> None:
     for got, plain, exactly in zip(mine, theirs, want, strict=True):
         assert got.dtype == torch.float32
         assert (got - exactly).norm() <= 1.05 * (plain - exactly).norm()
+
+
+def test_on_cpu_float16_keeps_small_gradients() -> None:
+    hidden, weight, bias, targets, _ = inputs(4000, 300, 8)
+    args = hidden.detach().half().requires_grad_(), weight, bias, targets, torch.ones(4000)
+    wide = widened(args[0], weight.half(), bias)
+    want = torch.autograd.grad(exact(*wide, *args[3:]), wide)
+    for mine, theirs in zip(
+        torch.autograd.grad(masked_cross_entropy(*args), args[:3]), want, strict=True
+    ):
+        assert float((mine.double() - theirs).norm() / theirs.norm()) < 0.02
 
 
 def test_on_cpu_gradcheck() -> None:

@@ -1,23 +1,29 @@
 """Wide transformer blocks in training on a CPU: less memory for activations, faster products.
 
-Each Linear layer is one autograd function together with the LayerNorm or GELU before it. It keeps
-that one's input alone, and forms norm or GELU again in the backward. Attention by plain
-products keeps queries, keys and values alone, likewise (attention.py).
+Each Linear layer is one autograd function together with what comes before it: a LayerNorm, GELU or
+attention by plain products. It keeps that one's input alone, and forms its result again in the
+backward.
 
 Products take their weights in oneDNN's own layout, made of the master weights in each pass: oneDNN
 would do the same inside of every plain product, and slower.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from titok_fast.attention import attend, keep_mask
+from titok_fast.attention import (
+    attend,
+    attended,
+    attended_backward,
+    dropped_weights,
+    keep_mask,
+)
 from titok_fast.blocks import Attention, PostNormBlock, PreNormBlock
 
 
@@ -55,78 +61,125 @@ def _dropped(x: Tensor, dropout: nn.Dropout) -> Tensor:
 def _mixed(attn: Attention, qkv: Tensor) -> Tensor:
     qkv = qkv.unflatten(-1, (3, attn.heads, -1))
     dropout = attn.dropout if attn.training else 0.0
-    return _product(attend(qkv, attn.backend, dropout), attn.proj)
+    if attn.backend != "products":
+        return _product(attend(qkv, attn.backend, dropout), attn.proj)
+    kept, factor = dropped_weights(qkv, dropout)
+    return _Product.apply(_Attended(factor), qkv, attn.proj.weight, attn.proj.bias, kept)
 
 
 def _product(
     x: Tensor, linear: nn.Linear, *, norm: nn.LayerNorm | None = None, gelu: bool = False
 ) -> Tensor:
     """(..., D) -> (..., E): the linear layer of x, of norm(x) or of GELU(x)."""
-    dtype = linear.weight.dtype
+    if norm is not None:
+        own = (norm.weight, norm.bias)
+        return _Product.apply(_Normed(norm.eps), x, linear.weight, linear.bias, *own)
+    if gelu:
+        return _Product.apply(_Gelu(), x, linear.weight, linear.bias)
+    # cast here: what is kept is the narrower
+    return _Product.apply(_Same(), x.to(_dtype(linear.weight)), linear.weight, linear.bias)
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-    after = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
-    rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _Product.apply(rows, linear.weight, linear.bias, *after, gelu, dtype)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return torch.get_autocast_dtype("cpu")
+    return weight.dtype
+
+
+class _Before(Protocol):
+    """What is done to x before a product, with parameters of its own."""
+
+    def __call__(self, x: Tensor, *own: Any) -> Tensor:
+        """(..., D), the product's input."""
+
+    def back(
+        self, grad: Tensor, needs: list[bool], x: Tensor, *own: Any
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The same again, and from its gradient those of x and of the parameters."""
+
+
+class _Same:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def back(self, grad: Tensor, needs: list[bool], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return x, [grad]
+
+
+class _Gelu:
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    def back(self, grad: Tensor, needs: list[bool], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return F.gelu(x), [torch.ops.aten.gelu_backward(grad, x)]
+
+
+class _Normed(NamedTuple):
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+
+    def back(
+        self, grad: Tensor, needs: list[bool], x: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        D = x.shape[-1:]
+        h, mean, rstd = torch.native_layer_norm(x, D, weight, bias, self.eps)
+        return h, torch.ops.aten.native_layer_norm_backward(
+            grad.to(x.dtype), x, D, mean, rstd, weight, bias, needs
+        )
+
+
+class _Attended(NamedTuple):
+    factor: float
+
+    def __call__(self, qkv: Tensor, kept: Tensor | None) -> Tensor:
+        return attended(qkv, kept, self.factor).flatten(2)
+
+    def back(
+        self, grad: Tensor, needs: list[bool], qkv: Tensor, kept: Tensor | None
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        heads = grad.unflatten(-1, qkv.shape[-2:])
+        out, made = attended_backward(heads, qkv, kept, self.factor)
+        return out.flatten(2), [made, None]
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,  # (R, D)
-        weight: Tensor,  # (E, D)
-        bias: Tensor | None,  # (E,)
-        norm_weight: Tensor | None,  # (D,)
-        norm_bias: Tensor | None,  # (D,)
-        eps: float,
-        gelu: bool,
-        dtype: torch.dtype,
+        ctx: Any, before: _Before, x: Tensor, weight: Tensor, bias: Tensor | None, *own: Any
     ) -> Tensor:
-        ctx.given = x.dtype
-        if norm_weight is None and not gelu:
-            x = x.to(dtype)  # before it is kept
-        ctx.save_for_backward(x, weight, norm_weight, norm_bias)
-        ctx.eps, ctx.gelu, ctx.dtype = eps, gelu, dtype
-        h = F.gelu(x) if gelu else x
-        if norm_weight is not None:
-            h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-        return _times(h.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        ctx.save_for_backward(x, weight, *own)
+        ctx.before, ctx.dtype = before, _dtype(weight)
+        h = before(x, *own).to(ctx.dtype)
+        return _times(h, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, norm_weight, norm_bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        h = F.gelu(x) if ctx.gelu else x
-        statistics: list[Tensor] = []
-        if norm_weight is not None:
-            h, *statistics = torch.native_layer_norm(
-                x, x.shape[-1:], norm_weight, norm_bias, ctx.eps
-            )
-        g_weight = (grad.t() @ h.to(ctx.dtype)).to(weight.dtype) if needs[1] else None
-        g_bias = grad.sum(0).to(weight.dtype) if needs[2] else None
-        del h
-        if not any((needs[0], needs[3], needs[4])):
-            return None, g_weight, g_bias, *[None] * 5
-        g = _times(grad, weight.to(ctx.dtype).t(), None)
-        if ctx.gelu:  # whose input another product made, of the same dtype
-            g = torch.ops.aten.gelu_backward(g, x)
-        if norm_weight is None:
-            return g.to(ctx.given), g_weight, g_bias, *[None] * 5
-        mask = [needs[0], needs[3], needs[4]]
-        given = torch.ops.aten.native_layer_norm_backward(
-            g.to(x.dtype), x, x.shape[-1:], *statistics, norm_weight, norm_bias, mask
-        )
-        return given[0], g_weight, g_bias, given[1], given[2], None, None, None
+        x, weight, *own = ctx.saved_tensors
+        _, to_x, to_weight, to_bias, *to_own = ctx.needs_input_grad
+        given: Sequence[Tensor | None] = [None] * (1 + len(own))
+        if to_x or any(to_own):
+            g = _times(grad, weight.to(ctx.dtype).t(), None)
+            h, given = ctx.before.back(g, [to_x, *to_own], x, *own)
+        elif to_weight:
+            h = ctx.before(x, *own)
+        g_weight = g_bias = None
+        grad = grad.flatten(0, -2)
+        if to_weight:
+            g_weight = (grad.t() @ h.to(ctx.dtype).flatten(0, -2)).to(weight.dtype)
+        if to_bias:
+            g_bias = grad.sum(0).to(weight.dtype)
+        return None, given[0], g_weight, g_bias, *given[1:]
 
 
 def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(R, D), (E, D), (E,) -> x @ weight.T + bias, all of one dtype."""
+    """(..., D), (E, D), (E,) -> x @ weight.T + bias, all of one dtype."""
     if not packs(x.dtype):
         return F.linear(x, weight, bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), len(x))
+    rows = x.numel() // weight.shape[1]
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
 
 
