@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import wrap_triton
 
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
@@ -142,26 +141,6 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple:
     return g_z.to(z.dtype), g_e.to(codebook.dtype), None, None
 
 
-class _CpuStats(torch.autograd.Function):
-    """`nearest_code_stats_ref`, the difference q - f formed once, and the gradient above."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, codebook: Tensor, metric: str, beta: float) -> tuple:
-        ids = nearest_code_ref(z, codebook, metric)
-        f, q = unit_rows(z, metric), unit_rows(codebook[ids], metric)
-        error = q - f
-        mean = error.square().mean()
-        counts = torch.bincount(ids, minlength=codebook.shape[0])
-        output = ids, f + error, beta * mean, mean, counts
-        _save(ctx, (z, codebook, metric, beta), output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        return _backward(ctx, *grads)
-
-
 def _attach_gradient(op: Any) -> None:
     op.register_autograd(_backward, setup_context=_save)
 
@@ -213,10 +192,7 @@ def nearest_code_stats(
     check_codes("nearest_code_stats", z, codebook, metric)
     if runs_triton(z) and len(z):
         return CodeStats(*_nearest_code_stats(z, codebook, metric, beta))
-    if not z.is_cpu:
-        return nearest_code_stats_ref(z, codebook, metric, beta)
-    with torch.autocast("cpu", enabled=False):
-        return CodeStats(*_CpuStats.apply(z, codebook, metric, beta))
+    return nearest_code_stats_ref(z, codebook, metric, beta)
 
 
 def offline_cases() -> list[OfflineCase]:

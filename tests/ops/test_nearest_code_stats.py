@@ -1,7 +1,6 @@
 """nearest_code_stats: every output and gradient of the kernel against autograd on the reference."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,10 @@ def gradients(stats: CodeStats, weight: Tensor, z: Tensor, codebook: Tensor) -> 
     return torch.autograd.grad(total, (z, codebook))
 
 
-drawn = given(
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
     N=st.integers(1, 40),
     K=st.integers(1, 140),
     C=st.one_of(st.sampled_from((1, 12, 64)), st.integers(1, 80)),
@@ -33,27 +35,16 @@ drawn = given(
     metric=st.sampled_from(METRICS),
     seed=st.integers(0, 2**16),
 )
-with_fixtures = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-@with_fixtures
-@drawn
-def test_kernel_against_reference(interpreted: None, device: torch.device, **case: Any) -> None:
-    compare(device, **case)
-
-
-@settings(max_examples=100, deadline=None)
-@drawn
-def test_on_cpu_against_reference(**case: Any) -> None:
-    compare(torch.device("cpu"), **case)
-
-
-def compare(
-    device: torch.device, N: int, K: int, C: int, dtype: torch.dtype, metric: str, seed: int
+def test_kernel_against_reference(
+    interpreted: None,
+    device: torch.device,
+    N: int,
+    K: int,
+    C: int,
+    dtype: torch.dtype,
+    metric: str,
+    seed: int,
 ) -> None:
-    """The public function against the reference: outputs, then gradients."""
     gen = torch.Generator().manual_seed(seed)
     z = torch.randn(N, C, generator=gen).to(device, dtype).requires_grad_()
     codebook = torch.randn(K, C, generator=gen).to(device).requires_grad_()
