@@ -18,6 +18,7 @@ from torch import Tensor
 
 _ATEN = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGE = 1024  # pixels: PyTorch's backward has another way for smaller maps, without that weakness
 _STRIP = 1 << 19  # numbers per strip: 2 MiB in float32, which with x and dy stays in the cache
 
 _Strip = tuple[Tensor, Tensor, Tensor]  # x, gradient of the result, gradient of x: (1, C, rows, W)
@@ -36,10 +37,8 @@ def takes_eager(x: Tensor) -> bool:
     )
 
 
-def without_gradient(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-) -> Tensor | None:
-    """The two calls that inference on a CPU comes down to; None where there is more to it.
+def in_two_calls(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor | None:
+    """What inference and small maps on a CPU come down to; None where there is more to it.
 
     PyTorch checks the arguments in passing: on small maps, checks in Python cost a tenth of it all.
     """
@@ -53,7 +52,10 @@ def without_gradient(
         or torch._C._are_functorch_transforms_active()  # in place on what may be a view of others
     ):
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+    learns = x.requires_grad or weight.requires_grad or bias.requires_grad
+    learns = learns and torch.is_grad_enabled()
+    # statistics of 16-bit x are kept in float32 only beside float32 factors
+    if learns and (x.dtype != torch.float32 or x.shape[2] * x.shape[3] >= _LARGE):
         return None
     try:
         # at 512 x 16 x 16 in float32 this takes 37 us, channels-first 18: with moments by other
@@ -62,7 +64,7 @@ def without_gradient(
     except RuntimeError:
         return None  # the caller's own checks say what is wrong
     # in place: fresh pages for 32 MiB cost as much as both operations
-    return F.silu(y, inplace=True)
+    return F.silu(y, inplace=not learns)
 
 
 def group_norm_silu_cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -90,7 +92,7 @@ def _own_backward_pays(x: Tensor, groups: int) -> bool:
     _, C, H, W = x.shape
     return (
         C // groups * x.element_size() < 32  # bytes: half a vector
-        and H * W >= 1024  # PyTorch has another way for smaller maps, which has no such weakness
+        and H * W >= _LARGE
         and C * H * W >= 1 << 18  # ours costs 0.3 ms of calls per image, as much as its work here
         and not x.is_contiguous()
     )

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._group_norm_cpu import group_norm_silu_cpu, takes_eager, without_gradient
+from titok_fast.kernels._group_norm_cpu import group_norm_silu_cpu, in_two_calls, takes_eager
 from titok_fast.kernels._group_norm_device import (
     apply_kernel,
     grad_input_kernel,
@@ -181,7 +181,7 @@ def group_norm_silu(
     Raises:
         ValueError: shapes, dtypes or devices are none of the above, or groups does not divide C.
     """
-    y = None if runs_triton(x) else without_gradient(x, weight, bias, groups, eps)
+    y = None if runs_triton(x) else in_two_calls(x, weight, bias, groups, eps)
     if y is not None:
         return y
     _check("group_norm_silu", x, weight, bias, groups)

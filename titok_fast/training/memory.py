@@ -10,8 +10,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep what it frees, for the next update.
 
     An update makes gradients and activations of gigabytes, and frees them. glibc would give them
-    back to the system and take fresh pages of 4 KiB for the next: under a hypervisor these can cost
-    as much as a fifth of the update. Peak memory is the same, give or take fragments.
+    back to the system and take fresh pages of 4 KiB for the next: under a hypervisor a good part of
+    the update's time. Peak memory is the same, give or take fragments.
 
     Returns:
         Whether the C library is one that can be told so (glibc).
