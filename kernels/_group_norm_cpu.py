@@ -37,6 +37,11 @@ def takes_eager(x: Tensor) -> bool:
     )
 
 
+def _learns(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    wanted = x.requires_grad or weight.requires_grad or bias.requires_grad
+    return wanted and torch.is_grad_enabled()
+
+
 def in_two_calls(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor | None:
     """What inference and small maps on a CPU come down to; None where there is more to it.
 
@@ -52,8 +57,7 @@ def in_two_calls(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
         or torch._C._are_functorch_transforms_active()  # in place on what may be a view of others
     ):
         return None
-    learns = x.requires_grad or weight.requires_grad or bias.requires_grad
-    learns = learns and torch.is_grad_enabled()
+    learns = _learns(x, weight, bias)
     # statistics of 16-bit x are kept in float32 only beside float32 factors
     if learns and (x.dtype != torch.float32 or x.shape[2] * x.shape[3] >= _LARGE):
         return None
@@ -69,8 +73,7 @@ def in_two_calls(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
 
 def group_norm_silu_cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """As `group_norm_silu_ref`, for tensors that pass `takes_eager`."""
-    learns = x.requires_grad or weight.requires_grad or bias.requires_grad
-    learns = learns and torch.is_grad_enabled()
+    learns = _learns(x, weight, bias)
     if learns or not x.dtype == weight.dtype == bias.dtype:
         # float32 weights beside 16-bit x: statistics then come back, and are kept, in float32
         weight, bias = weight.float(), bias.float()

@@ -37,8 +37,8 @@ class CpuLoss(torch.autograd.Function):
         head, offset, w = weight.to(hidden.dtype), bias.to(hidden.dtype), weights.to(wide)
         total, summed = w.sum() + eps, w.new_zeros(())
         # float16 has no numbers for gradients so small: there the division waits for the backward
-        divided = hidden.dtype != torch.float16
-        w = w / total if divided else w
+        if hidden.dtype != torch.float16:
+            w, total = w / total, torch.ones_like(total)
         g_hidden, g_bias = torch.empty_like(hidden), hidden.new_zeros(N, dtype=wide)
         g_weight = None  # not zeros to add to: most calls are one chunk
         step = max(1, _CHUNK_ELEMENTS // N)
@@ -59,20 +59,19 @@ class CpuLoss(torch.autograd.Function):
             g_weight = made if g_weight is None else g_weight.add_(made)
         if g_weight is None:
             g_weight = hidden.new_zeros((N, D), dtype=wide)
-        ctx.divided, ctx.dtypes = divided, (hidden.dtype, weight.dtype, bias.dtype)
         ctx.save_for_backward(total, g_hidden, g_weight, g_bias)
-        return summed if divided else summed / total
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
+        return summed / total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor) -> tuple:
         """See `scaled_gradients`; where the loss itself is learnt from, nothing is to be scaled."""
-        if not ctx.divided:
+        total, *grads = ctx.saved_tensors
+        if g_loss != total:
             return scaled_gradients(ctx, g_loss)
-        _, *grads = ctx.saved_tensors
-        one = bool(g_loss == 1)
-        scaled = ((g if one else g * g_loss).to(t) for g, t in zip(grads, ctx.dtypes, strict=True))
-        return *scaled, None, None, None, None
+        cast = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return *cast, None, None, None, None
 
 
 def scaled_gradients(ctx: Any, g_loss: Tensor) -> tuple:

@@ -7,7 +7,7 @@ from models import relative, tiny_generator, tiny_tokenizer
 from torch import nn
 
 from titok_fast import SamplingConfig, TiTokPipeline
-from titok_fast.attention import attend, keep_mask
+from titok_fast.attention import attend, drop_mask
 from titok_fast.blocks import Mlp
 from titok_fast.config import VQGANConfig
 from titok_fast.fast import TECHNIQUES
@@ -74,7 +74,9 @@ def test_products_drop_weights(B: int) -> None:
     torch.manual_seed(7)
     got = attend(qkv, "products", dropout)
     torch.manual_seed(7)
-    kept = keep_mask((B, H, L, L), dropout, qkv.device)
+    kept, factor = drop_mask((B, H, L, L), dropout, qkv.device)
+    assert kept is not None
+    assert factor == 1 / (1 - dropout)
     assert abs(float(kept.float().mean()) - 0.7) < 0.01
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     weights = torch.softmax(q @ k.mT / 8**0.5, dim=-1) * kept / (1 - dropout)
@@ -87,12 +89,16 @@ def test_products_drop_weights(B: int) -> None:
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 1e-9])
 def test_what_dropout_keeps(dropout: float) -> None:
     torch.manual_seed(1)
-    kept = keep_mask((997, 101, 11), dropout, torch.device("cpu")).double()
+    mask, _ = drop_mask((997, 101, 11), dropout, torch.device("cpu"))
+    assert mask is not None
+    kept = mask.double()
     n, p = kept.numel(), 1 - dropout
     assert abs(float(kept.mean()) - p) <= 4 * (p * dropout / n) ** 0.5 + 2**-17
     a, b = kept.flatten()[:-1], kept.flatten()[1:]  # neighbours come from the same number
     assert abs(float((a * b).mean() - a.mean() * b.mean())) < 4 * p * dropout / n**0.5 + 1e-12
-    assert keep_mask((0, 3), dropout, torch.device("cpu")).shape == (0, 3)
+    none, _ = drop_mask((0, 3), dropout, torch.device("cpu"))
+    assert none is not None
+    assert none.shape == (0, 3)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from models import relative
 from torch import Tensor, nn
 
-from titok_fast.attention import ENVIRONMENT, attend, keep_mask
+from titok_fast.attention import ENVIRONMENT, attend, drop_mask
 from titok_fast.blocks import Attention, PostNormBlock, PreNormBlock, set_attention
 from titok_fast.training.lean_blocks import make_lean, packs
 from titok_fast.training.memory import keep_freed_memory
@@ -30,7 +30,8 @@ class Drops(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...)."""
-        return x * keep_mask(x.shape, self.p, x.device) * (1 / (1 - self.p))
+        kept, factor = drop_mask(x.shape, self.p, x.device)
+        return x * kept * factor
 
 
 def passed(
@@ -81,7 +82,7 @@ def test_lean_blocks_change_nothing_but_memory(kind: str, dtype: torch.dtype) ->
         assert theirs is not None
         assert mine.dtype == theirs.dtype
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    assert lean < 0.8 * plain
+    assert lean < 0.7 * plain
 
 
 @pytest.mark.parametrize("frozen", ["norm", "attn", "mlp.fc1.weight", "mlp.fc2.bias"])
@@ -104,6 +105,10 @@ def test_lean_blocks_in_float32_and_without_gradients() -> None:
     with torch.no_grad():
         torch.testing.assert_close(lean(x), block(x))  # oneDNN adds in another order
         assert lean(x[:0]).shape == (0, L, D)
+    for part in (block, lean):
+        part(x).square().sum().backward()
+    for mine, theirs in zip(lean.parameters(), block.parameters(), strict=True):
+        assert relative(mine.grad, theirs.grad) < 1e-5
     for dtype in (torch.float32, torch.float64):
         assert packs(dtype) == (dtype == torch.float32 and torch.backends.mkldnn.is_available())
 

@@ -81,24 +81,29 @@ def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
 
 def _products(qkv: Tensor, dropout: float) -> Tensor:
     """(B, L, 3, H, d) -> (B, L, H, d)."""
-    return _Products.apply(qkv, *dropped_weights(qkv, dropout))
-
-
-def dropped_weights(qkv: Tensor, dropout: float) -> tuple[Tensor | None, float]:
-    """Which weights dropout keeps, (B, H, L, L) or None where it is 0, and the factor of those."""
     B, L, _, H, _ = qkv.shape
-    kept = keep_mask((B, H, L, L), dropout, qkv.device) if dropout else None
-    return kept, 1 / (1 - dropout)
+    return _Products.apply(qkv, *drop_mask((B, H, L, L), dropout, qkv.device))
 
 
-def keep_mask(shape: Sequence[int], dropout: float, device: torch.device) -> Tensor:
-    """What dropout keeps: True with a probability of 1 - dropout, to 2**-17.
+def drop_mask(
+    shape: Sequence[int], dropout: float, device: torch.device
+) -> tuple[Tensor | None, float]:
+    """What dropout keeps, for `dropped`: a mask, or None where it is 0, and the factor of the rest.
 
-    One number of 64 bits decides four times: on a CPU a fifth of `bernoulli_`'s time.
+    True has a probability of 1 - dropout, to 2**-17. One number of 64 bits decides four times: on a
+    CPU a fifth of `bernoulli_`'s time.
     """
+    if not dropout:
+        return None, 1.0
     count = prod(shape)
     numbers = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return (numbers.view(torch.int16)[:count] >= round(dropout * 2**16) - 2**15).view(*shape)
+    kept = numbers.view(torch.int16)[:count] >= round(dropout * 2**16) - 2**15
+    return kept.view(*shape), 1 / (1 - dropout)
+
+
+def dropped(x: Tensor, kept: Tensor | None, factor: float) -> Tensor:
+    """Zero all that `drop_mask` does not keep, and scale the rest."""
+    return x if kept is None else x * kept * factor
 
 
 class _Products(torch.autograd.Function):
@@ -122,7 +127,7 @@ def attended(qkv: Tensor, kept: Tensor | None, factor: float) -> Tensor:
 
     Args:
         qkv: (B, L, 3, H, d).
-        kept: see `dropped_weights`.
+        kept: of `drop_mask`, for weights (B, H, L, L).
         factor: the same.
 
     Returns:
@@ -131,7 +136,7 @@ def attended(qkv: Tensor, kept: Tensor | None, factor: float) -> Tensor:
     parts = []
     for part, mask in _in_parts(qkv, kept):
         _, _, v, weights = _weights(part)
-        parts.append(torch.matmul(_dropped(weights, mask, factor), v).transpose(1, 2))
+        parts.append(torch.matmul(dropped(weights, mask, factor), v).transpose(1, 2))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -143,12 +148,12 @@ def attended_backward(
     for part, mask in _in_parts(qkv, kept):
         at = slice(start, start + len(part))
         q, k, v, weights = _weights(part)
-        dropped = _dropped(weights, mask, factor)
-        out[at].transpose(1, 2).copy_(torch.matmul(dropped, v))
+        left = dropped(weights, mask, factor)
+        out[at].transpose(1, 2).copy_(torch.matmul(left, v))
         g_out = grad[at].transpose(1, 2).contiguous()
         to_q, to_k, to_v = made[at].permute(2, 0, 3, 1, 4)
-        to_v.copy_(torch.matmul(dropped.transpose(-1, -2), g_out))
-        g = _dropped(torch.matmul(g_out, v.transpose(-1, -2)), mask, factor)
+        to_v.copy_(torch.matmul(left.transpose(-1, -2), g_out))
+        g = dropped(torch.matmul(g_out, v.transpose(-1, -2)), mask, factor)
         g = torch.ops.aten._softmax_backward_data(g, weights, -1, weights.dtype)
         to_q.copy_(torch.matmul(g, k)).mul_(q.shape[-1] ** -0.5)
         to_k.copy_(torch.matmul(g.transpose(-1, -2), q))
@@ -170,10 +175,6 @@ def _weights(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
     q = q * q.shape[-1] ** -0.5
     return q, k, v, torch.softmax(torch.matmul(q, k.transpose(-1, -2)), dim=-1)
-
-
-def _dropped(weights: Tensor, kept: Tensor | None, factor: float) -> Tensor:
-    return weights if kept is None else weights * kept * factor
 
 
 @lru_cache

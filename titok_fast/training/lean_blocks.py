@@ -21,8 +21,8 @@ from titok_fast.attention import (
     attend,
     attended,
     attended_backward,
-    dropped_weights,
-    keep_mask,
+    drop_mask,
+    dropped,
 )
 from titok_fast.blocks import Attention, PostNormBlock, PreNormBlock
 
@@ -53,17 +53,16 @@ def _post_norm(block: PostNormBlock, x: Tensor) -> Tensor:
 
 
 def _dropped(x: Tensor, dropout: nn.Dropout) -> Tensor:
-    if not (dropout.training and dropout.p):
-        return x
-    return x * keep_mask(x.shape, dropout.p, x.device) * (1 / (1 - dropout.p))
+    return dropped(x, *drop_mask(x.shape, dropout.p if dropout.training else 0.0, x.device))
 
 
 def _mixed(attn: Attention, qkv: Tensor) -> Tensor:
+    B, L, _ = qkv.shape
     qkv = qkv.unflatten(-1, (3, attn.heads, -1))
     dropout = attn.dropout if attn.training else 0.0
     if attn.backend != "products":
         return _product(attend(qkv, attn.backend, dropout), attn.proj)
-    kept, factor = dropped_weights(qkv, dropout)
+    kept, factor = drop_mask((B, attn.heads, L, L), dropout, qkv.device)
     return _Product.apply(_Attended(factor), qkv, attn.proj.weight, attn.proj.bias, kept)
 
 
