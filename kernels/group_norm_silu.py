@@ -31,6 +31,7 @@ from titok_fast.kernels._group_norm_device import (
 )
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
+from titok_fast.kernels._values import check_finite, looks_at_values
 
 _RUNS = 64  # at most so many runs of pixels per image: what pass 2 takes at once
 _ELEMENTS = 4096  # per tile: 32 for each of 128 threads, 16 in the backward, which keeps more
@@ -144,6 +145,8 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Non
             f"{op} wants one device; x is on {x.device}, weight on {weight.device}, bias on "
             f"{bias.device}: move them"
         )
+    if looks_at_values(x, ids_only=False):
+        check_finite(op, x=x, weight=weight, bias=bias)
 
 
 def _takes_kernel(x: Tensor) -> bool:
@@ -180,10 +183,12 @@ def group_norm_silu(
 
     Raises:
         ValueError: shapes, dtypes or devices are none of the above, or groups does not divide C.
+            While TITOK_FAST_CHECK_VALUES=1 is set also values that are not finite.
     """
-    y = None if runs_triton(x) else in_two_calls(x, weight, bias, groups, eps)
-    if y is not None:
-        return y
+    if not runs_triton(x) and not looks_at_values(x, ids_only=False):
+        y = in_two_calls(x, weight, bias, groups, eps)
+        if y is not None:
+            return y
     _check("group_norm_silu", x, weight, bias, groups)
     if _takes_kernel(x):
         return _group_norm_silu(x, None, weight, bias, groups, eps)[0]
@@ -220,6 +225,8 @@ def add_group_norm_silu(
             f"add_group_norm_silu wants a residual like x, {tuple(x.shape)} {x.dtype} on "
             f"{x.device}; got {tuple(residual.shape)} {residual.dtype} on {residual.device}"
         )
+    if looks_at_values(x, ids_only=False):
+        check_finite("add_group_norm_silu", residual=residual)
     if _takes_kernel(x):
         return _group_norm_silu(x, residual, weight, bias, groups, eps)[:2]
     total = x + residual

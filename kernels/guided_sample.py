@@ -21,6 +21,7 @@ from torch.library import wrap_triton
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref, mix
+from titok_fast.kernels._values import check_no_nan, looks_at_values
 from titok_fast.kernels.philox import (
     MAX_POSITIONS,
     TOKEN_STREAM,
@@ -265,12 +266,13 @@ def guided_sample(
 
     Returns:
         Candidates (B, K) int64 in [0, N), and scores (B, K) float32. Where mask is False: ids and
-        +inf. Values are not checked, since that would wait for the device: a NaN logit gives an
-        unspecified candidate, in range on the GPU too.
+        +inf.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a temperature out of
-            range, or no source of noise.
+            range, or no source of noise. On a CPU also a NaN among logits or noise; on a GPU,
+            which would have to be waited for, only while TITOK_FAST_CHECK_VALUES=1 is set: else
+            it gives an unspecified candidate, in range.
     """
     _check_logits(logits, uncond_logits, noise)
     B, K, _ = logits.shape
@@ -281,6 +283,8 @@ def guided_sample(
     check_sampling("guided_sample", rule, step, softmax_temperature, noise_temperature)
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("guided_sample wants seeds or noise unless noise_temperature is 0")
+    if looks_at_values(logits, ids_only=True):
+        check_no_nan("guided_sample", logits=logits, uncond_logits=uncond_logits, noise=noise)
     implementation = _guided_sample if runs_triton(logits) else guided_sample_ref
     eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     if implementation is guided_sample_ref and eager_cpu and not mask.all():

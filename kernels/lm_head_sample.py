@@ -23,7 +23,8 @@ from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._lm_head_device import head_kernel, pick_kernel
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref
-from titok_fast.kernels.philox import TOKEN_STREAM, row_gumbel
+from titok_fast.kernels._values import check_finite, check_in_range, check_no_nan, looks_at_values
+from titok_fast.kernels.philox import MAX_POSITIONS, TOKEN_STREAM, row_gumbel
 
 
 def lm_head_sample_ref(
@@ -166,8 +167,7 @@ def lm_head_sample(
         uncond_hidden: (M, D), same dtype and device, or None for no guidance.
         weight: (N, D) head, same dtype and device; N may be a slice of a larger vocabulary.
         bias: (N,), same dtype and device, or None.
-        rows: (R,) int64 in [0, M), the rows to draw for, or None for all, R = M. Not checked, since
-            that would wait for the device.
+        rows: (R,) int64 in [0, M), the rows to draw for, or None for all, R = M.
         seeds: (R,) int64, of the sample that each row belongs to. May be None, like positions, if
             noise_temperature is 0.
         positions: (R,) int64 in [0, 2**16), each row's token position in its sample.
@@ -182,7 +182,10 @@ def lm_head_sample(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a temperature out of
-            range, or no source of noise.
+            range, or no source of noise. On a CPU also hidden states that are not finite, and rows
+            or positions out of range; on a GPU, which would have to be waited for, these, and a
+            NaN in the head, raise only while TITOK_FAST_CHECK_VALUES=1 is set: else a NaN gives an
+            unspecified candidate, in range, and a row out of range reads foreign memory.
     """
     _check_head(hidden, uncond_hidden, weight, bias)
     op, device = "lm_head_sample", hidden.device
@@ -196,6 +199,12 @@ def lm_head_sample(
     check_sampling(op, rule, step, softmax_temperature, noise_temperature)
     if (seeds is None or positions is None) and noise_temperature != 0.0:
         raise ValueError(f"{op} wants seeds and positions unless noise_temperature is 0")
+    if looks_at_values(hidden, ids_only=True):
+        check_finite(op, hidden=hidden, uncond_hidden=uncond_hidden)
+        check_in_range(op, "rows", rows, 0, hidden.shape[0])
+        check_in_range(op, "positions", positions, 0, MAX_POSITIONS)
+    if looks_at_values(hidden, ids_only=False):  # weights: as good at every call as at the first
+        check_no_nan(op, weight=weight, bias=bias)
     implementation = _lm_head_sample if runs_triton(hidden) else lm_head_sample_ref
     return implementation(
         hidden,

@@ -26,6 +26,7 @@ from torch.library import wrap_triton
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._masked_cross_entropy_cpu import CpuLoss, scaled_gradients
 from titok_fast.kernels._offline import OfflineCase
+from titok_fast.kernels._values import check_finite, check_in_range, check_no_nan, looks_at_values
 
 _EPS = 1e-8  # of the weighted mean, as in the published training code
 _CHUNK_ELEMENTS = 1 << 24
@@ -216,13 +217,22 @@ def masked_cross_entropy(
         Scalar float32, with gradients to hidden, weight and bias.
 
     Raises:
-        ValueError: shapes, dtypes, devices or label_smoothing are none of the above.
+        ValueError: shapes, dtypes, devices or label_smoothing are none of the above. While
+            TITOK_FAST_CHECK_VALUES=1 is set also a hidden state that is not finite, a NaN in the
+            head, a target out of range or a negative weight; else a NaN reaches the loss, where
+            training looks for it.
     """
     _check(hidden, weight, bias, targets, weights)
     if not 0 <= label_smoothing < 1:
         raise ValueError(
             f"masked_cross_entropy wants label_smoothing in [0, 1); got {label_smoothing}"
         )
+    if looks_at_values(hidden, ids_only=False):
+        op = "masked_cross_entropy"
+        check_finite(op, hidden=hidden)
+        check_no_nan(op, weight=weight, bias=bias)
+        check_in_range(op, "targets", targets, 0, weight.shape[0])
+        check_in_range(op, "weights", weights, 0, float("inf"))
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))

@@ -22,6 +22,7 @@ from torch.library import wrap_triton
 
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
+from titok_fast.kernels._values import check_finite, looks_at_values
 
 METRICS = ("euclidean", "cosine")
 MAX_CHANNELS = 256
@@ -203,12 +204,19 @@ def nearest_code(z: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> T
         metric: "euclidean", or "cosine": both sides are first divided by max(length, 1e-12).
 
     Returns:
-        (N,) int64 in [0, K), without gradient. A row that is not finite gets some valid index.
+        (N,) int64 in [0, K), without gradient.
 
     Raises:
-        ValueError: shapes, dtypes, devices or metric are none of the above.
+        ValueError: shapes, dtypes, devices or metric are none of the above. On a CPU also latents
+            that are not finite; on a GPU, which would have to be waited for, these and a codebook
+            that is not finite raise only while TITOK_FAST_CHECK_VALUES=1 is set: else such a row
+            gets some valid index.
     """
     check_codes("nearest_code", z, codebook, metric)
+    if looks_at_values(z, ids_only=True):
+        check_finite("nearest_code", z=z)
+    if looks_at_values(z, ids_only=False):  # weights: as good at every call as at the first
+        check_finite("nearest_code", codebook=codebook)
     if runs_triton(z) and len(z):
         return _nearest_code(z.detach(), codebook.detach(), metric)
     return nearest_code_ref(z, codebook, metric)

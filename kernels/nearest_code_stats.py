@@ -22,6 +22,7 @@ from torch.library import wrap_triton
 
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
+from titok_fast.kernels._values import check_finite, looks_at_values
 from titok_fast.kernels.nearest_code import (
     EPS,
     check_codes,
@@ -187,9 +188,13 @@ def nearest_code_stats(
         counts: (K,) int64, how many rows chose each code, no gradient.
 
     Raises:
-        ValueError: shapes, dtypes, devices or metric are none of the above.
+        ValueError: shapes, dtypes, devices or metric are none of the above. While
+            TITOK_FAST_CHECK_VALUES=1 is set also values that are not finite; else they reach the
+            losses, where training looks for them.
     """
     check_codes("nearest_code_stats", z, codebook, metric)
+    if looks_at_values(z, ids_only=False):
+        check_finite("nearest_code_stats", z=z, codebook=codebook)
     if runs_triton(z) and len(z):
         return CodeStats(*_nearest_code_stats(z, codebook, metric, beta))
     return nearest_code_stats_ref(z, codebook, metric, beta)

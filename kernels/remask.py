@@ -19,6 +19,7 @@ from torch.library import wrap_triton
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import check_sampling, check_tensor
+from titok_fast.kernels._values import check_in_range, check_no_nan, looks_at_values
 from titok_fast.kernels.philox import remask_gumbel, remask_noise, remask_noise_numpy
 
 MAX_TOKENS = 1024  # of one image: what one program sorts without spilling
@@ -204,8 +205,8 @@ def remask(
     Args:
         candidates: (B, K) int64, K at most 1024.
         scores: (B, K) float32, as `guided_sample` returns them, same device.
-        num_masked: (B,) int64, how many to mask in each image. 0 or less masks none. Not checked,
-            and neither are scores, since that would wait for the device.
+        num_masked: (B,) int64, how many to mask in each image, at least 0; K or more masks all that
+            are unknown.
         mask_id: what to write for a masked token.
         seeds: (B,) int64, one per sample; its noise depends on nothing else but step and position.
             May be None if noise is given or noise_temperature is 0.
@@ -219,7 +220,10 @@ def remask(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, K above 1024, an unknown rule, a negative
-            temperature, or no source of noise.
+            temperature, or no source of noise. On a CPU also a NaN among scores or noise, or a
+            negative num_masked; on a GPU, which would have to be waited for, these raise only
+            while TITOK_FAST_CHECK_VALUES=1 is set: else a negative num_masked masks none, and a
+            NaN has no place in the order.
     """
     if scores.ndim != 2 or not 1 <= scores.shape[1] <= MAX_TOKENS:
         raise ValueError(
@@ -238,6 +242,9 @@ def remask(
     check_sampling("remask", rule, step, 1.0, noise_temperature)
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("remask wants seeds or noise unless noise_temperature is 0")
+    if looks_at_values(scores, ids_only=True):
+        check_no_nan("remask", scores=scores, noise=noise)
+        check_in_range("remask", "num_masked", num_masked, 0, float("inf"))
     implementation = _remask if runs_triton(scores) else remask_ref
     eager_cpu = scores.device.type == "cpu" and not torch.compiler.is_compiling()
     if implementation is remask_ref and eager_cpu:

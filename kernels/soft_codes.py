@@ -24,6 +24,7 @@ from torch.library import wrap_triton
 
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
+from titok_fast.kernels._values import check_finite, check_no_nan, looks_at_values
 
 
 def soft_codes_ref(logits: Tensor, codebook: Tensor) -> Tensor:
@@ -129,7 +130,8 @@ def soft_codes(logits: Tensor, codebook: Tensor) -> Tensor:
         is -inf, or any is +inf or NaN, gives NaN, as softmax does.
 
     Raises:
-        ValueError: shapes, dtypes or devices are none of the above, or Kc or C is 0.
+        ValueError: shapes, dtypes or devices are none of the above, or Kc or C is 0. While
+            TITOK_FAST_CHECK_VALUES=1 is set also a NaN among logits, or a code that is not finite.
     """
     if logits.ndim != 2 or codebook.ndim != 2 or logits.shape[1] != codebook.shape[0]:
         got = f"{tuple(logits.shape)} and {tuple(codebook.shape)}"
@@ -147,6 +149,9 @@ def soft_codes(logits: Tensor, codebook: Tensor) -> Tensor:
             f"soft_codes wants one device; logits are on {logits.device}, codebook on "
             f"{codebook.device}: move one"
         )
+    if looks_at_values(logits, ids_only=False):
+        check_no_nan("soft_codes", logits=logits)
+        check_finite("soft_codes", codebook=codebook)
     if runs_triton(logits) and len(logits):
         return _soft_codes(logits, codebook)
     return soft_codes_ref(logits, codebook)

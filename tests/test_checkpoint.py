@@ -452,6 +452,9 @@ def test_hub_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"image_seq_len": 0}, "image_seq_len wants at least 1; got 0"),
         ({"codebook_size": 0}, "codebook_size wants at least 1; got 0"),
         ({"condition_num_classes": 0}, "condition_num_classes wants at least 1; got 0"),
+        ({"dropout": 1.0}, r"dropout wants a share in \[0, 1\); got 1.0"),
+        ({"attn_drop": -0.1}, r"attn_drop wants a share in \[0, 1\); got -0.1"),
+        ({"class_label_dropout": 1.5}, r"class_label_dropout wants a share in \[0, 1\]; got 1.5"),
     ],
 )
 def test_unknown_configurations_are_named(change: dict[str, object], message: str) -> None:

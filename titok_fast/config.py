@@ -273,6 +273,10 @@ class GeneratorConfig:
             "condition_num_classes",
         ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("dropout", "attn_drop"):
+            _require(0 <= getattr(self, name) < 1, name, "a share in [0, 1)", getattr(self, name))
+        drop = self.class_label_dropout
+        _require(0 <= drop <= 1, "class_label_dropout", "a share in [0, 1]", drop)
 
     @classmethod
     def from_official(
