@@ -75,7 +75,7 @@ class Log:
         )  # fmt: skip
 
     def scalars(self, step: int, values: Values) -> None:
-        """Record values of an update, and show them beside the bar.
+        """Record values of an update, and show those without a group beside the bar.
 
         Args:
             step: updates done.
@@ -88,7 +88,8 @@ class Log:
         self._line(step, {name: _json(number) for name, number in numbers.items()})
         if self.board is not None:
             self.board.scalars(step, numbers)
-        self.bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+        shown = {name: f"{v:.4g}" for name, v in numbers.items() if "/" not in name}
+        self.bar.set_postfix(shown, refresh=False)
 
     def note(self, step: int, text: str) -> None:
         """Record a remark, such as a skipped update, and print it above the bar."""
