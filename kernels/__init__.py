@@ -1,4 +1,14 @@
-"""Kernels that other generators can use too: one op, one file, each beside its plain reference."""
+"""Kernels that other generators can use too: one op, one file, each beside its plain reference.
+
+Why these and no others: FLOPs and bytes of every stage are counted first (`titok_fast/costs.py`;
+`python bench/cost_model.py --floors` turns them into the time that no card can go below). Products
+and convolutions, nearly all of the FLOPs, stay with cuBLAS and cuDNN. A kernel is written where
+plain PyTorch passes over memory many times between them, or needs several launches for little work.
+Attention is no such case: libraries come so near to its floor that what is left to gain is a few
+percent of a block (`python bench/attention_floor.py`). The heads of `soft_codes.py` and
+`nearest_code_stats.py` say why the one leaves the convolution before it alone, and the other adds a
+launch to the search.
+"""
 
 if __name__ != "titok_fast.kernels":
     raise ImportError(

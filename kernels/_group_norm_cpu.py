@@ -8,6 +8,7 @@ costs more than the arithmetic. Sums per channel, and 16-bit x beside float32 fa
 kernels of batch normalisation do.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ def in_two_calls(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
         or x.ndim != 4
         or not x.numel()
         or not x.dtype == weight.dtype == bias.dtype
+        or not 0.0 <= eps < math.inf  # of this argument PyTorch takes any value
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()  # in place on what may be a view of others
     ):

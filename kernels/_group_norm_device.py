@@ -8,6 +8,12 @@ import triton.language as tl
 
 
 @triton.jit
+def part_of_image(parts):
+    """Image of this program, and its part: one dimension of the grid, as others end at 65535."""
+    return tl.program_id(0) // parts, tl.program_id(0) % parts
+
+
+@triton.jit
 def place(image, pixels, end, P, chans, C: tl.constexpr):
     """Offsets of a tile, and which of its numbers exist."""
     at = (image.to(tl.int64) * P + pixels[:, None]) * C + chans[None, :]
@@ -28,7 +34,7 @@ def moments_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    run, image = tl.program_id(0), tl.program_id(1)
+    image, run = part_of_image(tl.cdiv(P, RUN))
     chans = tl.arange(0, BLOCK_C)
     end = tl.minimum((run + 1) * RUN, P)
     lanes = tl.arange(0, BLOCK_P)
@@ -56,7 +62,7 @@ def moments_kernel(
     run_mean = tl.sum(mean * weight, axis=0) / count
     away = mean - run_mean[None, :]
     run_m2 = tl.sum(m2 + weight * away * away, axis=0)
-    at = (image * tl.num_programs(0) + run).to(tl.int64) * C + chans
+    at = tl.program_id(0).to(tl.int64) * C + chans
     tl.store(mean_ptr + at, run_mean, mask=chans < C)
     tl.store(m2_ptr + at, run_m2, mask=chans < C)
 
@@ -77,7 +83,7 @@ def merge_kernel(
     BLOCK_W: tl.constexpr,
 ):
     WIDTH: tl.constexpr = C // G
-    group, image = tl.program_id(0), tl.program_id(1)
+    image, group = part_of_image(G)
     runs = tl.arange(0, BLOCK_R)
     pixels = tl.minimum((runs + 1) * RUN, P) - runs * RUN
     weight = tl.where(runs < RUNS, pixels, 0).to(tl.float32)[:, None]
@@ -97,8 +103,8 @@ def merge_kernel(
         away = tl.load(mean_ptr + start + chans, mask=mask, other=0.0) - mean
         part = tl.load(m2_ptr + start + chans, mask=mask, other=0.0)
         m2 += tl.sum(tl.sum(part + tl.where(mask, weight * away * away, 0.0), axis=1), axis=0)
-    tl.store(group_mean_ptr + image * G + group, mean)
-    tl.store(rstd_ptr + image * G + group, 1.0 / tl.sqrt_rn(m2 / total + EPS))
+    tl.store(group_mean_ptr + tl.program_id(0), mean)
+    tl.store(rstd_ptr + tl.program_id(0), 1.0 / tl.sqrt_rn(m2 / total + EPS))
 
 
 @triton.jit
@@ -127,8 +133,8 @@ def apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image = tl.program_id(1)
-    pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    image, tile = part_of_image(tl.cdiv(P, BLOCK_P))
+    pixels = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     chans = tl.arange(0, BLOCK_C)
     at, mask = place(image, pixels, P, P, chans, C)
     mean, rstd, w, b = load_norm(mean_ptr, rstd_ptr, w_ptr, b_ptr, image, chans, C, G)
@@ -166,7 +172,7 @@ def grad_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    run, image = tl.program_id(0), tl.program_id(1)
+    image, run = part_of_image(tl.cdiv(P, RUN))
     chans = tl.arange(0, BLOCK_C)
     end = tl.minimum((run + 1) * RUN, P)
     mean, rstd, w, b = load_norm(mean_ptr, rstd_ptr, w_ptr, b_ptr, image, chans, C, G)
@@ -178,7 +184,7 @@ def grad_sums_kernel(
         normal, dh = load_grad(x_ptr, dy_ptr, at, mask, mean, rstd, w, b)
         sums += dh
         dots += dh * normal
-    at = (image * tl.num_programs(0) + run).to(tl.int64) * C + chans
+    at = tl.program_id(0).to(tl.int64) * C + chans
     tl.store(sum_ptr + at, tl.sum(sums, axis=0), mask=chans < C)
     tl.store(dot_ptr + at, tl.sum(dots, axis=0), mask=chans < C)
 
@@ -200,8 +206,8 @@ def grad_input_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image = tl.program_id(1)
-    pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    image, tile = part_of_image(tl.cdiv(P, BLOCK_P))
+    pixels = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     chans = tl.arange(0, BLOCK_C)
     at, mask = place(image, pixels, P, P, chans, C)
     mean, rstd, w, b = load_norm(mean_ptr, rstd_ptr, w_ptr, b_ptr, image, chans, C, G)

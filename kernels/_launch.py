@@ -7,12 +7,14 @@ Without a GPU the kernels can still be run, slowly, by Triton's interpreter: sta
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _interpret_on_cpu = False
+_registering = Lock()  # torch refuses a name that it knows, so no two threads may register it
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -43,7 +45,8 @@ def lazy_triton_op(
     """`torch.library.triton_op`, registered at the first call instead of at import.
 
     Registering imports Inductor, 0.9 s that a CPU user never needs to wait for. torch.compile may
-    be the first caller: it runs `register` while tracing and then sees the operator itself.
+    be the first caller: it runs `register` while tracing and then sees the operator itself. So
+    may several threads be: one registers, the others wait for it.
 
     Args:
         name: of the operator in namespace `titok_fast`.
@@ -56,10 +59,12 @@ def lazy_triton_op(
         def register() -> bool:
             nonlocal done
             if not done:
-                op = torch.library.triton_op(f"titok_fast::{name}", mutates_args=())(fn)
-                if setup is not None:
-                    setup(op)
-                done = True
+                with _registering:
+                    if not done:  # another thread may have been first
+                        op = torch.library.triton_op(f"titok_fast::{name}", mutates_args=())(fn)
+                        if setup is not None:
+                            setup(op)
+                        done = True
             return done
 
         def call(*args: Any) -> Any:

@@ -49,17 +49,18 @@ def _head_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["R", "step"])
+@triton.jit(do_not_specialize=["M", "R", "step"])
 def head_kernel(
     hidden_ptr,  # (M, D), unit stride along D
     uncond_ptr,  # (M, D), read if GUIDED
     weight_ptr,  # (N, D)
     bias_ptr,  # (N,), read if BIASED
-    rows_ptr,  # (R,) int64 in [0, M), read if GATHERED
+    rows_ptr,  # (R,) int64 in [0, M), read if GATHERED; a row outside reads as zeros
     seeds_ptr,  # (R,) int64, read if NOISY
     positions_ptr,  # (R,) int64, read if NOISY
     parts_ptr,  # (4, R, tiles) float32: best noisy logit, its logit, maximum, sum of exponentials
     codes_ptr,  # (R, tiles) int32: best code of the tile
+    M,
     R,
     N,
     D,
@@ -83,9 +84,9 @@ def head_kernel(
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.load(rows_ptr + r, mask=r < R, other=0) if GATHERED else r.to(tl.int64)
+    row = tl.load(rows_ptr + r, mask=r < R, other=M) if GATHERED else r.to(tl.int64)
     l = _head_tile(
-        hidden_ptr, uncond_ptr, weight_ptr, row, n, r < R, n < N, D,
+        hidden_ptr, uncond_ptr, weight_ptr, row, n, (row >= 0) & (row < M), n < N, D,
         hidden_stride, uncond_stride, weight_stride, guidance, GUIDED, EVEN_D, BLOCK_D,
     )  # fmt: skip
     if BIASED:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = 1 << 21  # 8 MiB of float32: logits and their gradient stay in the cache
 
@@ -64,18 +63,24 @@ class CpuLoss(torch.autograd.Function):
         return summed / total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g_loss: Tensor) -> tuple:
         """See `scaled_gradients`; where the loss itself is learnt from, nothing is to be scaled."""
         total, *grads = ctx.saved_tensors
-        if g_loss != total:
+        if torch.is_grad_enabled() or g_loss != total:
             return scaled_gradients(ctx, g_loss)
         cast = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return *cast, None, None, None, None
 
 
 def scaled_gradients(ctx: Any, g_loss: Tensor) -> tuple:
-    """The backward of the loss: scale what the forward left, here and in the kernel's operator."""
+    """The backward of the loss: scale what the forward left, here and in the kernel's operator.
+
+    Raises:
+        RuntimeError: under create_graph, as gradients of the forward have no graph. The decorator
+            `once_differentiable` would let those of the loss itself pass as constants.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("masked_cross_entropy is once differentiable; got create_graph=True")
     total, *grads = ctx.saved_tensors
     scale = g_loss / total
     scaled = [(g * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]

@@ -5,7 +5,6 @@ inspected on a laptop. Each kernel file lists the shapes worth looking at in `of
 `bench/kernel_report.py` compiles them and decides. Needs a process without `TRITON_INTERPRET`.
 """
 
-import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from titok_fast.kernels._machine_code import MachineCode, read_machine_code
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class OfflineCase:
         num_warps: warps per program.
         num_stages: depth of software pipelining.
         expects_mma: whether tensor-core instructions must be there; if not, they must be absent.
-        vector_loads: whether the streams must be read with 128-bit loads.
+        vector_loads: whether the streams (see `_machine_code.py`) must be read with 128-bit loads
+            and found by 64-bit offsets.
         flops: floating-point operations of the whole call, a multiply-add counting two.
         bytes_min: bytes the whole call must move: every input once, every output once.
         bytes_unfused: bytes that plain PyTorch operators move for the same result.
@@ -52,31 +54,6 @@ class OfflineCase:
     bytes_unfused: float
 
 
-@dataclass(frozen=True)
-class MachineCode:
-    """What the assembler reports of one compiled kernel.
-
-    Attributes:
-        registers: per thread.
-        spill_bytes: stores and loads to local memory, per thread, together.
-        stack_bytes: local memory per thread that is not spills.
-        shared_bytes: static and dynamic shared memory per program.
-        mma: tensor-core instructions in the PTX (mma.sync and wgmma).
-        fma: scalar float32 multiply-adds in the PTX.
-        loads_128: global loads of 128 bits (ld.global.v4.b32, v2.b64, cp.async of 16 bytes).
-        loads_narrow: global loads of fewer bits, cp.async included.
-    """
-
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    shared_bytes: int
-    mma: int
-    fma: int
-    loads_128: int
-    loads_narrow: int
-
-
 def compile_offline(case: OfflineCase, capability: int) -> MachineCode:
     """Compile one case for one architecture and read registers, spills and instructions.
 
@@ -85,7 +62,7 @@ def compile_offline(case: OfflineCase, capability: int) -> MachineCode:
         capability: 80, 86, 89, 90: compute capability times ten.
 
     Returns:
-        The assembler's figures.
+        The assembler's figures, and how the streams are read.
 
     Raises:
         RuntimeError: the process has `TRITON_INTERPRET` set, so kernels cannot be compiled.
@@ -115,9 +92,14 @@ def compile_offline(case: OfflineCase, capability: int) -> MachineCode:
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    shared = int(compiled.metadata.shared)
-    return _read_machine_code(ptx, _assemble(ptx, capability), shared)
+    ttir, ptx = compiled.asm["ttir"], compiled.asm["ptx"]
+    return read_machine_code(
+        ttir,
+        ptx,
+        log=_assemble(ptx, capability),
+        shared=int(compiled.metadata.shared),
+        threads=32 * case.num_warps,
+    )
 
 
 def _assemble(ptx: str, capability: int) -> str:
@@ -144,26 +126,3 @@ def _assemble(ptx: str, capability: int) -> str:
             if done.returncode == 0:
                 return done.stdout + done.stderr
     raise RuntimeError(f"ptxas refuses the kernel for {arch}: {done.stderr.strip()}")
-
-
-def _read_machine_code(ptx: str, log: str, shared: int) -> MachineCode:
-    def total(pattern: str) -> int:
-        return sum(int(found) for found in re.findall(pattern, log))
-
-    spills = total(r"(\d+) bytes spill stores") + total(r"(\d+) bytes spill loads")
-    loads = re.findall(r"ld\.global[\w.:]*", ptx)
-    wide = [load for load in loads if re.search(r"\.v4\.[bfsu]32|\.v2\.[bfsu]64|\.b128", load)]
-    copies = re.findall(
-        r"cp\.async\.c[ag]\.shared\.global[\w.:]*\s*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)", ptx
-    )
-    wide_copies = [size for size in copies if int(size, 0) == 16]
-    return MachineCode(
-        registers=max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0),
-        spill_bytes=spills,
-        stack_bytes=max((int(n) for n in re.findall(r"(\d+) bytes stack frame", log)), default=0),
-        shared_bytes=shared,
-        mma=len(re.findall(r"\bmma\.sync|\bwgmma\.mma_async", ptx)),
-        fma=len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32(?:x2)?\b", ptx)),
-        loads_128=len(wide) + len(wide_copies),
-        loads_narrow=len(loads) - len(wide) + len(copies) - len(wide_copies),
-    )

@@ -7,17 +7,19 @@ from titok_fast.kernels.philox import MAX_NOISE_STEPS
 
 RULES = ("logit", "probability")  # a candidate's score: TiTok's raw logit, MaskGIT's log-softmax
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = torch.finfo(torch.float32).max  # a float above it is infinite in a kernel
 
 
 def mix(l: Tensor, uncond: Tensor | None, guidance: float, softmax_temperature: float) -> Tensor:
-    """(l + guidance * (l - uncond)) / softmax_temperature in float32, any shape."""
+    """(l + guidance * (l - uncond)) / softmax_temperature in float32; -inf of l stays."""
+    if uncond is None:
+        l = l.float()
+        return l if softmax_temperature == 1.0 else l / softmax_temperature
+    forbidden = l == float("-inf")  # -inf - -inf is NaN
     l = l.float()
-    if uncond is not None:
-        # in place where the memory is ours: on a CPU fresh pages cost more than the arithmetic
-        l = torch.sub(l, uncond).mul_(guidance).add_(l)
-    if softmax_temperature != 1.0:
-        l = l / softmax_temperature if uncond is None else l.div_(softmax_temperature)
-    return l
+    # in place where the memory is ours: on a CPU fresh pages cost more than the arithmetic
+    l = torch.sub(l, uncond).mul_(guidance).add_(l).masked_fill_(forbidden, float("-inf"))
+    return l if softmax_temperature == 1.0 else l.div_(softmax_temperature)
 
 
 def draw_ref(
@@ -38,21 +40,32 @@ def draw_ref(
 
 
 def check_sampling(
-    op: str, rule: str, step: int, softmax_temperature: float, noise_temperature: float
+    op: str,
+    rule: str,
+    step: int,
+    noise_temperature: float,
+    softmax_temperature: float = 1.0,
+    guidance: float = 0.0,
 ) -> None:
     """Check the scalars that the sampling ops share.
 
     Raises:
-        ValueError: an unknown rule, a negative step or a temperature out of range.
+        ValueError: an unknown rule, a negative step, a temperature out of range, or a number that
+            is NaN or infinite in float32.
     """
     if rule not in RULES:
         raise ValueError(f"{op} wants rule to be one of {RULES}; got {rule!r}")
     if not 0 <= step < MAX_NOISE_STEPS:
         raise ValueError(f"{op} wants step >= 0 and below {MAX_NOISE_STEPS}; got {step}")
-    if not softmax_temperature > 0:  # so put that NaN fails too
-        raise ValueError(f"{op} wants softmax_temperature > 0; got {softmax_temperature}")
-    if not noise_temperature >= 0:
-        raise ValueError(f"{op} wants noise_temperature >= 0; got {noise_temperature}")
+    # each so put that NaN fails too
+    if not 0 < softmax_temperature <= _LARGEST:
+        want = "softmax_temperature > 0 and finite in float32"
+        raise ValueError(f"{op} wants {want}; got {softmax_temperature}")
+    if not 0 <= noise_temperature <= _LARGEST:
+        want = "noise_temperature >= 0 and finite in float32"
+        raise ValueError(f"{op} wants {want}; got {noise_temperature}")
+    if not -_LARGEST <= guidance <= _LARGEST:
+        raise ValueError(f"{op} wants guidance to be finite in float32; got {guidance}")
 
 
 def check_tensor(

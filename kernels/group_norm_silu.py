@@ -13,6 +13,7 @@ nearer to two. Memory-bound: about 85 % of bandwidth expected. `add_group_norm_s
 residual addition before it into pass 1: five passes instead of six. CPU: `_group_norm_cpu.py`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -92,15 +93,15 @@ def _group_norm_silu(
     mean = x.new_empty((B, groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     moments = (x, addend, total, run_mean, run_m2, P, run, C, add)
-    wrap_triton(moments_kernel)[(runs, B)](*moments, **tile, num_warps=4)
+    wrap_triton(moments_kernel)[(B * runs,)](*moments, **tile, num_warps=4)
     merge = (run_mean, run_m2, mean, rstd, P, run, runs, eps, C, groups)
     width = min(16, triton.next_power_of_2(C // groups))
-    wrap_triton(merge_kernel)[(groups, B)](
+    wrap_triton(merge_kernel)[(B * groups,)](
         *merge, BLOCK_R=triton.next_power_of_2(runs), BLOCK_W=width, num_warps=4
     )
     y = torch.empty_like(x)
     args = (total if add else x, mean, rstd, weight, bias, y, P, C, groups)
-    wrap_triton(apply_kernel)[(triton.cdiv(P, tile["BLOCK_P"]), B)](*args, **tile, num_warps=4)
+    wrap_triton(apply_kernel)[(B * triton.cdiv(P, tile["BLOCK_P"]),)](*args, **tile, num_warps=4)
     return y, total, mean, rstd
 
 
@@ -115,7 +116,7 @@ def _group_norm_silu_bwd(
     sums = x.new_empty((B, runs, C), dtype=torch.float32)
     dots = torch.empty_like(sums)
     given = (x, dy, mean, rstd, weight, bias)
-    wrap_triton(grad_sums_kernel)[(runs, B)](
+    wrap_triton(grad_sums_kernel)[(B * runs,)](
         *given, sums, dots, P, run, C, groups, **tile, num_warps=8
     )
     sums, dots = sums.sum(1), dots.sum(1)  # (B, C)
@@ -123,13 +124,13 @@ def _group_norm_silu_bwd(
     mean_grad = (sums * share).view(B, groups, C // groups).sum(-1)
     mean_dot = (dots * share).view(B, groups, C // groups).sum(-1)
     dx = torch.empty_like(x)
-    wrap_triton(grad_input_kernel)[(triton.cdiv(P, tile["BLOCK_P"]), B)](
+    wrap_triton(grad_input_kernel)[(B * triton.cdiv(P, tile["BLOCK_P"]),)](
         *given, mean_grad, mean_dot, dx, P, C, groups, **tile, num_warps=8
     )
     return dx, dots.sum(0).to(weight.dtype), sums.sum(0).to(bias.dtype)
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
+def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> None:
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op} wants x (B, C, H, W) with pixels; got {tuple(x.shape)}")
     C = x.shape[1]
@@ -138,8 +139,11 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Non
         raise ValueError(f"{op} wants weight and bias ({C},); got {got}")
     if groups < 1 or C % groups:
         raise ValueError(f"{op} wants a number of groups that divides {C} channels; got {groups}")
-    if not x.is_floating_point():
-        raise ValueError(f"{op} wants floating-point x; got {x.dtype}")
+    if not all(t.is_floating_point() for t in (x, weight, bias)):
+        got = f"{x.dtype}, {weight.dtype} and {bias.dtype}"
+        raise ValueError(f"{op} wants floating-point x, weight and bias; got {got}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op} wants a finite eps of at least 0; got {eps}")
     if not x.device == weight.device == bias.device:
         raise ValueError(
             f"{op} wants one device; x is on {x.device}, weight on {weight.device}, bias on "
@@ -176,20 +180,20 @@ def group_norm_silu(
         weight: (C,) scale, any floating dtype, same device.
         bias: (C,) shift, likewise.
         groups: number of groups, a divisor of C.
-        eps: added to the variance.
+        eps: added to the variance; finite, at least 0.
 
     Returns:
         (B, C, H, W) in the dtype and memory format of x, differentiable in x, weight and bias.
 
     Raises:
-        ValueError: shapes, dtypes or devices are none of the above, or groups does not divide C.
+        ValueError: shapes, dtypes, devices, groups or eps are none of the above.
             While TITOK_FAST_CHECK_VALUES=1 is set also values that are not finite.
     """
     if not runs_triton(x) and not looks_at_values(x, ids_only=False):
         y = in_two_calls(x, weight, bias, groups, eps)
         if y is not None:
             return y
-    _check("group_norm_silu", x, weight, bias, groups)
+    _check("group_norm_silu", x, weight, bias, groups, eps)
     if _takes_kernel(x):
         return _group_norm_silu(x, None, weight, bias, groups, eps)[0]
     return _plain(x, weight, bias, groups, eps)
@@ -219,7 +223,7 @@ def add_group_norm_silu(
     Raises:
         ValueError: as `group_norm_silu`, or residual is unlike x.
     """
-    _check("add_group_norm_silu", x, weight, bias, groups)
+    _check("add_group_norm_silu", x, weight, bias, groups, eps)
     if (x.shape, x.dtype, x.device) != (residual.shape, residual.dtype, residual.device):
         raise ValueError(
             f"add_group_norm_silu wants a residual like x, {tuple(x.shape)} {x.dtype} on "
@@ -235,25 +239,25 @@ def add_group_norm_silu(
 
 def offline_cases() -> list[OfflineCase]:
     """The pixel decoder's three widths at their largest resolutions, eight images."""
-    shapes = ((512, 16), (256, 64), (128, 256))
-    dtypes = (("bf16", 2), ("fp32", 4))
+    shapes = ((512, 16, "bf16 fp32"), (256, 64, "bf16 fp16 fp32"), (128, 256, "bf16 fp32"))
     return [
         case
-        for C, side in shapes
-        for dtype, width in dtypes
-        for case in _cases_of(8, C, side * side, dtype, width)
+        for C, side, dtypes in shapes
+        for dtype in dtypes.split()
+        for case in _cases_of(8, C, side * side, dtype)
     ]
 
 
-def _cases_of(B: int, C: int, P: int, dtype: str, width: int) -> list[OfflineCase]:
+def _cases_of(B: int, C: int, P: int, dtype: str) -> list[OfflineCase]:
     tile, _, runs = _plan(P, C)
-    groups, one = 32, B * P * C * width
+    groups, one = 32, B * P * C * (4 if dtype == "fp32" else 2)
     stream, pixels = f"*{dtype}", {"P": "i32:16", "RUN": "i32:16"}
     norm = dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32") | {"w_ptr": "*fp32", "b_ptr": "*fp32"}
     sums = dict.fromkeys(("sum_ptr", "dot_ptr"), "*fp32")
     parts = dict.fromkeys(("mean_ptr", "m2_ptr"), "*fp32")
     all_of = dict.fromkeys(("x_ptr", "r_ptr", "total_ptr"), stream)
     both = dict.fromkeys(("x_ptr", "dy_ptr"), stream)
+    to_x = both | norm | sums | {"dx_ptr": stream, "P": "i32:16"}
     width_tile = {
         "BLOCK_R": triton.next_power_of_2(runs),
         "BLOCK_W": min(16, triton.next_power_of_2(C // groups)),
@@ -269,14 +273,7 @@ def _cases_of(B: int, C: int, P: int, dtype: str, width: int) -> list[OfflineCas
         (moments_kernel, all_of | parts | pixels, dims | {"ADD": True}, 7, 3, 6),
         (apply_kernel, {"x_ptr": stream, "y_ptr": stream, "P": "i32:16"} | norm, whole, 8, 2, 4),
         (grad_sums_kernel, both | norm | sums | pixels, whole, 14, 2, 5),
-        (
-            grad_input_kernel,
-            both | norm | sums | {"dx_ptr": stream, "P": "i32:16"},
-            whole,
-            17,
-            3,
-            6,
-        ),
+        (grad_input_kernel, to_x, whole, 17, 3, 6),
     )
     cases = [
         OfflineCase(

@@ -90,9 +90,10 @@ def _mixed_logits(cond_ptr, uncond_ptr, valid, guidance, inv_temperature, GUIDED
     """Guided logits over the softmax temperature; -inf where not valid."""
     l = tl.load(cond_ptr, mask=valid, other=float("-inf")).to(tl.float32)
     if GUIDED:
-        l += guidance * (l - tl.load(uncond_ptr, mask=valid, other=0.0).to(tl.float32))
-    # the padding is set last: a negative factor would turn it into +inf
-    return tl.where(valid, l * inv_temperature, float("-inf"))
+        mixed = l + guidance * (l - tl.load(uncond_ptr, mask=valid, other=0.0).to(tl.float32))
+        # the padding and forbidden codes stay: -inf - -inf is NaN, a negative factor makes +inf
+        l = tl.where(l == float("-inf"), l, mixed)
+    return l * inv_temperature
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -124,7 +125,7 @@ def _guided_sample_kernel(
     b, k = row // K, row % K
     cond_ptr += b * cond_stride_b + k * cond_stride_k
     uncond_ptr += b * uncond_stride_b + k * uncond_stride_k
-    masked = tl.load(mask_ptr + row)
+    masked = tl.load(mask_ptr + row) != 0
     lanes = tl.arange(0, BLOCK_N)
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     best_n = lanes
@@ -249,6 +250,9 @@ def guided_sample(
     candidate is the first argmax of l + noise_temperature * Gumbel noise. That is a draw from
     softmax(l / noise_temperature), and greedy at 0.
 
+    A code whose logit is -inf is forbidden: its l is -inf whatever uncond_logits say. Where that is
+    infinite alone the formula holds: guidance above 0 makes +inf of a finite logit less -inf.
+
     Args:
         logits: (B, K, N) conditional logits, float32, bfloat16 or float16, K at most 2**16. Any
             strides; no copy is made where the last one is 1.
@@ -258,7 +262,7 @@ def guided_sample(
         seeds: (B,) int64, one per sample; its noise depends on nothing else but step and position.
             May be None if noise is given or noise_temperature is 0.
         step: sampling step, in [0, 2**15): separates the noise of the steps.
-        guidance: 0 means none; the customary scale w is guidance + 1.
+        guidance: 0 means none; the customary scale w is guidance + 1. Finite, as the next two.
         softmax_temperature: above 0.
         noise_temperature: at least 0.
         rule: "logit" scores a candidate by l (TiTok), "probability" by log_softmax(l) (MaskGIT).
@@ -269,8 +273,8 @@ def guided_sample(
         +inf.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, an unknown rule, a temperature out of
-            range, or no source of noise. On a CPU also a NaN among logits or noise; on a GPU,
+        ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
+            not finite, or no source of noise. On a CPU also a NaN among logits or noise; on a GPU,
             which would have to be waited for, only while TITOK_FAST_CHECK_VALUES=1 is set: else
             it gives an unspecified candidate, in range.
     """
@@ -280,11 +284,13 @@ def guided_sample(
         check_tensor("guided_sample", name, x, (B, K), dtype, logits.device)
     if seeds is not None:
         check_tensor("guided_sample", "seeds", seeds, (B,), torch.int64, logits.device)
-    check_sampling("guided_sample", rule, step, softmax_temperature, noise_temperature)
+    check_sampling("guided_sample", rule, step, noise_temperature, softmax_temperature, guidance)
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("guided_sample wants seeds or noise unless noise_temperature is 0")
     if looks_at_values(logits, ids_only=True):
         check_no_nan("guided_sample", logits=logits, uncond_logits=uncond_logits, noise=noise)
+    if guidance == 0.0:
+        uncond_logits = None  # half the reads, and 0 * inf would be NaN
     implementation = _guided_sample if runs_triton(logits) else guided_sample_ref
     eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     if implementation is guided_sample_ref and eager_cpu and not mask.all():
@@ -324,7 +330,7 @@ def _check_logits(logits: Tensor, uncond_logits: Tensor | None, noise: Tensor | 
 
 
 def offline_cases() -> list[OfflineCase]:
-    """4096 codes for 32 and 128 tokens, as published, and 8192 codes for 64."""
+    """4096 codes for 32 and 128 tokens, as published, and 8192 codes for 64; then other flags."""
     ways = (("counter", "logit"), ("counter", "probability"), ("none", "logit"))
     dtypes = (("fp32", 4), ("bf16", 2), ("fp16", 2))
     return [
@@ -334,11 +340,13 @@ def offline_cases() -> list[OfflineCase]:
     ] + [
         _sample_case("S-128 B=64", "bf16", 2, 64 * 128, 4096, "counter", "logit"),
         _sample_case("8k codes, 64 tokens B=8", "bf16", 2, 8 * 64, 8192, "counter", "logit"),
+        _sample_case("L-32 B=8", "bf16", 2, 8 * 32, 4096, "given", "logit"),
+        _sample_case("L-32 B=8", "bf16", 2, 8 * 32, 4096, "counter", "logit", guided=False),
     ]
 
 
 def _sample_case(
-    name: str, dtype: str, width: int, rows: int, N: int, noise: str, rule: str
+    name: str, dtype: str, width: int, rows: int, N: int, noise: str, rule: str, guided: bool = True
 ) -> OfflineCase:
     pointers = {"cond_ptr": f"*{dtype}", "uncond_ptr": f"*{dtype}", "mask_ptr": "*i1"}
     pointers |= {"ids_ptr": "*i64", "seeds_ptr": "*i64", "noise_ptr": "*fp32"}
@@ -346,19 +354,20 @@ def _sample_case(
     sides = ("cond_stride_b", "cond_stride_k", "uncond_stride_b", "uncond_stride_k")
     scalars = dict.fromkeys(("K", "N", *sides), "i32:16") | {"step": "i32"}
     scalars |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
+    noise_flops, noise_passes = {"none": (0, 0), "given": (2, 3), "counter": (46, 15)}[noise]
     return OfflineCase(
         kernel=_guided_sample_kernel,
-        config=f"{name} {dtype} {noise} {rule}",
+        config=f"{name} {dtype} {noise} {rule}" + ("" if guided else " unguided"),
         signature=pointers | scalars,
-        constexprs={"GUIDED": True, "NOISE": noise, "PROBABILITY": rule == "probability"}
+        constexprs={"GUIDED": guided, "NOISE": noise, "PROBABILITY": rule == "probability"}
         | {"BLOCK_N": _tile(N)},
         num_warps=_WARPS,
         num_stages=1,
         expects_mma=False,
         vector_loads=True,
-        # guidance and temperature 4; two logarithms and the uniform 46
-        flops=rows * N * (4.0 if noise == "none" else 50.0),
-        bytes_min=rows * (2 * N * width + 21),
-        # passes over (B, K, N) of the plain version: mix 8, temperature 2, noise 15, the rest 4
-        bytes_unfused=rows * N * width * (14 if noise == "none" else 29),
+        # temperature 1, guidance 3; two logarithms and the uniform 46
+        flops=rows * N * (1.0 + 3 * guided + noise_flops),
+        bytes_min=rows * ((1 + guided) * N * width + 4 * N * (noise == "given") + 21),
+        # passes over (B, K, N) of the plain version: temperature 2, the rest 4, mix 8, noise
+        bytes_unfused=rows * N * width * (6 + 8 * guided + noise_passes),
     )

@@ -26,6 +26,8 @@ from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tens
 from titok_fast.kernels._values import check_finite, check_in_range, check_no_nan, looks_at_values
 from titok_fast.kernels.philox import MAX_POSITIONS, TOKEN_STREAM, row_gumbel
 
+MAX_CODES = 2**20  # 32 to a tile at the least, and a grid has 65535 tiles at the most
+
 
 def lm_head_sample_ref(
     hidden: Tensor,
@@ -112,6 +114,7 @@ def _lm_head_sample(
         codes if positions is None else positions.contiguous(),
         parts,
         codes,
+        hidden.shape[0],
         R,
         N,
         D,
@@ -165,14 +168,15 @@ def lm_head_sample(
         hidden: (M, D) conditional hidden states, float32, bfloat16 or float16. Any strides; no copy
             is made where the last one is 1.
         uncond_hidden: (M, D), same dtype and device, or None for no guidance.
-        weight: (N, D) head, same dtype and device; N may be a slice of a larger vocabulary.
+        weight: (N, D) head, same dtype and device; N may be a slice of a larger vocabulary, at most
+            2**20.
         bias: (N,), same dtype and device, or None.
         rows: (R,) int64 in [0, M), the rows to draw for, or None for all, R = M.
         seeds: (R,) int64, of the sample that each row belongs to. May be None, like positions, if
             noise_temperature is 0.
         positions: (R,) int64 in [0, 2**16), each row's token position in its sample.
         step: sampling step, in [0, 2**15).
-        guidance: 0 means none; the customary scale w is guidance + 1.
+        guidance: 0 means none; the customary scale w is guidance + 1. Finite, as the next two.
         softmax_temperature: above 0.
         noise_temperature: at least 0; 0 is greedy.
         rule: "logit" scores a candidate by its logit (TiTok), "probability" by its log-softmax.
@@ -181,11 +185,11 @@ def lm_head_sample(
         Candidates (R,) int64 in [0, N), and scores (R,) float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, an unknown rule, a temperature out of
-            range, or no source of noise. On a CPU also hidden states that are not finite, and rows
-            or positions out of range; on a GPU, which would have to be waited for, these, and a
-            NaN in the head, raise only while TITOK_FAST_CHECK_VALUES=1 is set: else a NaN gives an
-            unspecified candidate, in range, and a row out of range reads foreign memory.
+        ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
+            not finite, or no source of noise. On a CPU also hidden states that are not finite, and
+            rows or positions out of range; on a GPU, which would have to be waited for, these, and
+            a NaN in the head, raise only while TITOK_FAST_CHECK_VALUES=1 is set: else a NaN gives
+            an unspecified candidate, in range, and a row out of range counts as zeros.
     """
     _check_head(hidden, uncond_hidden, weight, bias)
     op, device = "lm_head_sample", hidden.device
@@ -196,7 +200,7 @@ def lm_head_sample(
     for name, x in (("seeds", seeds), ("positions", positions)):
         if x is not None:
             check_tensor(op, name, x, (R,), torch.int64, device)
-    check_sampling(op, rule, step, softmax_temperature, noise_temperature)
+    check_sampling(op, rule, step, noise_temperature, softmax_temperature, guidance)
     if (seeds is None or positions is None) and noise_temperature != 0.0:
         raise ValueError(f"{op} wants seeds and positions unless noise_temperature is 0")
     if looks_at_values(hidden, ids_only=True):
@@ -231,6 +235,8 @@ def _check_head(
         raise ValueError(f"{op} wants hidden (M, D) and weight (N, D); got {got}")
     if 0 in weight.shape:
         raise ValueError(f"{op} wants N and D at least 1; got weight {tuple(weight.shape)}")
+    if weight.shape[0] > MAX_CODES:
+        raise ValueError(f"{op} wants at most {MAX_CODES} codes; got {weight.shape[0]}")
     dtype, device = hidden.dtype, hidden.device
     if dtype not in FLOAT_TYPES:
         raise ValueError(f"{op} wants float32, bfloat16 or float16; got {dtype}: convert hidden")
@@ -242,52 +248,56 @@ def _check_head(
 
 
 def offline_cases() -> list[OfflineCase]:
-    """The heads of both generators, D = 768 and 1024, for one image, eight and sixty-four."""
-    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    """The heads of both generators, D = 768 and 1024, for one image, eight and sixty-four.
+
+    The last of them is plain: no guidance, no bias, all rows, no noise.
+    """
     shapes = [("L-32 B=1", 32, 4096, 768), ("L-32 B=8", 256, 4096, 768)]
     shapes += [("S-128 B=64", 8192, 4096, 1024), ("8k codes B=8", 512, 8192, 768)]
     cases = [
-        _head_case(name, dtype, types[dtype], (R, N, D), "logit")
+        _head_case(name, dtype, (R, N, D), "logit")
         for name, R, N, D in shapes
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    for dtype in types:
-        cases.append(_head_case("L-32 B=8", dtype, types[dtype], (256, 4096, 768), "probability"))
+    name, R, N, D = shapes[1]
+    cases += [_head_case(name, dtype, (R, N, D), "probability") for dtype in FLOAT_TYPES]
+    cases.append(_head_case(name, torch.bfloat16, (R, N, D), "logit", plain=True))
     return cases + [
         _pick_case(256, tiles, probability) for tiles in (64, 128) for probability in (False, True)
     ]
 
 
 def _head_case(
-    name: str, dtype: torch.dtype, kind: str, shape: tuple[int, int, int], rule: str
+    name: str, dtype: torch.dtype, shape: tuple[int, int, int], rule: str, plain: bool = False
 ) -> OfflineCase:
     R, N, D = shape
-    width = dtype.itemsize
+    kind = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    streams, width = 1 if plain else 2, dtype.itemsize
     plan = _plan(R, dtype)
     warps, stages = plan.pop("num_warps"), plan.pop("num_stages")
     sides = ("hidden_ptr", "uncond_ptr", "weight_ptr", "bias_ptr")
     signature = dict.fromkeys(sides, f"*{kind}")
     signature |= {"rows_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64"}
-    signature |= {"parts_ptr": "*fp32", "codes_ptr": "*i32", "R": "i32", "step": "i32"}
+    signature |= {"parts_ptr": "*fp32", "codes_ptr": "*i32"}
+    signature |= dict.fromkeys(("M", "R", "step"), "i32")
     scalars = ("N", "D", "hidden_stride", "uncond_stride", "weight_stride")
     signature |= dict.fromkeys(scalars, "i32:16")
     signature |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
-    flags: dict[str, object] = dict.fromkeys(
-        ("GUIDED", "BIASED", "GATHERED", "NOISY", "EVEN_D"), True
-    )
+    flags: dict[str, object] = dict.fromkeys(("GUIDED", "BIASED", "GATHERED", "NOISY"), not plain)
     return OfflineCase(
         kernel=head_kernel,
-        config=f"{name} D={D} {kind} {plan['BLOCK_R']}x{plan['BLOCK_N']} {rule}",
+        config=f"{name} D={D} {kind} {plan['BLOCK_R']}x{plan['BLOCK_N']} {rule}"
+        + (" plain" if plain else ""),
         signature=signature,
-        constexprs=flags | {"PROBABILITY": rule == "probability"} | plan,
+        constexprs=flags | {"PROBABILITY": rule == "probability", "EVEN_D": True} | plan,
         num_warps=warps,
         num_stages=stages,
         expects_mma=dtype != torch.float32,
         vector_loads=True,
-        flops=2.0 * R * N * D + 50.0 * R * N,
-        bytes_min=width * (2 * R * D + N * D + N) + 36 * R,
-        # two heads, then guided_sample's 29 passes over their logits
-        bytes_unfused=width * (2 * R * D + 2 * N * D + 2 * R * N + 29 * R * N),
+        flops=2.0 * R * N * D + (1.0 if plain else 50.0) * R * N,
+        bytes_min=width * (streams * R * D + N * D) + (12 * R if plain else width * N + 36 * R),
+        # a head per stream, then guided_sample's 29 passes over their logits, or 6
+        bytes_unfused=width * (streams * (R * D + N * D + R * N) + (6 if plain else 29) * R * N),
     )
 
 

@@ -1,6 +1,6 @@
 """Nearest codebook entry of each latent: the quantisation step of TiTok.
 
-N latent rows (images x tokens), K codes, C channels (12, 16 or 64 in the published models).
+N latent rows (images x tokens), K codes, C channels: 12 or 64 in TiTok, 256 in its pixel tokenizer.
 
 Design. A program holds BLOCK_N rows and walks over BLOCK_K codes at a time; the distances of a tile
 live in registers, where each element keeps its own best, so lanes talk to each other once, at the
@@ -32,7 +32,6 @@ EPS = 1e-12  # lower bound of a row's length, as in F.normalize
 # compiler unrolls the loop, few chunks matter more
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "other": 1 << 22}
 _PROGRAMS = 256  # two for each SM of the largest chip: enough to fill one
-_WARPS = 8  # with 4, both operands of a 64x64 tile take all 255 registers
 
 
 def unit_rows(x: Tensor, metric: str) -> Tensor:
@@ -48,16 +47,19 @@ def nearest_code_ref(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> 
     close rivals, so the terms are added in this order. Rows are taken in chunks: no (N, K) matrix.
     On CUDA the product follows `torch.backends.cuda.matmul.allow_tf32`, which must be off.
     """
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    eager_cpu = z.is_cpu and not traced
     with torch.autocast(z.device.type, enabled=False):
         f, e = unit_rows(z.detach(), metric), unit_rows(codebook.detach(), metric)
-        e_sq = e.square().sum(dim=1)
-        eager_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
-        step = max(16, _CHUNK_ELEMENTS["cpu" if eager_cpu else "other"] // codebook.shape[0])
-        f_sq = f.square().sum(dim=1, keepdim=True)
-        ids = [
-            torch.sub(part_sq + e_sq, part @ e.T, alpha=2).argmin(1)
-            for part, part_sq in zip(f.split(step), f_sq.split(step), strict=True)
-        ]
+        f_sq, e_sq = f.square().sum(dim=1, keepdim=True), e.square().sum(dim=1)
+        step = max(16, _CHUNK_ELEMENTS["cpu" if eager_cpu else "other"] // len(e))
+        # one pair of buffers: fresh pages for each chunk cost a CPU more than its products
+        room = f.new_empty((2, min(step, len(f)), len(e))) if eager_cpu else None
+        ids = []
+        for part, part_sq in zip(f.split(step), f_sq.split(step), strict=True):
+            sums, dots = (None, None) if room is None else room[:, : len(part)]
+            terms = torch.add(part_sq, e_sq, out=sums), torch.mm(part, e.T, out=dots)
+            ids.append(torch.sub(*terms, alpha=2, out=sums).argmin(1))
         return torch.cat(ids)
 
 
@@ -139,7 +141,7 @@ def _search_kernel(
 
 
 def plan_search(N: int, K: int, C: int) -> dict[str, int]:
-    """Tile sizes and the number of programs that share the codebook."""
+    """Tile sizes, warps, and the number of programs that share the codebook."""
     rows, codes = (16, 64) if N <= 2048 else (64, 64)
     blocks, tiles = triton.cdiv(N, rows), triton.cdiv(K, codes)
     splits = 1
@@ -148,7 +150,10 @@ def plan_search(N: int, K: int, C: int) -> dict[str, int]:
     # tl.dot wants at least 16 along C; more than 32 of a wide code overflow the registers,
     # as do more than 16 in the small tile on sm_90
     channels = 16 if rows == 16 else min(32, max(16, triton.next_power_of_2(C)))
-    return {"splits": splits, "rows": rows, "codes": codes, "channels": channels}
+    # with 4, both operands of a 64x64 tile take all 255 registers; with 8, the assembler gives a
+    # small tile of wide codes 64 registers and spills
+    warps = 4 if rows == 16 and C > 128 else 8
+    return {"splits": splits, "rows": rows, "codes": codes, "channels": channels, "warps": warps}
 
 
 def search_codes(z: Tensor, codebook: Tensor, unit: bool, packed: bool) -> Tensor:
@@ -161,7 +166,7 @@ def search_codes(z: Tensor, codebook: Tensor, unit: bool, packed: bool) -> Tenso
     grid = (triton.cdiv(N, plan["rows"]), splits)
     tile = {"BLOCK_N": plan["rows"], "BLOCK_K": plan["codes"], "BLOCK_C": plan["channels"]}
     args = (z, codebook, out, N, K, EPS, splits, C, unit, direct)
-    wrap_triton(_search_kernel)[grid](*args, **tile, num_warps=_WARPS, num_stages=1)
+    wrap_triton(_search_kernel)[grid](*args, **tile, num_warps=plan["warps"], num_stages=1)
     return out
 
 
@@ -193,6 +198,22 @@ def check_codes(op: str, z: Tensor, codebook: Tensor, metric: str) -> None:
         raise ValueError(f"{op} wants metric to be one of {METRICS}; got {metric!r}")
 
 
+def find_codes(z: Tensor, codebook: Tensor, metric: str, *, ids_only: bool) -> Tensor:
+    """`nearest_code` for callers that tell whether ids are all that comes of it.
+
+    Where codes or losses come of it as well, a NaN shows in them, and the search takes it: in
+    training the loop is to meet it. `ids_only` is that of `looks_at_values`.
+    """
+    check_codes("nearest_code", z, codebook, metric)
+    if looks_at_values(z, ids_only=ids_only):
+        check_finite("nearest_code", z=z)
+    if looks_at_values(z, ids_only=False):  # weights: as good at every call as at the first
+        check_finite("nearest_code", codebook=codebook)
+    if runs_triton(z) and len(z):
+        return _nearest_code(z.detach(), codebook.detach(), metric)
+    return nearest_code_ref(z, codebook, metric)
+
+
 def nearest_code(z: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> Tensor:
     """Index of the codebook row nearest to each latent; the lowest index wins a tie.
 
@@ -212,47 +233,53 @@ def nearest_code(z: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> T
             that is not finite raise only while TITOK_FAST_CHECK_VALUES=1 is set: else such a row
             gets some valid index.
     """
-    check_codes("nearest_code", z, codebook, metric)
-    if looks_at_values(z, ids_only=True):
-        check_finite("nearest_code", z=z)
-    if looks_at_values(z, ids_only=False):  # weights: as good at every call as at the first
-        check_finite("nearest_code", codebook=codebook)
-    if runs_triton(z) and len(z):
-        return _nearest_code(z.detach(), codebook.detach(), metric)
-    return nearest_code_ref(z, codebook, metric)
+    return find_codes(z, codebook, metric, ids_only=True)
 
 
 def offline_cases() -> list[OfflineCase]:
-    """The published tokenizers: 4096 codes of 12 channels by cosine, 8192 of 64 by distance."""
+    """The published tokenizers, that of pixels too, and codes as wide as the VAE's latents."""
     cases = []
     for name, N, K, C, unit in (
         ("L-32 B=1", 32, 4096, 12, True),
         ("L-32 B=256", 8192, 4096, 12, True),
         ("SL-256 B=1", 256, 8192, 64, False),
         ("SL-256 B=64", 16384, 8192, 64, False),
+        ("pixels B=1", 256, 1024, 256, False),
+        ("pixels B=64", 16384, 1024, 256, False),
+        ("C=16 B=256", 8192, 4096, 16, True),
     ):
         for dtype, width in (("fp32", 4), ("bf16", 2)):
             cases.append(_search_case(name, dtype, width, N, K, C, unit))
+    # a codebook that was cast with its model
+    cases.append(_search_case("SL-256 B=64 table", "bf16", 2, 16384, 8192, 64, False, "bf16"))
     return cases
 
 
 def _search_case(
-    name: str, dtype: str, width: int, N: int, K: int, C: int, unit: bool
+    name: str,
+    dtype: str,
+    width: int,
+    N: int,
+    K: int,
+    C: int,
+    unit: bool,
+    table: str = "fp32",
 ) -> OfflineCase:
     plan = plan_search(N, K, C)
     tile = {"BLOCK_N": plan["rows"], "BLOCK_K": plan["codes"], "BLOCK_C": plan["channels"]}
+    table_bytes = (2 if table == "bf16" else 4) * K * C
     return OfflineCase(
         kernel=_search_kernel,
         config=f"{name} {dtype} {plan['rows']}x{plan['codes']} split {plan['splits']}",
-        signature={"z_ptr": f"*{dtype}", "e_ptr": "*fp32", "out_ptr": "*i64", "N": "i32:16"}
+        signature={"z_ptr": f"*{dtype}", "e_ptr": f"*{table}", "out_ptr": "*i64", "N": "i32:16"}
         | {"K": "i32:16", "EPS": "fp32", "SPLITS": "i32"},
         constexprs={"C": C, "UNIT": unit, "DIRECT": plan["splits"] == 1} | tile,
-        num_warps=_WARPS,
+        num_warps=plan["warps"],
         num_stages=1,
         expects_mma=False,
         vector_loads=True,
         flops=2.0 * N * K * C,
-        bytes_min=N * (C * width + 8) + 4 * K * C,
+        bytes_min=N * (C * width + 8) + table_bytes,
         # rows to float32 and to unit length, then over (N, K): sum, product, subtract, argmin
-        bytes_unfused=N * C * (width + 16) + 16 * K * C + 4 * N * K * 6,
+        bytes_unfused=N * C * (width + 16) + table_bytes + 12 * K * C + 4 * N * K * 6,
     )

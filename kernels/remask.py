@@ -219,11 +219,11 @@ def remask(
         (B, K) int64: candidates, or mask_id.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, K above 1024, an unknown rule, a negative
-            temperature, or no source of noise. On a CPU also a NaN among scores or noise, or a
-            negative num_masked; on a GPU, which would have to be waited for, these raise only
-            while TITOK_FAST_CHECK_VALUES=1 is set: else a negative num_masked masks none, and a
-            NaN has no place in the order.
+        ValueError: shapes, dtypes or devices do not fit, K above 1024, an unknown rule, a
+            temperature that is negative or not finite, or no source of noise. On a CPU also a NaN
+            among scores or noise, or a negative num_masked; on a GPU, which would have to be waited
+            for, these raise only while TITOK_FAST_CHECK_VALUES=1 is set: else a negative num_masked
+            masks none, and a NaN has no place in the order.
     """
     if scores.ndim != 2 or not 1 <= scores.shape[1] <= MAX_TOKENS:
         raise ValueError(
@@ -239,7 +239,7 @@ def remask(
     ):
         if x is not None:
             check_tensor("remask", name, x, shape, dtype, scores.device)
-    check_sampling("remask", rule, step, 1.0, noise_temperature)
+    check_sampling("remask", rule, step, noise_temperature)
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("remask wants seeds or noise unless noise_temperature is 0")
     if looks_at_values(scores, ids_only=True):

@@ -57,7 +57,9 @@ def _soft_codes_kernel(
         mask = (rows[:, None] < M) & (ks[None, :] < K)
         x = tl.load(logits_ptr + rows[:, None] * K + ks[None, :], mask=mask, other=float("-inf"))
         e_mask = (ks[:, None] < K) & (chans[None, :] < C)
-        e = tl.load(e_ptr + ks[:, None] * C + chans[None, :], mask=e_mask, other=0.0)
+        # int64 before the multiply: K * C may pass 2**31
+        e_at = ks[:, None].to(tl.int64) * C + chans[None, :]
+        e = tl.load(e_ptr + e_at, mask=e_mask, other=0.0)
 
         x = x.to(tl.float32)
         new_top = tl.maximum(top, tl.max(x, axis=1))

@@ -12,7 +12,14 @@ from torch import Tensor
 from titok_fast.integrations import accelerate, restore
 from titok_fast.kernels._launch import interpret_on_cpu
 
-KERNELS = ("nearest_code", "group_norm_silu", "soft_codes", "guided_sample", "remask")
+KERNELS = (
+    "find_codes",
+    "nearest_code_stats",
+    "group_norm_silu",
+    "soft_codes",
+    "guided_sample",
+    "remask",
+)
 
 Call = Callable[[], Any]
 
@@ -31,12 +38,12 @@ def bits(value: Any) -> Any:
 
 
 def alike(got: Any, want: Any, atol: float) -> None:
-    """Integers equal, floats within atol, same structure."""
+    """Integers equal, floats within atol, NaN where NaN was, same structure."""
     assert type(got) is type(want)
     if isinstance(want, Tensor):
         assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
         tolerance = atol if want.is_floating_point() else 0.0
-        torch.testing.assert_close(got, want, rtol=0.0, atol=tolerance)
+        torch.testing.assert_close(got, want, rtol=0.0, atol=tolerance, equal_nan=True)
     elif isinstance(want, dict):
         assert list(got) == list(want)
         alike(list(got.values()), list(want.values()), atol)

@@ -67,13 +67,13 @@ def test_vector_quantize(layout: str, cosine: bool, calls: list[str]) -> None:
     options, shape = LAYOUTS[layout]
     layer, x = vq(use_cosine_sim=cosine, **options), torch.randn(shape)
     round_trip(layer, lambda: layer(x))
-    assert calls == ["nearest_code"]
+    assert calls == ["find_codes"]
     round_trip(layer, lambda: layer(x), interpreted=True)
     accelerate(layer).bfloat16()
     calls.clear()
     got = layer(x.bfloat16())
     assert bits(got) == bits(restore(layer)(x.bfloat16()))
-    assert calls == ([] if cosine else ["nearest_code"])
+    assert calls == ([] if cosine else ["find_codes"])
 
 
 def test_vector_quantize_gradients_of_evaluation() -> None:
@@ -87,6 +87,14 @@ def test_vector_quantize_gradients_of_evaluation() -> None:
         return list(torch.autograd.grad(loss, weights, allow_unused=True))
 
     round_trip(layer, gradients)
+
+
+@pytest.mark.parametrize("cosine", [False, True], ids=["euclidean", "cosine"])
+def test_vector_quantize_takes_a_nan(cosine: bool, calls: list[str]) -> None:
+    layer, x = vq(use_cosine_sim=cosine), torch.randn(3, 50, 16)
+    x[1, 7, 3] = float("nan")
+    round_trip(layer, lambda: layer(x))
+    assert calls == ["find_codes"]
 
 
 def test_vector_quantize_leaves_other_calls_to_its_own_code(calls: list[str]) -> None:
@@ -106,7 +114,7 @@ def test_vector_quantize_leaves_other_calls_to_its_own_code(calls: list[str]) ->
     round_trip(layer, one_update)
     assert calls == []
     accelerate(layer)(x, mask=None, freeze_codebook=True, sample_codebook_temp=0.5)
-    assert calls == ["nearest_code"]
+    assert calls == ["find_codes"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +187,7 @@ def test_vq_model(legacy: bool, sane: bool, calls: list[str]) -> None:
     model.quantize.legacy, model.quantize.sane_index_shape = legacy, sane
     images, z = torch.rand(2, 3, 16, 16), torch.randn(2, 8, 6, 5, requires_grad=True)
     round_trip(model, lambda: tuple(model(images).to_tuple()))
-    assert calls == ["nearest_code"]
+    assert calls == ["nearest_code_stats"]
 
     def with_gradients() -> Any:
         codes, loss, (_, _, ids) = model.quantize(z)
@@ -194,6 +202,20 @@ def test_vq_model(legacy: bool, sane: bool, calls: list[str]) -> None:
     accelerate(model.float()).bfloat16()
     model(images.bfloat16())
     assert calls == []
+
+
+def test_vq_model_takes_a_nan(calls: list[str]) -> None:
+    """Its loss is how training notices one."""
+    model, z = vq_model(), torch.randn(2, 8, 6, 5, requires_grad=True)
+    z.data[1, 4, 2, 2] = float("nan")
+
+    def with_gradients() -> Any:
+        codes, loss, (_, _, ids) = model.quantize(z)
+        assert loss.isnan()
+        return codes, ids, torch.autograd.grad(loss, z)
+
+    round_trip(model.quantize, with_gradients)
+    assert calls == ["nearest_code_stats"]
 
 
 def test_vq_model_refuses_renamed_ids() -> None:

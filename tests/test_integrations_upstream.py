@@ -55,7 +55,7 @@ def test_titok(calls: list[str]) -> None:
     round_trip(model, run, atol=1e-3)
     norms = sum(isinstance(part, nn.GroupNorm) for part in model.pixel_decoder.modules())
     # three pictures are decoded, on the CPU one at a time
-    assert sorted(set(calls)) == ["group_norm_silu", "nearest_code", "soft_codes"]
+    assert sorted(set(calls)) == ["group_norm_silu", "nearest_code_stats", "soft_codes"]
     assert calls.count("group_norm_silu") == norms * 6
     model.pixel_decoder.up[0].block[0].dropout.p = 0.1
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_titok_quantizer_trains(options: dict[str, Any], calls: list[str]) -> No
     model = titok(**options).train()
     images = torch.rand(2, 3, 64, 64)
     round_trip(model, lambda: model(images), atol=1e-4)
-    assert calls == ["nearest_code"]
+    assert calls == ["nearest_code_stats"]
     z = torch.randn(2, 12, 1, 32, requires_grad=True)
 
     def gradients() -> Any:
@@ -103,6 +103,19 @@ def test_titok_quantizer_trains(options: dict[str, Any], calls: list[str]) -> No
         accelerate(model)
     with pytest.raises(ValueError, match="clustering_vq=True"):
         accelerate(model.quantize)
+
+
+def test_titok_quantizer_takes_a_nan(calls: list[str]) -> None:
+    quantize, z = titok(**SINGLE_STAGE).train().quantize, torch.randn(2, 12, 1, 32)
+    z[1, 4, 0, 2] = float("nan")
+
+    def run() -> Any:
+        codes, result = quantize(z)
+        assert result["quantizer_loss"].isnan()
+        return codes, result
+
+    round_trip(quantize, run)
+    assert calls == ["nearest_code_stats"]
 
 
 def test_titok_vae_is_refused() -> None:

@@ -180,6 +180,28 @@ def test_bad_update_changes_nothing(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["vqgan", "stage1", "single_stage"])
+def test_nan_in_a_picture_reaches_the_loss(
+    kind: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the search for codes, out of which nothing but valid ids comes."""
+    gradients = Learner.gradients
+
+    def spoilt(learner: Learner, batch: Any, detailed: bool = False) -> bool:
+        if learner.step == 1:
+            batch = {**batch, "images": batch["images"].clone()}
+            batch["images"][3, 0, 5, 5] = float("nan")
+        return gradients(learner, batch, detailed)
+
+    monkeypatch.setattr(Learner, "gradients", spoilt)
+    assert "3 updates done" in run(recipe_of(kind, weights, tmp_path, 3))
+    lines = read_log(tmp_path / "log.jsonl")
+    (note,) = [line["note"] for line in lines if "note" in line]
+    assert note.startswith("skipped: the loss term")
+    assert "is nan (1 in a row, 1 in this run)" in note
+    assert [line["bad_steps"] for line in lines if "lr" in line] == [0, 1]
+
+
 def test_too_many_bad_updates_end_the_run(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titok_fast.kernels.nearest_code import nearest_code
+from titok_fast.kernels.nearest_code import find_codes
+from titok_fast.kernels.nearest_code_stats import nearest_code_stats
 
 
 class VectorQuantizer(nn.Module):
@@ -36,10 +37,17 @@ class VectorQuantizer(nn.Module):
         super()._apply(keep_float32, recurse)
         return self
 
+    @property
+    def metric(self) -> str:
+        """Of the distance, as the kernels call it."""
+        return "cosine" if self.use_l2_norm else "euclidean"
+
     def nearest(self, rows: Tensor) -> Tensor:
-        """(M, C) latents, any float dtype -> (M,) int64 ids of the nearest codes."""
-        metric = "cosine" if self.use_l2_norm else "euclidean"
-        return nearest_code(rows.float(), self.embedding.weight, metric=metric)
+        """(M, C) latents, any float dtype -> (M,) int64 ids of the nearest codes.
+
+        A NaN gets some id: where targets of a training come from here, its loss meets the NaN too.
+        """
+        return find_codes(rows.float(), self.embedding.weight, self.metric, ids_only=False)
 
     def get_codebook_entry(self, ids: Tensor) -> Tensor:
         """(M,) ids -> (M, C) float32 codes, of unit length where the option is on."""
@@ -56,21 +64,18 @@ class VectorQuantizer(nn.Module):
             (B, C, H, W) float32 codes, and a dictionary: `min_encoding_indices` (B, H, W) int64,
             and the scalars `quantizer_loss` = `commitment_loss` + `codebook_loss`.
         """
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float().permute(0, 2, 3, 1)  # (B, H, W, C)
-            ids = self.nearest(z.detach().flatten(0, 2)).view(z.shape[:-1])
-            codes = self.get_codebook_entry(ids)
-            if self.use_l2_norm:
-                z = F.normalize(z, dim=-1)
-            commitment = self.commitment_cost * F.mse_loss(z, codes.detach())
-            codebook = F.mse_loss(codes, z.detach())
-            codes = z + (codes - z).detach()
-            return codes.permute(0, 3, 1, 2).contiguous(), {
-                "quantizer_loss": commitment + codebook,
-                "commitment_loss": commitment,
-                "codebook_loss": codebook,
-                "min_encoding_indices": ids,
-            }
+        found = nearest_code_stats(
+            z.float().permute(0, 2, 3, 1),  # (B, H, W, C)
+            self.embedding.weight,
+            metric=self.metric,
+            beta=self.commitment_cost,
+        )
+        return found.quantized.permute(0, 3, 1, 2).contiguous(), {
+            "quantizer_loss": found.commitment_loss + found.codebook_loss,
+            "commitment_loss": found.commitment_loss,
+            "codebook_loss": found.codebook_loss,
+            "min_encoding_indices": found.ids,
+        }
 
 
 class DiagonalGaussian:

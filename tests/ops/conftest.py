@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from torch.library import opcheck as torch_opcheck
+from calls import check_operator
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from titok_fast.kernels._launch import interpret_on_cpu
@@ -57,13 +57,11 @@ def opcheck() -> Callable[..., None]:
     """`torch.library.opcheck` of one of our operators, by name, as far as the machine allows.
 
     The interpreter touches memory, which fake tensors lack: without a GPU the two checks that use
-    them are left to test_offline.py, where kernels are compiled and not interpreted.
+    them are left to test_registration.py, where the interpreter comes in after the tracing.
     """
-    checks = ["test_schema", "test_autograd_registration"]
-    if torch.cuda.is_available():
-        checks += ["test_faketensor", "test_aot_dispatch_dynamic"]
 
     def check(name: str, *args: object) -> None:
-        torch_opcheck(getattr(torch.ops.titok_fast, name).default, args, test_utils=checks)
+        op = getattr(torch.ops.titok_fast, name).default
+        check_operator(op, args, fakes=torch.cuda.is_available())
 
     return check

@@ -36,8 +36,3 @@ def assert_same_draws(
     torch.testing.assert_close(
         got[1][same], want[1][same], rtol=score_tolerance, atol=score_tolerance, equal_nan=True
     )
-
-
-def chi_square_limit(freedom: int) -> float:
-    """Five standard deviations above the mean of the chi-square law."""
-    return freedom + 5 * (2 * freedom) ** 0.5

@@ -227,7 +227,7 @@ def check_masked_cross_entropy(shape: Shape, dtype: torch.dtype, device: torch.d
 
 # published shapes first, then single, prime and just-beyond-a-tile sizes
 CODES = ((32, 4096, 12), (8192, 4096, 12), (256, 8192, 64), (16384, 8192, 64))
-CODES += ((1, 1, 1), (33, 2, 3), (4099, 4099, 13), (2049, 65, 256))
+CODES += ((1, 1, 1), (33, 2, 3), (4099, 4099, 13), (2049, 65, 256), (256, 1024, 256))
 HEADS = ((32, 4096, 768), (256, 4096, 768), (8192, 4096, 1024), (1, 1, 1), (67, 4099, 77))
 ODD_LOGITS = ((1, 1, 1), (3, 7, 4099), (5, 2, 31))
 ODD_BLOCKS = ((1, 2, 1, 1), (3, 6, 7, 3), (1, 96, 33, 32))

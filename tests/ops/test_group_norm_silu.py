@@ -1,6 +1,8 @@
 """group_norm_silu against PyTorch in float64: values, gradients, memory format."""
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from titok_fast.kernels.group_norm_silu import (
     group_norm_silu_ref,
 )
 
+# the package re-exports the function under the name of its file
+module = importlib.import_module("titok_fast.kernels.group_norm_silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-6
 
@@ -89,6 +93,35 @@ def test_runs_of_several_tiles(interpreted: None, device: torch.device) -> None:
     weight, bias = torch.randn(513, device=device), torch.randn(513, device=device)
     got = group_norm_silu(x, weight, bias, 27)
     assert_near(got, exact(x, weight, bias, 27), terms=1000)
+
+
+def test_many_images_need_one_dimension_of_the_grid(
+    interpreted: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA ends the second and third at 65535."""
+    grids: list[tuple[int, ...]] = []
+
+    class Launch:
+        def __init__(self, kernel: Any) -> None: ...
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(module, "wrap_triton", Launch)
+    x = channels_last(torch.zeros(70000, 4, 1, 2, device=device)).requires_grad_()
+    weight = torch.ones(4, device=device)
+    group_norm_silu(x, weight, weight, 2).sum().backward()
+    assert len(grids) == 5
+    assert all(max(grid[1:], default=1) < 2**16 for grid in grids)
+
+
+@pytest.mark.gpu
+def test_many_images(device: torch.device) -> None:
+    x = channels_last(torch.randn(70000, 4, 1, 2, device=device))
+    weight, bias = torch.randn(4, device=device), torch.randn(4, device=device)
+    got, want = group_norm_silu(x, weight, bias, 1), exact(x, weight, bias, 1)
+    assert_near(got, want, terms=8, scale=8.0)
 
 
 def test_large_mean_costs_no_digits(interpreted: None, device: torch.device) -> None:
@@ -171,6 +204,15 @@ def test_residual(interpreted: None, device: torch.device, dtype: torch.dtype) -
     theirs = torch.autograd.grad((want, sum_wide), wide, (grad.double(), grad_total.double()))
     for a, b in zip(mine, (theirs[0], *theirs), strict=True):
         assert relative_error(a, b) < max(4 * ROUNDOFF[dtype], 32 * ROUNDOFF[torch.float32])
+
+
+def test_second_derivative_is_refused(interpreted: None, device: torch.device) -> None:
+    x = channels_last(torch.randn(2, 6, 3, 2, device=device)).requires_grad_()
+    weight, bias = torch.ones(6, device=device), torch.zeros(6, device=device)
+    y = group_norm_silu(x, weight, bias, 3)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="group_norm_silu_bwd"):
+        grad.square().sum().backward()
 
 
 def test_residual_reference() -> None:
@@ -271,3 +313,18 @@ def test_bad_companions_are_named() -> None:
         add_group_norm_silu(x, x[..., :3], weight, weight, 3)
     with pytest.raises(ValueError, match=r"residual like x.*float64"):
         add_group_norm_silu(x, x.double(), weight, weight, 3)
+    with pytest.raises(ValueError, match=r"residual like x.* on cpu; got .* on meta"):
+        add_group_norm_silu(x, x.to("meta"), weight, weight, 3)
+    for wrong in ((weight.long(), weight), (weight, weight.long())):
+        for call in (group_norm_silu, lambda x, *of: add_group_norm_silu(x, x, *of)):
+            with pytest.raises(ValueError, match=r"floating-point x, weight and bias.*int64"):
+                call(x, *wrong, 3)
+
+
+@pytest.mark.parametrize("eps", [-1e-6, float("inf"), float("nan")])
+def test_bad_eps_is_named(eps: float) -> None:
+    x, weight = torch.zeros(2, 6, 4, 4), torch.zeros(6)
+    with pytest.raises(ValueError, match=f"^group_norm_silu wants a finite eps.*got {eps}"):
+        group_norm_silu(x, weight, weight, 3, eps)
+    with pytest.raises(ValueError, match=f"^add_group_norm_silu wants a finite eps.*got {eps}"):
+        add_group_norm_silu(x, x, weight, weight, 3, eps)

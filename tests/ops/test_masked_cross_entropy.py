@@ -47,12 +47,15 @@ def widened(*tensors: Tensor) -> list[Tensor]:
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     R=st.integers(0, 20),
     N=st.integers(1, 300),
     D=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    size=st.sampled_from((1.0, 1e-39)),
+    transposed=st.booleans(),
     chunk=st.sampled_from((1, 700, 1 << 24)),
     smoothing=st.sampled_from((0.0, 0.1, 0.9)),
     seed=st.integers(0, 2**16),
@@ -63,23 +66,39 @@ def test_kernel_against_float64(
     R: int,
     N: int,
     D: int,
+    dtype: torch.dtype,
+    size: float,
+    transposed: bool,
     chunk: int,
     smoothing: float,
     seed: int,
 ) -> None:
+    """Hidden states in each dtype, subnormal too, and in either memory order, as the head."""
     torch.manual_seed(seed)
-    args = inputs(R, N, D, device)
+    hidden, weight, bias, targets, weights = inputs(R, N, D, device)
+    hidden = (hidden.detach() * (size / D**0.5)).to(dtype).requires_grad_()  # logits of about 1
+    leaves = (hidden, weight, bias)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK_ELEMENTS", chunk)
-        got = masked_cross_entropy(*args, label_smoothing=smoothing)
-        grads = torch.autograd.grad(3 * got, args[:3])
-    wide = widened(*args[:3])
-    want = exact(*wide, *args[3:], smoothing)
+        laid = [x.T.contiguous().T if transposed else x for x in (hidden, weight)]
+        got = masked_cross_entropy(*laid, bias, targets, weights, smoothing)
+        grads = torch.autograd.grad(3 * got, leaves)
+    wide = widened(hidden, weight.to(dtype), bias)
+    want = exact(*wide, targets, weights, smoothing)
     assert got.dtype == torch.float32
-    assert_near(got, want, terms=D, scale=D**0.5)
-    for mine, theirs in zip(grads, torch.autograd.grad(3 * want, wide), strict=True):
-        # the exponential turns the error of a logit, D terms, into one of the gradient
-        assert_near(mine, theirs, terms=D * (N + R), scale=3.0)
+    mine_theirs = zip(grads, torch.autograd.grad(3 * want, wide), leaves, strict=True)
+    if dtype == torch.float32:
+        assert_near(got, want, terms=D, scale=2.0)
+        for mine, theirs, _ in mine_theirs:
+            # the exponential turns the error of a logit, D terms, into one of the gradient
+            assert_near(mine, theirs, terms=D * (N + R), scale=3.0)
+        return
+    # logits are rounded once, and so are their gradients, which may cancel, and products of those
+    assert abs(got.item() - want.item()) < 8 * ROUNDOFF[dtype]
+    for (mine, theirs, like), cancels in zip(mine_theirs, (D**0.5, 1.0, 1.0), strict=True):
+        assert mine.dtype == like.dtype
+        error = float((mine.double() - theirs).norm())
+        assert error <= 8 * ROUNDOFF[dtype] * (float(theirs.norm()) + cancels)
 
 
 def test_more_codes_than_a_block(
@@ -184,6 +203,42 @@ def test_reference_against_float64() -> None:
     assert_near(masked_cross_entropy(*args), exact(*args), terms=48, scale=7.0)
 
 
+def test_float64_is_not_rounded(interpreted: None, device: torch.device) -> None:
+    """The kernel's numbers are float32."""
+    hidden, weight, bias, targets, weights = inputs(5, 7, 3, device)
+    wide = widened(hidden, weight, bias)
+    got = masked_cross_entropy(*wide, targets, weights)
+    want = exact(*wide, targets, weights)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, wide), torch.autograd.grad(want, wide), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def refuses_create_graph(*args: Tensor) -> None:
+    """A gradient that passed for a constant would be wrong in silence."""
+    loss = masked_cross_entropy(*args)
+    for total in (loss, loss * args[0].sum()):
+        with pytest.raises(RuntimeError, match=r"masked_cross_entropy is once differentiable"):
+            torch.autograd.grad(total, args[:3], create_graph=True, retain_graph=True)
+
+
+def test_second_derivative_is_refused(interpreted: None, device: torch.device) -> None:
+    refuses_create_graph(*inputs(5, 7, 3, device))
+
+
+def test_second_derivative_is_refused_on_cpu() -> None:
+    refuses_create_graph(*inputs(5, 7, 3))
+
+
+def test_function_transforms_see_the_reference() -> None:
+    hidden, *rest = inputs(5, 7, 3)
+    got = torch.func.grad(lambda h: masked_cross_entropy(h, *rest))(hidden.detach())
+    want = torch.autograd.grad(masked_cross_entropy_ref(hidden, *rest), hidden)[0]
+    assert_near(got, want, terms=7)
+
+
 def test_reference_gradcheck() -> None:
     hidden, weight, bias, targets, weights = inputs(5, 7, 3)
     assert torch.autograd.gradcheck(
@@ -231,8 +286,9 @@ def test_unknown_target(interpreted: None, device: torch.device, bad: int) -> No
 def test_unknown_target_on_cpu(bad: int) -> None:
     hidden, weight, bias, targets, weights = inputs(5, 7, 3)
     targets[1] = bad
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        masked_cross_entropy(hidden, weight, bias, targets, weights)
+    for leaf in (hidden, hidden.detach()):
+        with pytest.raises(ValueError, match=rf"targets in \[0, 7\); got {bad} at \[1\]"):
+            masked_cross_entropy(leaf, weight, bias, targets, weights)
 
 
 def test_large_logits(interpreted: None, device: torch.device) -> None:

@@ -17,6 +17,8 @@ from titok_fast.kernels.nearest_code_stats import (
     nearest_code_stats_ref,
 )
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def gradients(stats: CodeStats, weight: Tensor, z: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
     """Of a sum in which the three differentiable outputs have different factors."""
@@ -25,14 +27,18 @@ def gradients(stats: CodeStats, weight: Tensor, z: Tensor, codebook: Tensor) -> 
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     N=st.integers(1, 40),
     K=st.integers(1, 140),
     C=st.one_of(st.sampled_from((1, 12, 64)), st.integers(1, 80)),
-    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    dtype=st.sampled_from(DTYPES),
+    table=st.sampled_from(DTYPES),
     metric=st.sampled_from(METRICS),
+    ties=st.booleans(),
+    step=st.integers(1, 3),
+    transposed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_kernel_against_reference(
@@ -42,12 +48,24 @@ def test_kernel_against_reference(
     K: int,
     C: int,
     dtype: torch.dtype,
+    table: torch.dtype,
     metric: str,
+    ties: bool,
+    step: int,
+    transposed: bool,
     seed: int,
 ) -> None:
     gen = torch.Generator().manual_seed(seed)
-    z = torch.randn(N, C, generator=gen).to(device, dtype).requires_grad_()
-    codebook = torch.randn(K, C, generator=gen).to(device).requires_grad_()
+    ties = ties and metric == "euclidean"  # whether rows of unit length tie is a matter of rounding
+
+    def rows(count: int, kind: torch.dtype) -> Tensor:
+        """(count, C), a view with gaps where asked for; small integers tie exactly."""
+        shape = (C, count * step) if transposed else (count * step, C)
+        x = torch.randn(shape, generator=gen)
+        x = (x.round().clamp(-1, 1) if ties else x).to(device, kind).requires_grad_()
+        return (x.T if transposed else x)[::step]
+
+    z, codebook = rows(N, dtype), rows(K, table)
     weight = torch.randn(N, C, generator=gen).to(device)
     got = nearest_code_stats(z, codebook, metric=metric, beta=0.3)
     want = nearest_code_stats_ref(z, codebook, metric, beta=0.3)
@@ -63,9 +81,9 @@ def test_kernel_against_reference(
         (z, codebook),
         strict=True,
     )
-    for mine, theirs, rows in pairs:
+    for mine, theirs, x in pairs:
         # cosine divides by a row's length, and what it divides may cancel
-        length = rows.detach().float().norm(dim=1, keepdim=True) if metric == "cosine" else 1.0
+        length = x.detach().float().norm(dim=1, keepdim=True) if metric == "cosine" else 1.0
         assert_near((mine * length).to(mine.dtype), theirs * length, terms=N * C, scale=8.0)
 
 
@@ -78,6 +96,79 @@ def test_losses_by_hand(interpreted: None, device: torch.device) -> None:
     assert stats.quantized.tolist() == [[0.0, 2.0], [2.0, 0.0]]
     assert float(stats.codebook_loss) == 0.5
     assert float(stats.commitment_loss) == 0.25
+
+
+@pytest.mark.parametrize("path", [nearest_code_stats, nearest_code_stats_ref])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_are_not_finite_show_in_the_losses(
+    interpreted: None,
+    device: torch.device,
+    value: float,
+    metric: str,
+    path: Callable[..., CodeStats],
+) -> None:
+    z, codebook = torch.randn(5, 7, device=device), torch.randn(70, 7, device=device)
+    clean = path(z, codebook, metric=metric)
+    z[2, 3] = value
+    stats = path(z, codebook, metric=metric)
+    assert ((stats.ids >= 0) & (stats.ids < 70)).all()
+    others = [0, 1, 3, 4]
+    assert (stats.ids[others] == clean.ids[others]).all()
+    assert (stats.quantized[others] == clean.quantized[others]).all()
+    assert stats.counts.sum() == 5
+    assert not stats.commitment_loss.isfinite()
+    assert not stats.codebook_loss.isfinite()
+
+
+@pytest.mark.parametrize("path", [nearest_code_stats, nearest_code_stats_ref])
+def test_maps_are_rows_in_their_order(
+    interpreted: None, device: torch.device, path: Callable[..., CodeStats]
+) -> None:
+    z = torch.randn(2, 6, 3, 4, device=device).permute(0, 2, 3, 1).requires_grad_()
+    codebook = torch.randn(20, 6, device=device, requires_grad=True)
+    weight = torch.randn(2, 3, 4, 6, device=device)
+    got = path(z, codebook, metric="cosine")
+    want = path(z.flatten(0, 2), codebook, metric="cosine")
+    assert torch.equal(got.ids, want.ids.view(2, 3, 4))
+    assert torch.equal(got.counts, want.counts)
+    assert_near(got.quantized, want.quantized.view(weight.shape))
+    flat = gradients(want, weight.flatten(0, 2), z, codebook)
+    for mine, theirs in zip(gradients(got, weight, z, codebook), flat, strict=True):
+        assert_near(mine, theirs, terms=24)
+
+
+@pytest.mark.parametrize("path", [nearest_code_stats, nearest_code_stats_ref])
+def test_gradients_repeat_bit_for_bit_on_request(
+    interpreted: None, device: torch.device, path: Callable[..., CodeStats]
+) -> None:
+    """Without warn_only: an operation that has no fixed order is an error."""
+    torch.use_deterministic_algorithms(True)
+    z = torch.randn(3000, 5, device=device, requires_grad=True)
+    codebook = torch.randn(4, 5, device=device, requires_grad=True)  # 750 rows add up in each
+    weight = torch.randn(3000, 5, device=device)
+    first, again = (gradients(path(z, codebook), weight, z, codebook) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_second_derivatives(interpreted: None, device: torch.device, metric: str) -> None:
+    """What each loss holds constant stays constant."""
+    z = torch.randn(6, 5, device=device, requires_grad=True)
+    codebook = torch.randn(4, 5, device=device, requires_grad=True)
+
+    def second(path: Callable[..., CodeStats]) -> tuple[Tensor, ...]:
+        stats = path(z, codebook, metric=metric)
+        total = stats.quantized.square().sum() + 2 * stats.commitment_loss + stats.codebook_loss
+        grads = torch.autograd.grad(total, (z, codebook), create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        return torch.autograd.grad(penalty, (z, codebook))
+
+    for mine, theirs in zip(
+        second(nearest_code_stats), second(nearest_code_stats_ref), strict=True
+    ):
+        size = float(theirs.abs().max())
+        assert_near(mine, theirs, terms=30, scale=size)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -178,3 +269,6 @@ def test_bad_input_is_named() -> None:
         nearest_code_stats(torch.zeros(2, 3), torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"nearest_code_stats wants metric.*'l1'"):
         nearest_code_stats(torch.zeros(2, 3), torch.zeros(5, 3), metric="l1")
+    for beta in (-0.25, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"nearest_code_stats wants a finite beta.*{beta}"):
+            nearest_code_stats(torch.zeros(2, 3), torch.zeros(5, 3), beta=beta)

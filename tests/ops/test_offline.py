@@ -3,9 +3,11 @@
 Kernels are compiled here, so the work is done in processes without TRITON_INTERPRET.
 """
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,14 +60,26 @@ def test_all_architectures_pass(tmp_path: Path) -> None:
     check_report([80, 86, 89, 90], tmp_path / "rows.json")
 
 
-def test_every_kernel_file_is_covered() -> None:
-    """A file that registers an operator lists cases; that operator's kernels are all in them."""
-    folder = ROOT / "kernels"
-    with_op = {
-        path.stem for path in folder.glob("*.py") if "\n@lazy_triton_op(" in path.read_text()
-    }
-    assert with_op
-    assert with_op <= set(report.kernel_modules())
+def test_every_kernel_that_is_launched_is_covered() -> None:
+    """By name of the function: what sources launch is what `offline_cases` list, no more, no less.
+
+    traced.py compares the types of the arguments as well, for the launches that it sees.
+    """
+    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    launched = {name for text in sources for name in re.findall(r"\bwrap_triton\((\w+)\)", text)}
+    modules = [importlib.import_module(f"titok_fast.kernels.{n}") for n in report.kernel_modules()]
+    listed = {case.kernel.__name__ for module in modules for case in module.offline_cases()}
+    assert launched == listed
+
+
+@pytest.mark.parametrize("name", report.kernel_modules())
+def test_design_is_told_in_the_head(name: str) -> None:
+    """Fifteen lines are enough for tiling, reason, floor and what share of it to expect."""
+    source = (ROOT / "kernels" / f"{name}.py").read_text()
+    head = ast.get_docstring(ast.parse(source)) or ""
+    assert len(head.splitlines()) <= 15
+    assert "Floor" in head
+    assert re.search("expect|predict", head, re.IGNORECASE)
 
 
 GOOD = {
@@ -75,7 +89,9 @@ GOOD = {
     "stack_bytes": 0,
     "shared_bytes": 1024,
     "mma": 4,
-    "loads_128": 2,
+    "streams": ["x_ptr"],
+    "narrow_streams": [],
+    "short_offsets": [],
 }
 
 
@@ -90,13 +106,20 @@ def test_a_good_row_passes() -> None:
         ({"stack_bytes": 16}, "16 B of stack"),
         ({"shared_bytes": (99 << 10) + 1}, "101376 B is the limit"),
         ({"mma": 0}, "without tensor-core"),
-        ({"loads_128": 0}, "no 128-bit loads"),
+        ({"streams": []}, "no stream"),
+        ({"narrow_streams": ["x_ptr"]}, "less than 128 bits: x_ptr"),
+        ({"short_offsets": ["x_ptr"]}, "32-bit offsets: x_ptr"),
         ({"registers": 0}, "no registers"),
     ],
 )
-def test_a_bad_row_fails(change: dict[str, int], told: str) -> None:
+def test_a_bad_row_fails(change: dict[str, Any], told: str) -> None:
     (why,) = report.failures(GOOD | change, expects_mma=True, vector_loads=True)
     assert told in why
+
+
+def test_streams_are_judged_where_there_are_some() -> None:
+    bad = GOOD | {"streams": [], "narrow_streams": ["x_ptr"], "short_offsets": ["x_ptr"]}
+    assert report.failures(bad, expects_mma=True, vector_loads=False) == []
 
 
 def test_tensor_cores_in_an_ieee_path_fail() -> None:
@@ -110,39 +133,57 @@ def test_shared_memory_limit_is_the_device_s() -> None:
     assert report.failures(row | {"arch": "sm_89"}, True, True)
 
 
-SPILLS = """
-import dataclasses, sys
-from pathlib import Path
+BAD = """
+import sys
+from dataclasses import replace
 sys.path.insert(0, "bench")
 import kernel_report
-from titok_fast.kernels import _offline
-from titok_fast.kernels.nearest_code import offline_cases
+from titok_fast.kernels import guided_sample, nearest_code  # the functions; their modules hide
+search = sys.modules["titok_fast.kernels.nearest_code"].offline_cases()[0]
+sample = sys.modules["titok_fast.kernels.guided_sample"].offline_cases()[0]
 
-case = offline_cases()[0]
-wide = dataclasses.replace(
-    case, num_warps=4, constexprs=case.constexprs | {"BLOCK_N": 128, "BLOCK_K": 128}
+spills = replace(
+    search, num_warps=4, constexprs=search.constexprs | {"BLOCK_N": 128, "BLOCK_K": 128}
 )
+# rows that need not begin at a multiple of 16 bytes; the other stream stays as it was
+narrow = replace(sample, signature=sample.signature | {"uncond_stride_k": "i32"})
 kernel_report.kernel_modules = lambda: ["nearest_code"]
-import titok_fast.kernels.nearest_code
-sys.modules["titok_fast.kernels.nearest_code"].offline_cases = lambda: [case, wide]
-sys.exit(kernel_report.main(["--arch", "80", "--cache", sys.argv[1]]))
+sys.modules["titok_fast.kernels.nearest_code"].offline_cases = lambda: [
+    search, spills, sample, narrow
+]
+sys.exit(kernel_report.main(["--arch", "80", "--cache", sys.argv[1], "--limit-s", sys.argv[2]]))
 """
 
 
-def test_a_kernel_that_spills_fails_the_gate(tmp_path: Path) -> None:
-    """A tile four times the size that fits, through compiler, assembler, table and exit status."""
-    done = python("-c", SPILLS, str(tmp_path))
+def test_bad_kernels_fail_the_gate(tmp_path: Path) -> None:
+    """Through compiler, assembler, table and exit status; the good ones beside them pass."""
+    done = python("-c", BAD, str(tmp_path), "600")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "B of spills" in done.stdout
-    assert "2 rows, 1 failed" in done.stdout
-    assert len(list(tmp_path.glob("*.json"))) == 2
+    lines = done.stdout.splitlines()
+    told = [(lines[i - 1].split()[0], line) for i, line in enumerate(lines) if "FAILS" in line]
+    assert len(told) == 2, done.stdout
+    assert told[0][0] == "search"
+    assert "B of spills" in told[0][1]
+    assert told[1] == ("guided_sample", "    FAILS: read in less than 128 bits: uncond_ptr")
+    assert "4 rows, 2 failed" in done.stdout
+    assert len(list(tmp_path.glob("*.json"))) == 4
+
+
+def test_a_gate_that_takes_too_long_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "build_report", lambda archs, cache: [])
+    monkeypatch.setattr(report, "_processor_seconds", lambda: 301.0)
+    assert report.main(["--limit-s", "302"]) == 0
+    assert report.main(["--limit-s", "300"]) == 1
+    assert "FAILS: the gate may take 300 s" in capsys.readouterr().out
 
 
 def test_cache_is_read_and_follows_the_source(tmp_path: Path) -> None:
     """A kernel that cannot be compiled: only a cache that knows it can answer."""
     kernel = SimpleNamespace(cache_key="one", __name__="_fake_kernel")
     case = report.OfflineCase(kernel, "c", {}, {}, 4, 1, False, False, 1.0, 1.0, 1.0)
-    code = report.MachineCode(40, 0, 0, 0, 0, 0, 0, 0)
+    code = report.MachineCode(40, 0, 0, 0, 0, 0, 0, 0, ["x_ptr"])
     entry = tmp_path / f"{report._key(case, 80)}.json"
     entry.write_text(json.dumps(asdict(code)))
     assert report._compiled(case, 80, tmp_path) == code

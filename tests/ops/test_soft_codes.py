@@ -122,6 +122,20 @@ def test_gradients(interpreted: None, device: torch.device, dtype: torch.dtype) 
         assert error < 4 * ROUNDOFF[dtype], name
 
 
+def test_second_derivatives(interpreted: None, device: torch.device) -> None:
+    logits = torch.randn(4, 9, device=device, requires_grad=True)
+    codebook = torch.randn(9, 3, device=device, requires_grad=True)
+
+    def second(path: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(path(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    wide = [x.detach().double().requires_grad_() for x in (logits, codebook)]
+    pairs = zip(second(soft_codes, logits, codebook), second(soft_codes_ref, *wide), strict=True)
+    for mine, theirs in pairs:
+        assert_near(mine, theirs, terms=9, scale=float(theirs.abs().max()))
+
+
 def test_reference_gradcheck() -> None:
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     codebook = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
@@ -174,3 +188,13 @@ def test_op_is_well_registered(
 def test_bad_input_is_named(logits: Tensor, codebook: Tensor, told: str) -> None:
     with pytest.raises(ValueError, match=f"soft_codes.*{told}"):
         soft_codes(logits, codebook)
+
+
+@pytest.mark.gpu
+def test_a_table_of_more_than_2_31_numbers(device: torch.device) -> None:
+    K, C = 2**20 + 1, 2048
+    codebook = torch.zeros(K, C, dtype=torch.bfloat16, device=device)
+    codebook[-1] = torch.arange(C, device=device)
+    logits = torch.full((1, K), -INF, dtype=torch.bfloat16, device=device)
+    logits[0, -1] = 0
+    assert torch.equal(soft_codes(logits, codebook)[0], codebook[-1])

@@ -98,6 +98,8 @@ HIDDEN_BY_IDS: list[tuple[Callable[..., Any], str, Tensor, str]] = [
      r"remask wants num_masked in \[0, inf\); got -1 at \[1\]"),
     (nearest, "z", put(torch.zeros(4, 3), INF),
      r"nearest_code wants z with finite values; got inf at \[3, 2\]"),
+    (loss, "targets", torch.tensor([0, 7, 1, 2]),
+     r"masked_cross_entropy wants targets in \[0, 7\); got 7 at \[1\], 1 such of 4"),
 ]  # fmt: skip
 ON_REQUEST: list[tuple[Callable[..., Any], str, Tensor, str]] = [
     (head, "weight", put(torch.zeros(7, 6), NAN), "lm_head_sample wants weight without NaN"),
@@ -116,7 +118,6 @@ ON_REQUEST: list[tuple[Callable[..., Any], str, Tensor, str]] = [
     (loss, "bias", put(torch.zeros(7), NAN), "bias without NaN"),
     (loss, "weights", put(torch.ones(4), -0.5), r"weights in \[0, inf\); got -0.5 at \[3\]"),
     (loss, "weights", put(torch.ones(4), NAN), r"weights in \[0, inf\); got nan"),
-    (loss, "targets", torch.tensor([0, 7, 1, 2]), r"targets in \[0, 7\); got 7 at \[1\]"),
 ]  # fmt: skip
 
 
@@ -184,6 +185,26 @@ def test_compiled_calls_look_at_no_value() -> None:
         return out
 
     assert compiled(torch.full((2, 4), NAN)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_transformed_calls_look_at_no_value(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values under vmap are those of all samples, and cannot be asked for."""
+    monkeypatch.setenv(ENVIRONMENT, asked)
+    z, codebook = torch.randn(5, 4, 3), torch.randn(9, 3)
+
+    def ids(rows: Tensor) -> Tensor:
+        return kernels.nearest_code(rows, codebook)
+
+    def commitment(rows: Tensor) -> Tensor:
+        return kernels.nearest_code_stats(rows, codebook).commitment_loss
+
+    assert torch.equal(torch.vmap(ids)(z), torch.stack([ids(rows) for rows in z]))
+    leaf = z.clone().requires_grad_()
+    torch.stack([commitment(rows) for rows in leaf]).sum().backward()
+    torch.testing.assert_close(torch.vmap(torch.func.grad(commitment))(z), leaf.grad)
+    bad = torch.vmap(ids)(put(z, NAN))
+    assert ((bad >= 0) & (bad < 9)).all()
 
 
 def test_fake_tensors_have_no_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,11 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.integrations._swap import Fast, Plan, check_codebook, refuse
 from titok_fast.kernels.guided_sample import guided_sample
-from titok_fast.kernels.nearest_code import nearest_code
+from titok_fast.kernels.nearest_code_stats import nearest_code_stats
 from titok_fast.kernels.remask import remask
 
 # what the replaced step takes for the logarithm of a known token's and of a vanishing probability
@@ -30,20 +29,16 @@ class FastVQ(Fast, nn.Module):
         if not z.dtype == table.dtype == torch.float32 or torch.is_autocast_enabled(z.device.type):
             # half-precision distances round many codes into ties
             return super().forward(z)
-        rows = z.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
-        ids = nearest_code(rows.flatten(0, 2), table)
-        codes = F.embedding(ids, table).view(rows.shape)
-        to_codes, to_rows = F.mse_loss(rows, codes.detach()), F.mse_loss(codes, rows.detach())
+        found = nearest_code_stats(z.permute(0, 2, 3, 1).contiguous(), table, beta=1.0)
+        to_codes, to_rows = found.commitment_loss, found.codebook_loss
         # legacy: beta weighs the codebook's term, a mistake that released weights were trained with
         loss = to_codes + self.beta * to_rows if self.legacy else self.beta * to_codes + to_rows
-        out = (rows + (codes - rows).detach()).permute(0, 3, 1, 2).contiguous()
-        if self.sane_index_shape:
-            ids = ids.view(rows.shape[:-1])
-        return out, loss, (None, None, ids)
+        ids = found.ids if self.sane_index_shape else found.ids.flatten()
+        return found.quantized.permute(0, 3, 1, 2).contiguous(), loss, (None, None, ids)
 
 
 class FastAmused(Fast):
-    """One step of masked generation: draw, score, mask again. Logits are not checked for NaN."""
+    """One step of masked generation: draw, score, mask again. A NaN is an error on a CPU alone."""
 
     config: Any
     timesteps: Tensor

@@ -25,15 +25,8 @@ from titok_fast.schedules import Step, steps
 class FastQuantizer(Fast, nn.Module):
     """Nearest code without the matrix of distances; losses and gradients as they were."""
 
-    nearest = VectorQuantizer.nearest
+    metric = VectorQuantizer.metric
     forward = VectorQuantizer.forward
-
-    def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        """Codes of ids, also of the (B, H, W) ids that the new forward asks for."""
-        lookup = super().get_codebook_entry  # type: ignore[misc]
-        if indices.ndim != 3:
-            return lookup(indices)
-        return lookup(indices.flatten()).view(*indices.shape, -1)
 
 
 class FastTiTok(Fast, nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.integrations._swap import Fast, Plan, check_codebook, refuse
-from titok_fast.kernels.nearest_code import nearest_code
+from titok_fast.kernels.nearest_code import find_codes
 
 # arguments of forward that change nothing in evaluation
 _TRAINING_ARGUMENTS = {
@@ -64,8 +64,8 @@ class FastVectorQuantize(Fast, nn.Module):
         table = book.embed[0] if book.learnable_codebook else book.embed[0].detach()
         x = book.transform_input(self.project_in(x))
         metric = "cosine" if self.use_cosine_sim else "euclidean"
-        ids = nearest_code(x.reshape(-1, x.shape[-1]).float(), table.float(), metric=metric)
-        ids = ids.view(x.shape[:-1])
+        rows = x.reshape(-1, x.shape[-1]).float()
+        ids = find_codes(rows, table.float(), metric, ids_only=False).view(x.shape[:-1])
         return self.project_out(F.embedding(ids, table.float()).to(dtype)), ids
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titok_fast.kernels.nearest_code import nearest_code, unit_rows
+from titok_fast.kernels.nearest_code_stats import count_codes
 from titok_fast.quantizer import VectorQuantizer
 
 
@@ -45,8 +46,7 @@ class CodeUsage:
 
     def update(self, ids: Tensor) -> None:
         """Count int64 ids in [0, N) of any shape. No host wait."""
-        flat = ids.detach().reshape(-1)
-        self.counts.scatter_add_(0, flat, torch.ones_like(flat))
+        self.counts += count_codes(ids, len(self.counts))
 
     def report(self) -> UsageReport:
         """Use since the last reset, summed over ranks: every rank must call it."""
@@ -116,11 +116,11 @@ class CodeRevival:
             raise ValueError(f"CodeRevival wants z (B, {C}, H, W) and ids (B, H, W); got {got}")
         rows = z.detach().float().permute(0, 2, 3, 1).reshape(-1, C)
 
-        counts = _summed(torch.bincount(ids.reshape(-1), minlength=N))
+        counts = _summed(count_codes(ids, N))
         share = counts.float() / counts.sum()
         self.embed_prob.mul_(self.decay).add_(share, alpha=1 - self.decay)
 
-        metric = "cosine" if quantizer.use_l2_norm else "euclidean"
+        metric = quantizer.metric
         # the search with both sides swapped: the nearest latent of every code
         anchors = rows[nearest_code(table, rows, metric=metric)]  # (N, C)
         if _world() > 1:

@@ -1,0 +1,160 @@
+"""For the tests that treat all kernels alike: one call of each, and how operators are checked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from draws import any_seeds
+from torch import Tensor
+from torch.library import opcheck
+
+from titok_fast.kernels import (
+    add_group_norm_silu,
+    group_norm_silu,
+    guided_sample,
+    lm_head_sample,
+    masked_cross_entropy,
+    nearest_code,
+    nearest_code_stats,
+    remask,
+    soft_codes,
+)
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """`fn(*leaves, *others)`, a public kernel with its options set.
+
+    Attributes:
+        fn: the function of its tensors.
+        leaves: tensors with gradients.
+        others: the rest.
+    """
+
+    fn: Function
+    leaves: tuple[Tensor, ...] = ()
+    others: tuple[Tensor, ...] = ()
+
+    def outputs(self, fn: Function | None = None) -> list[Tensor]:
+        """What `fn`, or a compiled form of it, returns."""
+        out = (fn or self.fn)(*self.leaves, *self.others)
+        return [out] if isinstance(out, Tensor) else list(out)
+
+    def results(self, fn: Function | None = None) -> list[Tensor]:
+        """The outputs, and the gradients of the leaves where there are any."""
+        if not self.leaves:
+            return self.outputs(fn)
+        call = self.with_gradients()
+        outputs = call.outputs(fn)
+        # every number has a weight of its own, so that none can take another's place
+        loss = sum(
+            (x * torch.arange(1.0, x.numel() + 1, device=x.device).cos().view(x.shape)).sum()
+            for x in outputs
+            if x.requires_grad
+        )
+        return outputs + list(torch.autograd.grad(loss, call.leaves))
+
+    def with_gradients(self) -> "OpCall":
+        """The same call on copies of the leaves that ask for gradients."""
+        leaves = tuple(x.detach().clone().requires_grad_() for x in self.leaves)
+        return OpCall(self.fn, leaves, self.others)
+
+
+def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
+    """By name of the public function, with a word more where it is called in several ways.
+
+    Sizes are odd, and small: Triton's interpreter takes milliseconds for a program.
+
+    Args:
+        device: of the tensors.
+        batch: images; all that depends on their number has this size or a multiple.
+    """
+    B, K, N, D = batch, 6, 70, 24
+    R = B * K
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    def below(end: int, *shape: int) -> Tensor:
+        return torch.randint(end, shape, device=device)
+
+    z, codebook = normal(16 * B + 1, 12), normal(130, 12)
+    logits, uncond, noise = normal(B, K, N), normal(B, K, N), normal(B, K, N)
+    mask, ids, seeds = below(3, B, K) > 0, below(N, B, K), any_seeds(B, device)
+    hidden, unguided, weight, bias = normal(R, D), normal(R, D), normal(N, D), normal(N)
+    rows, row_seeds, positions = below(R, R), any_seeds(R, device), below(2**16, R)
+    x, residual = (
+        normal(B, 64, 5, 3).to(memory_format=torch.channels_last) for _ in ("x", "residual")
+    )
+    scale, shift = normal(64), normal(64)
+    return {
+        "nearest_code": OpCall(nearest_code, others=(z, codebook)),
+        "nearest_code cosine": OpCall(
+            lambda z, e: nearest_code(z, e, metric="cosine"), others=(z, codebook)
+        ),
+        "nearest_code_stats": OpCall(
+            lambda z, e: nearest_code_stats(z, e, metric="cosine"), leaves=(z, codebook)
+        ),
+        "guided_sample": OpCall(
+            lambda l, u, m, i, s: guided_sample(
+                l, u, mask=m, ids=i, seeds=s, step=3, guidance=2.0, noise_temperature=3.0
+            ),
+            others=(logits, uncond, mask, ids, seeds),
+        ),
+        "guided_sample given": OpCall(
+            lambda l, m, i, g: guided_sample(
+                l, mask=m, ids=i, noise=g, noise_temperature=3.0, rule="probability"
+            ),
+            others=(logits, mask, ids, noise),
+        ),
+        "remask": OpCall(
+            lambda i, x, n, s: remask(i, x, n, mask_id=N, seeds=s, noise_temperature=3.0),
+            others=(ids, normal(B, K), below(K, B), seeds),
+        ),
+        "lm_head_sample": OpCall(
+            lambda h, u, w, b, r, s, p: lm_head_sample(
+                h, u, w, b, rows=r, seeds=s, positions=p, guidance=2.0, noise_temperature=3.0
+            ),
+            others=(hidden, unguided, weight, bias, rows, row_seeds, positions),
+        ),
+        "lm_head_sample greedy": OpCall(
+            lambda h, w: lm_head_sample(
+                h, None, w, None, noise_temperature=0.0, rule="probability"
+            ),
+            others=(hidden, weight),
+        ),
+        "soft_codes": OpCall(soft_codes, leaves=(normal(R, N), normal(N, D))),
+        "group_norm_silu": OpCall(partial(group_norm_silu, groups=4), leaves=(x, scale, shift)),
+        "add_group_norm_silu": OpCall(
+            partial(add_group_norm_silu, groups=4), leaves=(x, residual, scale, shift)
+        ),
+        "masked_cross_entropy": OpCall(
+            masked_cross_entropy,
+            leaves=(hidden, weight, bias),
+            others=(below(N, R), torch.rand(R, device=device)),
+        ),
+    }
+
+
+def check_operator(op: Any, args: Sequence[Any], *, fakes: bool = True) -> None:
+    """`torch.library.opcheck`.
+
+    Args:
+        op: such as torch.ops.titok_fast.remask.default.
+        args: of one call.
+        fakes: whether to make the two checks that trace it with fake tensors.
+    """
+    args = tuple(args)
+    checks = ("test_schema", "test_autograd_registration")
+    opcheck(op, args, test_utils=(*checks, "test_faketensor") if fakes else checks)
+    if not fakes:
+        return
+    out = op(*args)
+    if not (out if isinstance(out, Tensor) else out[0]).is_floating_point():
+        # torch adds all outputs to the first in place, which integers refuse: so no gradients
+        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+    opcheck(op, args, test_utils="test_aot_dispatch_dynamic")

@@ -1,0 +1,143 @@
+"""What the sampling ops draw: the same on every path, and by the law of the softmax."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from draws import any_seeds
+from torch import Tensor
+
+from titok_fast.kernels._launch import runs_triton
+from titok_fast.kernels._sampling import RULES
+from titok_fast.kernels.guided_sample import guided_sample
+from titok_fast.kernels.lm_head_sample import lm_head_sample
+from titok_fast.kernels.remask import remask
+
+B, K, D, N = 3, 5, 8, 70  # codes of more than one tile of the head
+Inputs = dict[str, Tensor]
+
+
+def inputs_of(numbers: str) -> Inputs:
+    """Of whole numbers sums and mixes are exact in any order: all four have the same logits."""
+    shapes = {"hidden": (B, K, D), "uncond": (B, K, D), "weight": (N, D), "bias": (N,)}
+    inputs = {
+        name: torch.randint(-2, 3, shape).float() if numbers == "whole" else torch.randn(shape)
+        for name, shape in shapes.items()
+    }
+    inputs["bias"][::7] = -torch.inf  # forbidden codes: -inf in both streams
+    return inputs | {"ids": torch.randint(N, (B, K)), "seeds": any_seeds(B)}
+
+
+def draw(
+    inputs: Inputs, mask: Tensor, guidance: float | None, noise_temperature: float, rule: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Candidates and scores of the masked tokens, of guided_sample and of lm_head_sample."""
+    hidden, uncond, seeds = inputs["hidden"], inputs["uncond"], inputs["seeds"]
+    head = inputs["weight"], inputs["bias"]
+    common = {"step": 4, "guidance": guidance or 0.0, "softmax_temperature": 0.5}
+    common |= {"noise_temperature": noise_temperature, "rule": rule}
+    candidates, scores = guided_sample(
+        F.linear(hidden, *head), None if guidance is None else F.linear(uncond, *head),
+        mask=mask, ids=inputs["ids"], seeds=seeds, **common,
+    )  # fmt: skip
+    sample, position = mask.nonzero(as_tuple=True)
+    fused = lm_head_sample(
+        hidden.flatten(0, 1), None if guidance is None else uncond.flatten(0, 1), *head,
+        rows=sample * K + position, seeds=seeds[sample], positions=position, **common,
+    )  # fmt: skip
+    return [(candidates[mask], scores[mask]), fused]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("noise_temperature", [0.0, 3.0])  # greedy: ties of whole numbers
+@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("known", [0.0, 0.4])  # all rows or some: two paths on a CPU
+@pytest.mark.parametrize("numbers", ["whole", "real"])
+def test_kernels_and_cpu_draw_the_same(
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    numbers: str,
+    known: float,
+    guidance: float | None,
+    noise_temperature: float,
+    rule: str,
+) -> None:
+    inputs, mask = inputs_of(numbers), torch.rand(B, K) >= known
+    settings = guidance, noise_temperature, rule
+    on_cpu = draw(inputs, mask, *settings)
+    request.getfixturevalue("interpreted")  # from here on the kernels
+    assert runs_triton(mask.to(device))
+    in_kernels = draw({k: x.to(device) for k, x in inputs.items()}, mask.to(device), *settings)
+    ids, scores = on_cpu[0]
+    assert scores.isfinite().all()
+    assert (ids % 7 != 0).all()
+    for other_ids, other_scores in (on_cpu[1], *in_kernels):
+        assert torch.equal(other_ids.cpu(), ids)
+        # a whole logit is exact; a log-softmax is summed in another order
+        tolerance = 0.0 if (numbers, rule) == ("whole", "logit") else 1e-5
+        torch.testing.assert_close(other_scores.cpu(), scores, rtol=tolerance, atol=tolerance)
+
+
+def assert_drawn_from(logits: Tensor, ids: Tensor) -> None:
+    """Chi-square: ids (R,) are draws from the softmax of logits (N,)."""
+    freedom = len(logits) - 1
+    limit = freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations above the mean
+    counts = torch.bincount(ids, minlength=len(logits))
+    expected, warmer = ((logits.double() / t).softmax(0) * len(ids) for t in (1.0, 1.05))
+    assert expected.min() > 5  # below, the chi-square law is no good approximation
+    assert ((counts - expected) ** 2 / expected).sum() < limit
+    # and it can fail: against the law of a temperature 5 % higher
+    assert ((counts - warmer) ** 2 / warmer).sum() > limit
+
+
+TEMPERATURES = pytest.mark.parametrize(
+    ("softmax_temperature", "noise_temperature"), [(0.5, 4.75), (0.8, 1.5), (1.3, 0.25)]
+)
+
+
+@TEMPERATURES
+def test_guided_sample_follows_the_softmax(
+    softmax_temperature: float, noise_temperature: float
+) -> None:
+    codes, images, tokens = 24, 1000, 100
+    temperature = softmax_temperature * noise_temperature
+    logits = (torch.rand(codes) * 3 - 1.5) * temperature
+    mask = torch.ones(images, tokens, dtype=torch.bool)
+    candidates, _ = guided_sample(
+        logits.expand(images, tokens, codes), mask=mask, ids=mask.long(),
+        seeds=any_seeds(images), step=5,
+        softmax_temperature=softmax_temperature, noise_temperature=noise_temperature,
+    )  # fmt: skip
+    assert_drawn_from(logits / temperature, candidates.flatten())
+
+
+@TEMPERATURES
+def test_lm_head_sample_follows_the_softmax(
+    softmax_temperature: float, noise_temperature: float
+) -> None:
+    R, codes, width = 100_000, 24, 4
+    temperature = softmax_temperature * noise_temperature
+    hidden, weight = torch.ones(R, width), (torch.rand(codes, width) - 0.5) * temperature
+    candidates, _ = lm_head_sample(
+        hidden, None, weight, None, seeds=any_seeds(R),
+        positions=torch.arange(R) % 2**16, softmax_temperature=softmax_temperature,
+        noise_temperature=noise_temperature,
+    )  # fmt: skip
+    assert_drawn_from(weight.sum(1) / temperature, candidates)
+
+
+@pytest.mark.parametrize("noise_temperature", [0.25, 1.5, 4.75])
+def test_token_that_remask_keeps_follows_the_softmax(
+    device: torch.device, noise_temperature: float
+) -> None:
+    """With all but one masked, the one kept is a draw from softmax(score / temperature)."""
+    images, tokens = 100_000, 6
+    scores = (torch.arange(tokens, device=device) / 3 * noise_temperature).expand(images, tokens)
+    ids = remask(
+        torch.zeros_like(scores, dtype=torch.int64), scores,
+        torch.full((images,), tokens - 1, device=device), mask_id=1,
+        seeds=any_seeds(images, device), step=2,
+        noise_temperature=noise_temperature,
+    )  # fmt: skip
+    kept = ids.cpu() == 0
+    assert (kept.sum(1) == 1).all()
+    assert_drawn_from(scores[0].cpu() / noise_temperature, kept.nonzero()[:, 1])

@@ -1,0 +1,241 @@
+"""Every operator under torch's own tracers, with or without a GPU. Run by test_registration.py.
+
+    TRITON_INTERPRET=0 python tests/ops/traced.py opcheck static dynamic
+
+torch traces compiled kernels, which run on a GPU, but none of the interpreter's. Here they are
+compiled kernels until they are launched, and then the interpreter runs them. What only a GPU can
+show is what Inductor makes of the graphs that are checked here (test_gpu_calls.py).
+"""
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from calls import OpCall, calls, check_operator
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction, mangle_type
+
+import titok_fast.kernels
+from titok_fast.kernels import _launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+found: list[fx.Node] = []  # launches in the graphs of the last compilation
+launched: dict[str, dict[str, set[str]]] = {}  # kernel: argument: Triton types it was given
+
+
+def interpret_launches() -> None:
+    """Hand every launch to the interpreter, and say that there is a GPU to compile for."""
+    interpreted = lru_cache(interpreter.InterpretedFunction)
+
+    def run(kernel: JITFunction, *args: Any, **options: Any) -> None:
+        interpreted(kernel.fn).run(*args, **options)
+
+    def call(kernel: JITFunction, *args: Any, **options: Any) -> Any:
+        # Triton's own way leaves its language patched, and torch then fails to read the next kernel
+        scope = interpreter._patch_lang(kernel.fn)
+        try:
+            return interpreted(kernel.fn).rewrite()(*args, **options)
+        finally:
+            scope.restore()
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 80, 32)
+
+    JITFunction.run, JITFunction.__call__ = run, call
+    triton.runtime.driver.set_active(Driver())
+    _launch._interpret_on_cpu = True
+    np.seterr(all="ignore")
+
+
+def note_launches() -> None:
+    """Write down in `launched` what every launch is given."""
+    launch = JITFunction.run
+
+    def run(kernel: JITFunction, *args: Any, **options: Any) -> Any:
+        types = launched.setdefault(kernel.__name__, {})
+        for parameter, arg in zip(kernel.params, args, strict=False):
+            if not parameter.is_constexpr:
+                types.setdefault(parameter.name, set()).add(mangle_type(arg))
+        return launch(kernel, *args, **options)
+
+    JITFunction.run = run
+
+
+def kernel_modules() -> list[ModuleType]:
+    found = pkgutil.iter_modules(titok_fast.kernels.__path__, "titok_fast.kernels.")
+    return [importlib.import_module(module.name) for module in found]
+
+
+def registered_ops() -> set[str]:
+    """Register all that the package has to register; names in namespace titok_fast."""
+    for module in kernel_modules():
+        for value in vars(module).values():
+            if hasattr(getattr(value, "register", None), "_dynamo_marked_constant"):
+                value.register()
+    every = torch._C._dispatch_get_all_op_names()
+    return {name for name in every if name.startswith("titok_fast::")}
+
+
+class Operators(TorchDispatchMode):
+    """Notes the calls of our operators, those of a backward included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "titok_fast":
+            forward = torch._C._current_graph_task_id() < 0  # a backward has no gradient itself
+            fresh = [
+                x.detach().clone().requires_grad_(x.requires_grad and forward)
+                if isinstance(x, Tensor)
+                else x
+                for x in args
+            ]
+            self.noted.append((func, tuple(fresh)))
+        return func(*args, **(kwargs or {}))
+
+
+def check_launches() -> None:
+    """The offline gate compiles what is launched: these kernels, with arguments of these types."""
+    for call in calls(DEVICE).values():
+        call.results()
+    listed: dict[str, dict[str, set[str]]] = {}
+    for module in kernel_modules():
+        for case in getattr(module, "offline_cases", list)():
+            for name, kind in case.signature.items():
+                types = listed.setdefault(case.kernel.__name__, {}).setdefault(name, set())
+                types.add(kind.removesuffix(":16").replace("i1", "u1"))  # two names of a bool
+    assert listed.keys() == launched.keys()
+    for kernel, given in launched.items():
+        for name, types in given.items():
+            # a pointer that is not read may be any other tensor
+            assert types & listed[kernel][name], f"{kernel}: {name} is launched as {types}"
+
+
+def check_fakes() -> None:
+    """On fake CUDA tensors every operator and its gradient keeps to shape, dtype and device.
+
+    The gradient is asked of its formula: torch's engine wants a device to queue its work for.
+    """
+    want = {name: [facts(x) for x in call.outputs()] for name, call in calls("cpu").items()}
+    with FakeTensorMode():
+        for name, call in calls("cuda").items():
+            with Operators() as operators:
+                outputs = call.with_gradients().outputs()
+            assert [facts(x) for x in outputs] == want[name]
+            assert all(x.device.type == "cuda" for x in outputs)
+            for op, args in operators.noted:
+                check_fake_gradient(op, args)
+
+
+def check_fake_gradient(op: Any, args: tuple) -> None:
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return
+    out = op(*args)
+    node = next(x.grad_fn for x in (out if isinstance(out, tuple) else [out]) if x.requires_grad)
+    given = [torch.empty(m.shape, dtype=m.dtype, device="cuda") for m in node._input_metadata]
+    with torch.no_grad():
+        gradients = node.apply(*given)
+    for x, gradient in zip(args, gradients, strict=False):
+        if isinstance(x, Tensor) and x.requires_grad:
+            assert (gradient.shape, gradient.dtype, gradient.device) == (x.shape, x.dtype, x.device)
+
+
+def facts(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype
+
+
+def check_operators() -> None:
+    """Whole opcheck of every operator, with what the public functions give it."""
+    checked = set()
+    for call in calls(DEVICE).values():
+        with Operators() as operators:
+            call.results()
+        for op, args in operators.noted:
+            say(f"opcheck of {op}")
+            check_operator(op, args)
+            checked.add(op.name())
+    missing = registered_ops() - checked
+    assert not missing, f"no call in calls.py reaches {sorted(missing)}"
+
+
+def look(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """A back end that runs the graph as it is, after a look at its kernels."""
+    nodes = [n for n in graph.graph.nodes if n.target is triton_kernel_wrapper_functional]
+    for node in nodes:
+        for name in node.kwargs["tensors_to_clone"]:
+            # torch copies what it thinks a kernel writes; of an input that would be a pass more
+            assert node.kwargs["kwargs"][name].op != "placeholder", f"{name} counts as written"
+    found.extend(nodes)
+    return make_boxed_func(graph.forward)
+
+
+def check_compiled(call: OpCall, fn: Any) -> None:
+    """`fn`, the compiled form of the call, gives the same numbers and gradients, to the bit."""
+    found.clear()
+    for mine, theirs in zip(call.results(fn), call.results(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert mine.stride() == theirs.stride()
+
+
+def check_static() -> None:
+    """Compiled for its shapes, a call holds the kernels themselves."""
+    for name, call in calls(DEVICE).items():
+        say(f"{name}, static")
+        check_compiled(call, compiled(call, dynamic=False))
+        assert found, "no kernel in the graph"
+
+
+def check_dynamic() -> None:
+    """Compiled for any shape, a call serves another batch too."""
+    more = calls(DEVICE, batch=5)
+    for name, call in calls(DEVICE).items():
+        say(f"{name}, dynamic")
+        fn = compiled(call, dynamic=True)
+        check_compiled(call, fn)
+        check_compiled(more[name], fn)
+
+
+def compiled(call: OpCall, *, dynamic: bool) -> Any:
+    backend = aot_autograd(fw_compiler=look)
+    return torch.compile(call.fn, fullgraph=True, dynamic=dynamic, backend=backend)
+
+
+def say(what: str) -> None:
+    """What comes next, so that a traceback has a subject."""
+    sys.stderr.write(what + "\n")
+
+
+CHECKS = {
+    "launches": check_launches,
+    "fakes": check_fakes,
+    "opcheck": check_operators,
+    "static": check_static,
+    "dynamic": check_dynamic,
+}
+
+if __name__ == "__main__":
+    if DEVICE == "cpu":
+        interpret_launches()
+    note_launches()
+    registered_ops()
+    # fresh memory is filled with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for asked in sys.argv[1:]:
+        CHECKS[asked]()
