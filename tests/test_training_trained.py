@@ -198,12 +198,13 @@ def faults():
     torch.ones(1 << 24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 told = keep_freed_memory()
-print(int(told), *[faults() for _ in range(4)])
+print(int(told), *[faults() for _ in range(9)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    told, first, *_, last = map(int, done.stdout.split())
+    told, first, *others = map(int, done.stdout.split())
     assert first > 1000
-    assert last < first / 10 if told else platform.libc_ver()[0] != "glibc"
+    # the heap may grow a few times yet, where small pieces have split what was freed
+    assert sorted(others)[4] < first / 10 if told else platform.libc_ver()[0] != "glibc"
 
 
 def test_a_c_library_that_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
