@@ -140,19 +140,16 @@ def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
     }
 
 
-def check_operator(op: Any, args: Sequence[Any], *, fakes: bool = True) -> None:
-    """`torch.library.opcheck`.
+def check_operator(op: Any, args: Sequence[Any]) -> None:
+    """`torch.library.opcheck` of an operator, such as torch.ops.titok_fast.remask.default.
 
     Args:
-        op: such as torch.ops.titok_fast.remask.default.
+        op: the operator.
         args: of one call.
-        fakes: whether to make the two checks that trace it with fake tensors.
     """
     args = tuple(args)
-    checks = ("test_schema", "test_autograd_registration")
-    opcheck(op, args, test_utils=(*checks, "test_faketensor") if fakes else checks)
-    if not fakes:
-        return
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(op, args, test_utils=checks)
     out = op(*args)
     if not (out if isinstance(out, Tensor) else out[0]).is_floating_point():
         # torch adds all outputs to the first in place, which integers refuse: so no gradients

@@ -1,14 +1,13 @@
 """Fixtures of the kernel tests: where kernels run, and memory that cannot pass for a result."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from calls import check_operator
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from titok_fast.kernels._launch import interpret_on_cpu
@@ -50,18 +49,3 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with interpret_on_cpu(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
-
-
-@pytest.fixture
-def opcheck() -> Callable[..., None]:
-    """`torch.library.opcheck` of one of our operators, by name, as far as the machine allows.
-
-    The interpreter touches memory, which fake tensors lack: without a GPU the two checks that use
-    them are left to test_registration.py, where the interpreter comes in after the tracing.
-    """
-
-    def check(name: str, *args: object) -> None:
-        op = getattr(torch.ops.titok_fast, name).default
-        check_operator(op, args, fakes=torch.cuda.is_available())
-
-    return check

@@ -270,20 +270,6 @@ def test_compiled_equals_eager() -> None:
         assert_near(mine, theirs, terms=60)
 
 
-def test_ops_are_well_registered(
-    interpreted: None, device: torch.device, opcheck: Callable[..., None]
-) -> None:
-    x = channels_last(torch.randn(2, 6, 3, 2, device=device)).requires_grad_()
-    weight = torch.randn(6, device=device, requires_grad=True)
-    bias = torch.randn(6, device=device, requires_grad=True)
-    group_norm_silu(x, weight, bias, 3).sum().backward()
-    opcheck("group_norm_silu", x, None, weight, bias, 3, EPS)
-    opcheck("group_norm_silu", x, x, weight, bias, 3, EPS)
-    with torch.no_grad():
-        stats = torch.randn(2, 3, device=device)
-        opcheck("group_norm_silu_bwd", x.detach(), x.detach(), stats, stats, weight, bias)
-
-
 @pytest.mark.parametrize(
     ("shape", "channels", "groups", "dtype", "told"),
     [

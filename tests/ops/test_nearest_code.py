@@ -217,21 +217,6 @@ def test_autocast_is_ignored() -> None:
         assert (nearest_code(z, codebook) == want).all()
 
 
-def test_compiled_equals_eager() -> None:
-    z, codebook = torch.randn(40, 12), torch.randn(300, 12)
-    compiled = torch.compile(nearest_code, fullgraph=True)  # Inductor: it may add in its own order
-    for metric in METRICS:
-        assert_nearest(compiled(z, codebook, metric=metric), z, codebook, metric)
-
-
-def test_op_is_well_registered(
-    interpreted: None, device: torch.device, opcheck: Callable[..., None]
-) -> None:
-    z, codebook = torch.randn(5, 3, device=device), torch.randn(9, 3, device=device)
-    nearest_code(z, codebook)
-    opcheck("nearest_code", z, codebook, "cosine")
-
-
 @pytest.mark.parametrize(
     ("z", "codebook", "metric", "told"),
     [

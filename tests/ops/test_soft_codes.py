@@ -150,29 +150,6 @@ def test_autocast_is_ignored(interpreted: None) -> None:
             assert (path(logits, codebook) == want).all()
 
 
-def test_compiled_equals_eager() -> None:
-    logits = torch.randn(9, 90, requires_grad=True)
-    codebook = torch.randn(90, 20, requires_grad=True)
-    got = torch.compile(soft_codes, fullgraph=True)(logits, codebook)
-    want = soft_codes(logits, codebook)
-    assert_near(got, want, terms=90)
-    for mine, theirs in zip(
-        torch.autograd.grad(got.sum(), (logits, codebook)),
-        torch.autograd.grad(want.sum(), (logits, codebook)),
-        strict=True,
-    ):
-        assert_near(mine, theirs, terms=90)
-
-
-def test_op_is_well_registered(
-    interpreted: None, device: torch.device, opcheck: Callable[..., None]
-) -> None:
-    logits = torch.randn(5, 9, device=device, requires_grad=True)
-    codebook = torch.randn(9, 3, device=device, requires_grad=True)
-    soft_codes(logits, codebook)
-    opcheck("soft_codes", logits, codebook)
-
-
 @pytest.mark.parametrize(
     ("logits", "codebook", "told"),
     [
