@@ -195,16 +195,16 @@ import resource, torch
 from titok_fast.training.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)
+    [torch.ones(1 << 20) for _ in range(64)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 told = keep_freed_memory()
-print(int(told), *[faults() for _ in range(9)])
+print(int(told), *[faults() for _ in range(4)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    told, first, *others = map(int, done.stdout.split())
+    told, first, *_, last = map(int, done.stdout.split())
     assert first > 1000
-    # the heap may grow a few times yet, where small pieces have split what was freed
-    assert sorted(others)[4] < first / 10 if told else platform.libc_ver()[0] != "glibc"
+    # many tensors: small objects may come to lie in a hole or two, which then are too small
+    assert last < first / 10 if told else platform.libc_ver()[0] != "glibc", done.stdout
 
 
 def test_a_c_library_that_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
