@@ -16,7 +16,9 @@ import json
 import os
 import resource
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +157,12 @@ def _key(case: OfflineCase, arch: int) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _path(case: OfflineCase, arch: int, cache: Path) -> Path:
+    return cache / f"{_key(case, arch)}.json"
+
+
 def _compiled(case: OfflineCase, arch: int, cache: Path) -> MachineCode:
-    path = cache / f"{_key(case, arch)}.json"
+    path = _path(case, arch, cache)
     if path.exists():
         return MachineCode(**json.loads(path.read_text()))
     code = compile_offline(case, arch)
@@ -168,16 +174,38 @@ def _compiled(case: OfflineCase, arch: int, cache: Path) -> MachineCode:
     return code
 
 
+def _cases(name: str) -> list[OfflineCase]:
+    cases: list[OfflineCase] = importlib.import_module(f"titok_fast.kernels.{name}").offline_cases()
+    return cases
+
+
+def _fill(name: str, index: int, arch: int, cache: Path) -> None:
+    _compiled(_cases(name)[index], arch, cache)
+
+
+def _fill_cache(archs: list[int], cache: Path) -> None:
+    """Compile what the cache lacks, in one process for each processor."""
+    lacking = {
+        path: (name, index, arch, cache)
+        for name in kernel_modules()
+        for index, case in enumerate(_cases(name))
+        for arch in archs
+        if not (path := _path(case, arch, cache)).exists()
+    }
+    if lacking:
+        with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+            list(pool.map(_fill, *zip(*lacking.values(), strict=True)))
+
+
 def build_report(archs: list[int], cache: Path) -> list[dict[str, Any]]:
     """Rows of all kernels on the given architectures."""
-    rows = []
-    for name in kernel_modules():
-        module = importlib.import_module(f"titok_fast.kernels.{name}")
-        for case in module.offline_cases():
-            for arch in archs:
-                row = report_row(case, arch, _compiled(case, arch, cache))
-                rows.append({"module": name} | row)
-    return rows
+    _fill_cache(archs, cache)
+    return [
+        {"module": name} | report_row(case, arch, _compiled(case, arch, cache))
+        for name in kernel_modules()
+        for case in _cases(name)
+        for arch in archs
+    ]
 
 
 _COLUMNS = {
