@@ -9,6 +9,7 @@ captured: there are no values then.
 
 import os
 from collections.abc import Callable, Mapping
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -52,8 +53,9 @@ def check_in_range(op: str, name: str, x: Tensor | None, low: int, high: float) 
     """Raise a ValueError unless all of `x` lies in [low, high); high may be infinite."""
     if x is None or not x.numel():
         return
-    bad = ~((x >= low) & (x < high))  # so put that NaN fails too
-    if bad.any():
+    least, most = (end.item() for end in x.detach().aminmax())
+    if not (least >= low and most < high):  # so put that NaN fails too
+        bad = ~((x >= low) & (x < high))
         raise ValueError(f"{op} wants {name} in [{low}, {high}); got {_first(x, bad)}")
 
 
@@ -66,7 +68,7 @@ def _check(
 ) -> None:
     for name, x in tensors.items():
         # one number tells of most tensors that all is well, at the speed of memory
-        if x is None or not x.numel() or torch.isfinite(x.detach().sum()):
+        if x is None or not x.numel() or isfinite(x.detach().sum().item()):
             continue
         bad = is_bad(x)
         if bad.any():
