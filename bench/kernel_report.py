@@ -18,6 +18,7 @@ import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,18 @@ def failures(row: dict[str, Any], expects_mma: bool, vector_loads: bool) -> list
     return broken
 
 
+@cache
+def _readers() -> str:
+    """Source of the files that compile, and read what comes of it."""
+    files = [importlib.import_module(c.__module__).__file__ for c in (OfflineCase, MachineCode)]
+    return "\n".join(Path(file or "").read_text() for file in files)
+
+
 def _key(case: OfflineCase, arch: int) -> str:
     """Hash of all that decides the machine code: the config's name and shape counts do not."""
-    files = [importlib.import_module(c.__module__).__file__ for c in (OfflineCase, MachineCode)]
-    here = [Path(file or "").read_bytes() for file in files]
     choices = (dict(case.signature), dict(case.constexprs), case.num_warps, case.num_stages, arch)
     # Triton's own key of a kernel covers the helpers and globals that it uses
-    parts = [case.kernel.cache_key, repr(choices), triton.__version__, str(here)]
+    parts = [case.kernel.cache_key, repr(choices), triton.__version__, _readers()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titok_fast.kernels._launch import is_plain_cpu
+
 _ATEN = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGE = 1024  # pixels: PyTorch's backward has another way for smaller maps, without that weakness
@@ -28,10 +30,8 @@ _Strip = tuple[Tensor, Tensor, Tensor]  # x, gradient of the result, gradient of
 def takes_eager(x: Tensor) -> bool:
     """Whether x is a plain CPU tensor that `group_norm_silu_cpu` can take."""
     return (
-        x.is_cpu
+        is_plain_cpu(x)
         and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # their tensors have no memory
         and x.dtype in _DTYPES
         and x.shape[0] > 0
         and (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous())
@@ -50,13 +50,11 @@ def in_two_calls(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
     """
     if (
         type(x) is not Tensor
-        or not (x.is_cpu and weight.is_cpu and bias.is_cpu)
+        or not (is_plain_cpu(x) and weight.is_cpu and bias.is_cpu)
         or x.ndim != 4
         or not x.numel()
         or not x.dtype == weight.dtype == bias.dtype
         or not 0.0 <= eps < math.inf  # of this argument PyTorch takes any value
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()  # in place on what may be a view of others
     ):
         return None
     learns = _learns(x, weight, bias)

@@ -22,6 +22,16 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda or (_interpret_on_cpu and x.device.type == "cpu")
 
 
+def is_traced() -> bool:
+    """Whether torch.compile or a torch.func transform is at work: tensors then have no memory."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_plain_cpu(x: Tensor) -> bool:
+    """Whether `x` lies in CPU memory, where what is fastest there may be called on it."""
+    return x.is_cpu and not is_traced()
+
+
 @contextmanager
 def interpret_on_cpu() -> Iterator[None]:
     """Run the Triton kernels on CPU tensors through Triton's interpreter while inside.

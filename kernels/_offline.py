@@ -10,14 +10,15 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from titok_fast.kernels._machine_code import MachineCode, read_machine_code
+if TYPE_CHECKING:
+    from titok_fast.kernels._machine_code import MachineCode
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class OfflineCase:
     bytes_unfused: float
 
 
-def compile_offline(case: OfflineCase, capability: int) -> MachineCode:
+def compile_offline(case: OfflineCase, capability: int) -> "MachineCode":
     """Compile one case for one architecture and read registers, spills and instructions.
 
     Args:
@@ -90,6 +91,8 @@ def compile_offline(case: OfflineCase, capability: int) -> MachineCode:
         constexprs=dict(case.constexprs),
         attrs=aligned,
     )
+    from titok_fast.kernels._machine_code import read_machine_code  # which users never need
+
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ttir, ptx = compiled.asm["ttir"], compiled.asm["ptx"]

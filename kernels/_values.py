@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from titok_fast.kernels._launch import runs_triton
+from titok_fast.kernels._launch import is_traced, runs_triton
 
 ENVIRONMENT = "TITOK_FAST_CHECK_VALUES"
 
@@ -28,9 +28,7 @@ def looks_at_values(x: Tensor, *, ids_only: bool) -> bool:
         ids_only: nothing but ids and their scores comes out of the op, or `x` itself holds ids.
     """
     # subclasses: fake tensors have no values, and distributed ones would have to be gathered
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter) or x.is_meta:
-        return False
-    if torch._C._are_functorch_transforms_active():  # vmap's look like plain ones, and refuse
+    if is_traced() or type(x) not in (Tensor, Parameter) or x.is_meta:
         return False
     if ids_only and x.is_cpu and not runs_triton(x):
         return True

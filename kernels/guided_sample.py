@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref, mix
 from titok_fast.kernels._values import check_no_nan, looks_at_values
@@ -292,8 +292,7 @@ def guided_sample(
     if guidance == 0.0:
         uncond_logits = None  # half the reads, and 0 * inf would be NaN
     implementation = _guided_sample if runs_triton(logits) else guided_sample_ref
-    eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if implementation is guided_sample_ref and eager_cpu and not mask.all():
+    if implementation is guided_sample_ref and is_plain_cpu(logits) and not mask.all():
         implementation = _masked_rows
     return implementation(
         logits,

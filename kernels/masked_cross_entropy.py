@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
 from titok_fast.kernels._masked_cross_entropy_cpu import CpuLoss, scaled_gradients
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import check_finite, check_in_range, check_no_nan, looks_at_values
@@ -239,8 +239,7 @@ def masked_cross_entropy(
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
     weights = weights.detach()
     if not runs_triton(hidden) or hidden.dtype == torch.float64:
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if not with_grad or not hidden.is_cpu or traced:
+        if not with_grad or not is_plain_cpu(hidden):
             return masked_cross_entropy_ref(hidden, weight, bias, targets, weights, label_smoothing)
         with torch.autocast("cpu", enabled=False):
             return CpuLoss.apply(hidden, weight, bias, targets, weights, label_smoothing, _EPS)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import check_finite, looks_at_values
 
@@ -47,8 +47,7 @@ def nearest_code_ref(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> 
     close rivals, so the terms are added in this order. Rows are taken in chunks: no (N, K) matrix.
     On CUDA the product follows `torch.backends.cuda.matmul.allow_tf32`, which must be off.
     """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    eager_cpu = z.is_cpu and not traced
+    eager_cpu = is_plain_cpu(z)
     with torch.autocast(z.device.type, enabled=False):
         f, e = unit_rows(z.detach(), metric), unit_rows(codebook.detach(), metric)
         f_sq, e_sq = f.square().sum(dim=1, keepdim=True), e.square().sum(dim=1)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titok_fast.kernels._launch import is_plain_cpu
+
 TOKEN_STREAM = 0  # noise on logits, one value per code
 REMASK_STREAM = 1  # noise on confidences, one value per position: code 0
 MAX_POSITIONS, MAX_NOISE_STEPS = 2**16, 2**15  # what the second word has room for
@@ -155,7 +157,7 @@ def remask_noise(seeds: Tensor, step: int, K: int) -> Tensor:
     Returns:
         (B, K) float32.
     """
-    if seeds.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_plain_cpu(seeds):
         return torch.from_numpy(remask_noise_numpy(seeds, step, K))
     first = step * _STEP_UNIT + REMASK_STREAM * _STREAM_UNIT
     words = torch.arange(first, first + K, device=seeds.device)
@@ -181,8 +183,7 @@ def remask_noise_numpy(seeds: Tensor, step: int, K: int) -> np.ndarray:
 
 
 def _gumbel(seeds: Tensor, words: Tensor, codes: int) -> Tensor:
-    native = seeds.device.type == "cpu" and not torch.compiler.is_compiling()
-    if native and _torch_draws_these_bits():
+    if is_plain_cpu(seeds) and _torch_draws_these_bits():
         u = _native_uniforms(seeds.numpy(), words.numpy(), codes)
     else:
         u = (_bits(seeds, words, codes) & 0xFFFFFF).float().mul_(2.0**-24)

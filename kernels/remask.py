@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import check_sampling, check_tensor
 from titok_fast.kernels._values import check_in_range, check_no_nan, looks_at_values
@@ -246,8 +246,7 @@ def remask(
         check_no_nan("remask", scores=scores, noise=noise)
         check_in_range("remask", "num_masked", num_masked, 0, float("inf"))
     implementation = _remask if runs_triton(scores) else remask_ref
-    eager_cpu = scores.device.type == "cpu" and not torch.compiler.is_compiling()
-    if implementation is remask_ref and eager_cpu:
+    if implementation is remask_ref and is_plain_cpu(scores):
         implementation = _remask_numpy
     return implementation(
         candidates, scores, num_masked, seeds, noise, mask_id, step, noise_temperature, rule

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from titok_fast.kernels._launch import interpret_on_cpu
@@ -38,6 +39,18 @@ def _dot(self: InterpreterBuilder, a: Any, b: Any, d: Any, *_: Any) -> TensorHan
     return TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
+_convert_float = interpreter._convert_float
+
+
+def _convert(x: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+    """Triton 3.8's own cuts float32 off where a GPU rounds it, and misreads subnormal bfloat16."""
+    if source == tl.float32 and target == tl.bfloat16:
+        return torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    if source == tl.bfloat16 and target == tl.float32:
+        return x.view(np.uint16).astype(np.uint32) << 16
+    return _convert_float(x, source, target, mode)
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run Triton kernels: on CUDA where there is one, else on CPU tensors by the interpreter."""
@@ -45,7 +58,17 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
         return
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
+    monkeypatch.setattr(interpreter, "_convert_float", _convert)
     # NumPy warns of the infinities and NaN that some tests are about
     with interpret_on_cpu(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """The device to put tensors on so that this implementation runs."""
+    if request.param == "reference":
+        return torch.device("cpu")
+    request.getfixturevalue("interpreted")
+    return device

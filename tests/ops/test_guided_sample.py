@@ -19,15 +19,6 @@ quick = settings(
 )
 
 
-@pytest.fixture(params=["reference", "kernel"])
-def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
-    """The device to put tensors on so that this implementation runs."""
-    if request.param == "reference":
-        return torch.device("cpu")
-    request.getfixturevalue("interpreted")
-    return device
-
-
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same values (B, K, N) in memory of another layout."""
     B, K, N = x.shape

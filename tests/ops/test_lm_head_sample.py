@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from draws import any_seeds, assert_same_draws
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import output_of
-from triton.runtime import interpreter
 
 from titok_fast.kernels._sampling import RULES
 from titok_fast.kernels.lm_head_sample import MAX_CODES, lm_head_sample, lm_head_sample_ref
@@ -21,30 +18,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 quick = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-_convert_float = interpreter._convert_float
-
-
-def _convert_bfloat16(x: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
-    if source == tl.float32 and target == tl.bfloat16:
-        return torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    if source == tl.bfloat16 and target == tl.float32:
-        return x.view(np.uint16).astype(np.uint32) << 16
-    return _convert_float(x, source, target, mode)
-
-
-@pytest.fixture(autouse=True)
-def _bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.8's interpreter cuts float32 off where a GPU rounds it, and misreads subnormals."""
-    monkeypatch.setattr(interpreter, "_convert_float", _convert_bfloat16)
-
-
-@pytest.fixture(params=["reference", "kernel"])
-def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
-    """The device to put tensors on so that this implementation runs."""
-    if request.param == "reference":
-        return torch.device("cpu")
-    request.getfixturevalue("interpreted")
-    return device
 
 
 @quick

@@ -23,15 +23,6 @@ quick = settings(
 INF = float("inf")
 
 
-@pytest.fixture(params=["reference", "kernel"])
-def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
-    """The device to put tensors on so that this implementation runs."""
-    if request.param == "reference":
-        return torch.device("cpu")
-    request.getfixturevalue("interpreted")
-    return device
-
-
 def plain_remask(
     candidates: Tensor, confidence: Tensor, num_masked: Tensor, rule: str
 ) -> list[list[int]]:
