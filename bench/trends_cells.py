@@ -167,7 +167,7 @@ def recipe(cell: Cell, settings: Settings, work: Path) -> Recipe:
         "training.seed": cell.seed,
         "training.per_gpu_batch_size": batch,
         "training.max_train_steps": 2 * budget if stage == "single_stage" else budget,
-        "lr_scheduler.params.warmup_steps": max(1, budget // 12),
+        "lr_scheduler.params.warmup_steps": max(1, budget // 6),
     }
     if stage == "vqgan":
         keys["model.pixel.channel_mult"] = list(S.vqgan)
