@@ -6,12 +6,14 @@ Without a GPU the kernels can still be run, slowly, by Triton's interpreter: sta
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling
 
 _interpret_on_cpu = False
 _registering = Lock()  # torch refuses a name that it knows, so no two threads may register it
@@ -24,12 +26,23 @@ def runs_triton(x: Tensor) -> bool:
 
 def is_traced() -> bool:
     """Whether torch.compile or a torch.func transform is at work: tensors then have no memory."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return is_compiling() or _are_functorch_transforms_active()
 
 
 def is_plain_cpu(x: Tensor) -> bool:
     """Whether `x` lies in CPU memory, where what is fastest there may be called on it."""
-    return x.is_cpu and not is_traced()
+    return x.is_cpu and not (_interpret_on_cpu or is_traced())
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, products on the device of `x` run in the dtypes of their arguments.
+
+    Where autocast is off nothing is entered: that alone is a tenth of a small call on a CPU.
+    """
+    kind = x.device.type
+    if is_traced() or torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 @contextmanager

@@ -54,7 +54,9 @@ class CpuLoss(torch.autograd.Function):
             g_bias += grad.sum(dim=0)
             grad = grad.to(hidden.dtype)
             torch.mm(grad, head, out=g_hidden[rows])
-            made = (grad.T @ hidden[rows]).to(wide)
+            made = grad.T @ hidden[rows]
+            if step < len(hidden) or hidden.dtype == torch.float16:
+                made = made.to(wide)  # to add up, or to divide in; one chunk's is done
             g_weight = made if g_weight is None else g_weight.add_(made)
         if g_weight is None:
             g_weight = hidden.new_zeros((N, D), dtype=wide)
@@ -83,5 +85,8 @@ def scaled_gradients(ctx: Any, g_loss: Tensor) -> tuple:
         raise RuntimeError("masked_cross_entropy is once differentiable; got create_graph=True")
     total, *grads = ctx.saved_tensors
     scale = g_loss / total
-    scaled = [(g * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+    scaled = [
+        (g.to(torch.promote_types(g.dtype, dtype)) * scale).to(dtype)
+        for g, dtype in zip(grads, ctx.dtypes, strict=True)
+    ]
     return *scaled, None, None, None, None

@@ -2,9 +2,9 @@
 
 Looking at values in a GPU's memory means to wait for it, and in training a NaN is the loop's to
 meet: it must reach the loss. So an op looks where ids alone come out of it, which would hide a NaN,
-and a CPU computes; and every op looks, on every device, while TITOK_FAST_CHECK_VALUES=1 is set,
-which is for finding a fault, not for speed. None does while torch.compile traces or a CUDA graph is
-captured: there are no values then.
+and a CPU computes; and every op looks, on every device, where Python was started with
+TITOK_FAST_CHECK_VALUES=1, which is for finding a fault, not for speed. None does while
+torch.compile traces or a CUDA graph is captured: there are no values then.
 """
 
 import os
@@ -18,6 +18,8 @@ from torch.nn import Parameter
 from titok_fast.kernels._launch import is_traced, runs_triton
 
 ENVIRONMENT = "TITOK_FAST_CHECK_VALUES"
+# read once: asking the environment at each call costs as much as a small op's other checks
+_asked_for = os.environ.get(ENVIRONMENT, "0") not in ("", "0")
 
 
 def looks_at_values(x: Tensor, *, ids_only: bool) -> bool:
@@ -27,12 +29,11 @@ def looks_at_values(x: Tensor, *, ids_only: bool) -> bool:
         x: tells the device.
         ids_only: nothing but ids and their scores comes out of the op, or `x` itself holds ids.
     """
+    always = ids_only and x.is_cpu and not runs_triton(x)
+    if not (always or _asked_for):
+        return False
     # subclasses: fake tensors have no values, and distributed ones would have to be gathered
     if is_traced() or type(x) not in (Tensor, Parameter) or x.is_meta:
-        return False
-    if ids_only and x.is_cpu and not runs_triton(x):
-        return True
-    if os.environ.get(ENVIRONMENT, "0") in ("", "0"):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -187,9 +187,9 @@ def group_norm_silu(
 
     Raises:
         ValueError: shapes, dtypes, devices, groups or eps are none of the above.
-            While TITOK_FAST_CHECK_VALUES=1 is set also values that are not finite.
+            Under TITOK_FAST_CHECK_VALUES=1 also values that are not finite.
     """
-    if not runs_triton(x) and not looks_at_values(x, ids_only=False):
+    if not looks_at_values(x, ids_only=False):
         y = in_two_calls(x, weight, bias, groups, eps)
         if y is not None:
             return y

@@ -275,7 +275,7 @@ def guided_sample(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
             not finite, or no source of noise. On a CPU also a NaN among logits or noise; on a GPU,
-            which would have to be waited for, only while TITOK_FAST_CHECK_VALUES=1 is set: else
+            which would have to be waited for, only under TITOK_FAST_CHECK_VALUES=1: else
             it gives an unspecified candidate, in range.
     """
     _check_logits(logits, uncond_logits, noise)

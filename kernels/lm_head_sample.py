@@ -188,7 +188,7 @@ def lm_head_sample(
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
             not finite, or no source of noise. On a CPU also hidden states that are not finite, and
             rows or positions out of range; on a GPU, which would have to be waited for, these, and
-            a NaN in the head, raise only while TITOK_FAST_CHECK_VALUES=1 is set: else a NaN gives
+            a NaN in the head, raise only under TITOK_FAST_CHECK_VALUES=1: else a NaN gives
             an unspecified candidate, in range, and a row out of range counts as zeros.
     """
     _check_head(hidden, uncond_hidden, weight, bias)

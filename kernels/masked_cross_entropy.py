@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton, without_autocast
 from titok_fast.kernels._masked_cross_entropy_cpu import CpuLoss, scaled_gradients
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import check_finite, check_in_range, check_no_nan, looks_at_values
@@ -42,7 +42,7 @@ def masked_cross_entropy_ref(
     label_smoothing: float = 0.1,
 ) -> Tensor:
     """What the op must compute, see `masked_cross_entropy`; differentiable by autograd."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lse = torch.logsumexp(logits, dim=1)
@@ -218,7 +218,7 @@ def masked_cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes, devices or label_smoothing are none of the above, on a CPU also
-            a target. While TITOK_FAST_CHECK_VALUES=1 is set also a hidden state that is not finite,
+            a target. Under TITOK_FAST_CHECK_VALUES=1 also a hidden state that is not finite,
             a NaN in the head, a target out of range or a negative weight; else a NaN reaches the
             loss, where training looks for it.
     """
@@ -241,9 +241,9 @@ def masked_cross_entropy(
     if not runs_triton(hidden) or hidden.dtype == torch.float64:
         if not with_grad or not is_plain_cpu(hidden):
             return masked_cross_entropy_ref(hidden, weight, bias, targets, weights, label_smoothing)
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(hidden):
             return CpuLoss.apply(hidden, weight, bias, targets, weights, label_smoothing, _EPS)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         args = (hidden, weight, bias, targets, weights, label_smoothing, with_grad)
         return _masked_cross_entropy(*args)[0]
 

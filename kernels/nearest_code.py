@@ -20,7 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import (
+    is_plain_cpu,
+    lazy_triton_op,
+    runs_triton,
+    without_autocast,
+)
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import check_finite, looks_at_values
 
@@ -48,17 +53,17 @@ def nearest_code_ref(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> 
     On CUDA the product follows `torch.backends.cuda.matmul.allow_tf32`, which must be off.
     """
     eager_cpu = is_plain_cpu(z)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         f, e = unit_rows(z.detach(), metric), unit_rows(codebook.detach(), metric)
         f_sq, e_sq = f.square().sum(dim=1, keepdim=True), e.square().sum(dim=1)
         step = max(16, _CHUNK_ELEMENTS["cpu" if eager_cpu else "other"] // len(e))
         # one pair of buffers: fresh pages for each chunk cost a CPU more than its products
-        room = f.new_empty((2, min(step, len(f)), len(e))) if eager_cpu else None
+        room = f.new_empty((2, step, len(e))) if eager_cpu and len(f) > step else None
         ids = []
         for part, part_sq in zip(f.split(step), f_sq.split(step), strict=True):
             sums, dots = (None, None) if room is None else room[:, : len(part)]
-            terms = torch.add(part_sq, e_sq, out=sums), torch.mm(part, e.T, out=dots)
-            ids.append(torch.sub(*terms, alpha=2, out=sums).argmin(1))
+            sums, dots = torch.add(part_sq, e_sq, out=sums), torch.mm(part, e.T, out=dots)
+            ids.append(sums.sub_(dots, alpha=2).argmin(1))
         return torch.cat(ids)
 
 
@@ -229,7 +234,7 @@ def nearest_code(z: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> T
     Raises:
         ValueError: shapes, dtypes, devices or metric are none of the above. On a CPU also latents
             that are not finite; on a GPU, which would have to be waited for, these and a codebook
-            that is not finite raise only while TITOK_FAST_CHECK_VALUES=1 is set: else such a row
+            that is not finite raise only under TITOK_FAST_CHECK_VALUES=1: else such a row
             gets some valid index.
     """
     return find_codes(z, codebook, metric, ids_only=True)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton, without_autocast
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import check_finite, looks_at_values
 from titok_fast.kernels.nearest_code import (
@@ -63,7 +63,7 @@ def nearest_code_stats_ref(
 ) -> CodeStats:
     """What the training kernel must compute, with gradients by autograd."""
     ids = nearest_code_ref(z.flatten(0, -2), codebook, metric).view(z.shape[:-1])
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         f, q = unit_rows(z, metric), unit_rows(F.embedding(ids, codebook), metric)
         # in the order of the published code, by which autograd adds up the gradient of f
         commitment, codebook_loss = beta * F.mse_loss(f, q.detach()), F.mse_loss(q, f.detach())
@@ -194,8 +194,8 @@ def nearest_code_stats(
         counts: (K,) int64, how many rows chose each code, no gradient.
 
     Raises:
-        ValueError: shapes, dtypes, devices, metric or beta are none of the above. While
-            TITOK_FAST_CHECK_VALUES=1 is set also values that are not finite; else they reach the
+        ValueError: shapes, dtypes, devices, metric or beta are none of the above. Under
+            TITOK_FAST_CHECK_VALUES=1 also values that are not finite; else they reach the
             losses, where training looks for them.
     """
     rows = z.flatten(0, -2) if z.ndim > 2 else z

@@ -9,6 +9,7 @@ The last two words stay 0, so that on a CPU torch's own Philox, which has no oth
 Cost in a kernel (sm_90): some 65 instructions per code, half of them for the two logarithms.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -169,10 +170,9 @@ def remask_noise_numpy(seeds: Tensor, step: int, K: int) -> np.ndarray:
 
     There are as few as can be, and NumPy's, which cost half as much as torch's.
     """
-    first = step * _STEP_UNIT + REMASK_STREAM * _STREAM_UNIT
-    keys, words = seeds.numpy()[:, None], np.arange(first, first + K)[None]
+    words = _remask_words(step, K)
     if _torch_draws_these_bits():
-        u = _native_uniforms(keys, words, 1).numpy()[..., 0]
+        u = _native_uniforms(seeds.numpy()[:, None], words, (len(seeds), K), 1).numpy()[..., 0]
     else:
         drawn = _bits(seeds[:, None], torch.from_numpy(words), 1) & 0xFFFFFF
         u = drawn[..., 0].float().mul_(2.0**-24).numpy()
@@ -182,24 +182,42 @@ def remask_noise_numpy(seeds: Tensor, step: int, K: int) -> np.ndarray:
     return u
 
 
+@lru_cache(maxsize=64)
+def _remask_words(step: int, K: int) -> np.ndarray:
+    """(1, K) int64, not to be written to: the second words of an image's positions."""
+    first = step * _STEP_UNIT + REMASK_STREAM * _STREAM_UNIT
+    return np.arange(first, first + K)[None]
+
+
 def _gumbel(seeds: Tensor, words: Tensor, codes: int) -> Tensor:
     if is_plain_cpu(seeds) and _torch_draws_these_bits():
-        u = _native_uniforms(seeds.numpy(), words.numpy(), codes)
+        shape = torch.broadcast_shapes(seeds.shape, words.shape)
+        u = _native_uniforms(seeds.numpy(), words.numpy(), shape, codes)
     else:
         u = (_bits(seeds, words, codes) & 0xFFFFFF).float().mul_(2.0**-24)
     # in place: on a CPU fresh memory costs more than the arithmetic
     return u.clamp_(min=_SMALLEST).log_().neg_().log_().neg_()
 
 
-def _native_uniforms(seeds: np.ndarray, words: np.ndarray, codes: int) -> Tensor:
-    """(bits % 2**24) / 2**24 by torch's own Philox, in one pass over the result."""
-    shape = np.broadcast(seeds, words).shape
+def _native_uniforms(
+    seeds: np.ndarray, words: np.ndarray, shape: tuple[int, ...], codes: int
+) -> Tensor:
+    """(bits % 2**24) / 2**24 by torch's own Philox, in one pass: (*shape, codes) float32.
+
+    `shape` is what seeds and words broadcast to.
+    """
     keys = np.empty((*shape, 1, 2), np.int64)
     keys[..., 0, 0], keys[..., 0, 1] = seeds, words << 32
     u = torch.empty((*shape, codes))
     if u.numel():  # torch refuses none
-        torch.ops.aten._philox_uniform_(u, torch.from_numpy(keys).view(torch.uint64))
+        _native_philox()(u, torch.from_numpy(keys).view(torch.uint64))
     return u
+
+
+@lru_cache(maxsize=1)
+def _native_philox() -> Callable[[Tensor, Tensor], Tensor]:
+    """The operator, past the choice among its overloads: that costs as much as 500 draws."""
+    return torch.ops.aten._philox_uniform_.default
 
 
 @lru_cache(maxsize=1)
@@ -213,8 +231,8 @@ def _torch_draws_these_bits() -> bool:
     seeds = torch.tensor([5, -3, 2**62 + 12345])[:, None]
     words = torch.tensor([0, 1, 77 * _STEP_UNIT + 3, _STREAM_UNIT + _STEP_UNIT + 65535])[None]
     try:
-        drawn = _native_uniforms(seeds.numpy(), words.numpy(), 23)
-    except (RuntimeError, TypeError):  # another signature
+        drawn = _native_uniforms(seeds.numpy(), words.numpy(), (3, 4), 23)
+    except (AttributeError, RuntimeError, TypeError):  # another signature
         return False
     return torch.equal(drawn, (_bits(seeds, words, 23) & 0xFFFFFF).float() * 2.0**-24)
 

@@ -9,6 +9,8 @@ Floor: 20 * B * K bytes, 5 KB at B = 8, K = 32: the launch is all of the cost, s
 Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arXiv:2202.04200).
 """
 
+import math
+
 import numpy as np
 import torch
 import triton
@@ -23,6 +25,7 @@ from titok_fast.kernels._values import check_in_range, check_no_nan, looks_at_va
 from titok_fast.kernels.philox import remask_gumbel, remask_noise, remask_noise_numpy
 
 MAX_TOKENS = 1024  # of one image: what one program sorts without spilling
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def remask_ref(
@@ -70,10 +73,12 @@ def _remask_numpy(
     noise_temperature: float,
     rule: str,
 ) -> Tensor:
-    """The reference for eager CPU tensors: a few hundred numbers, and NumPy's calls cost half."""
-    K = scores.shape[1]
-    score = scores.detach().numpy()
-    confidence, unknown = score, score != np.inf
+    """The reference for eager CPU tensors: a few hundred numbers, and NumPy's calls cost half.
+
+    It meets a NaN, which sorts last, and a negative count on its way, and raises then.
+    """
+    K, score, counts = scores.shape[1], scores.detach().numpy(), num_masked.tolist()
+    confidence = score
     if noise_temperature != 0.0:
         if noise is None:
             assert seeds is not None  # remask has checked
@@ -81,20 +86,30 @@ def _remask_numpy(
             confidence *= np.float32(noise_temperature)
             confidence += score
         else:
+            check_no_nan("remask", noise=noise)
             with np.errstate(invalid="ignore"):  # a given noise of -inf makes NaN of +inf
                 confidence = score + noise_temperature * noise.detach().numpy()
-            confidence[~unknown] = np.inf
-    ascending, n = np.sort(confidence), num_masked.numpy()
-    rank = n - 1 if rule == "logit" else n
-    cutoff = ascending[np.arange(len(n)), np.minimum(np.maximum(rank, 0), K - 1)]
+            confidence[score == np.inf] = np.inf
+    ascending = np.sort(confidence)
+    if min(counts, default=0) < 0 or any(last != last for last in ascending[:, -1].tolist()):
+        _check_values(scores, num_masked, noise)
+    # one number of each row by Python: NumPy's ways to pick them take longer
     if rule == "logit":
-        masked = confidence <= cutoff[:, None]
-        masked &= unknown
-        masked &= (n > 0)[:, None]
+        # below the +inf of known tokens; what is compared with NaN stays
+        cutoff = [
+            min(ascending.item(b, min(n, K) - 1), _LARGEST) if n > 0 else math.nan
+            for b, n in enumerate(counts)
+        ]
+        masked = confidence <= np.array(cutoff, np.float32)[:, None]
     else:
-        cutoff[n >= K] = np.inf
-        masked = confidence < cutoff[:, None]
+        cutoff = [ascending.item(b, n) if n < K else math.inf for b, n in enumerate(counts)]
+        masked = confidence < np.array(cutoff, np.float32)[:, None]
     return torch.from_numpy(np.where(masked, mask_id, candidates.numpy()))
+
+
+def _check_values(scores: Tensor, num_masked: Tensor, noise: Tensor | None) -> None:
+    check_no_nan("remask", scores=scores, noise=noise)
+    check_in_range("remask", "num_masked", num_masked, 0, float("inf"))
 
 
 @triton.jit(do_not_specialize=["step", "mask_id"])
@@ -222,7 +237,7 @@ def remask(
         ValueError: shapes, dtypes or devices do not fit, K above 1024, an unknown rule, a
             temperature that is negative or not finite, or no source of noise. On a CPU also a NaN
             among scores or noise, or a negative num_masked; on a GPU, which would have to be waited
-            for, these raise only while TITOK_FAST_CHECK_VALUES=1 is set: else a negative num_masked
+            for, these raise only under TITOK_FAST_CHECK_VALUES=1: else a negative num_masked
             masks none, and a NaN has no place in the order.
     """
     if scores.ndim != 2 or not 1 <= scores.shape[1] <= MAX_TOKENS:
@@ -242,12 +257,11 @@ def remask(
     check_sampling("remask", rule, step, noise_temperature)
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("remask wants seeds or noise unless noise_temperature is 0")
-    if looks_at_values(scores, ids_only=True):
-        check_no_nan("remask", scores=scores, noise=noise)
-        check_in_range("remask", "num_masked", num_masked, 0, float("inf"))
     implementation = _remask if runs_triton(scores) else remask_ref
     if implementation is remask_ref and is_plain_cpu(scores):
         implementation = _remask_numpy
+    elif looks_at_values(scores, ids_only=False):
+        _check_values(scores, num_masked, noise)
     return implementation(
         candidates, scores, num_masked, seeds, noise, mask_id, step, noise_temperature, rule
     )

@@ -22,14 +22,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton, without_autocast
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import check_finite, check_no_nan, looks_at_values
 
 
 def soft_codes_ref(logits: Tensor, codebook: Tensor) -> Tensor:
     """What the kernel must compute: (M, Kc), (Kc, C) -> (M, C) in the logits' dtype."""
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits):
         # softmax works in float32 inside and rounds once, so half precision costs no pass more
         return torch.softmax(logits, dim=-1) @ codebook.to(logits.dtype)
 
@@ -94,7 +94,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     logits, codebook = ctx.saved_tensors
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits):
         probs = torch.softmax(logits, dim=-1)
         g_probs = grad @ codebook.to(grad.dtype).T
         g_logits = torch.ops.aten._softmax_backward_data(g_probs, probs, -1, logits.dtype)
@@ -132,8 +132,8 @@ def soft_codes(logits: Tensor, codebook: Tensor) -> Tensor:
         is -inf, or any is +inf or NaN, gives NaN, as softmax does.
 
     Raises:
-        ValueError: shapes, dtypes or devices are none of the above, or Kc or C is 0. While
-            TITOK_FAST_CHECK_VALUES=1 is set also a NaN among logits, or a code that is not finite.
+        ValueError: shapes, dtypes or devices are none of the above, or Kc or C is 0. Under
+            TITOK_FAST_CHECK_VALUES=1 also a NaN among logits, or a code that is not finite.
     """
     if logits.ndim != 2 or codebook.ndim != 2 or logits.shape[1] != codebook.shape[0]:
         got = f"{tuple(logits.shape)} and {tuple(codebook.shape)}"

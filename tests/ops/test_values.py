@@ -1,5 +1,6 @@
 """Values that no op can use: named before a launch, on a CPU always where ids would hide them."""
 
+import runpy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from titok_fast import kernels
+from titok_fast.kernels import _values
 from titok_fast.kernels._values import ENVIRONMENT, check_finite
 
 NAN, INF = float("nan"), float("inf")
@@ -123,7 +125,7 @@ ON_REQUEST: list[tuple[Callable[..., Any], str, Tensor, str]] = [
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setattr(_values, "_asked_for", False)
 
 
 @pytest.mark.parametrize(("op", "name", "value", "message"), HIDDEN_BY_IDS)
@@ -144,7 +146,7 @@ def test_every_op_looks_when_asked_before_its_launch(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, "1")
+    monkeypatch.setattr(_values, "_asked_for", True)
     with torch.device(device), pytest.raises(ValueError, match=message):
         op(**{name: value.to(device)})
 
@@ -155,7 +157,7 @@ def test_good_values_pass_when_looked_at(
 ) -> None:
     torch.manual_seed(0)
     want = op()
-    monkeypatch.setenv(ENVIRONMENT, "1")
+    monkeypatch.setattr(_values, "_asked_for", True)
     torch.manual_seed(0)
     torch.testing.assert_close(op(), want, rtol=0, atol=0)
 
@@ -187,10 +189,10 @@ def test_compiled_calls_look_at_no_value() -> None:
     assert compiled(torch.full((2, 4), NAN)).shape == (2, 4)
 
 
-@pytest.mark.parametrize("asked", ["0", "1"])
-def test_transformed_calls_look_at_no_value(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", [False, True])
+def test_transformed_calls_look_at_no_value(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values under vmap are those of all samples, and cannot be asked for."""
-    monkeypatch.setenv(ENVIRONMENT, asked)
+    monkeypatch.setattr(_values, "_asked_for", asked)
     z, codebook = torch.randn(5, 4, 3), torch.randn(9, 3)
 
     def ids(rows: Tensor) -> Tensor:
@@ -208,12 +210,14 @@ def test_transformed_calls_look_at_no_value(asked: str, monkeypatch: pytest.Monk
 
 
 def test_fake_tensors_have_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, "1")
+    monkeypatch.setattr(_values, "_asked_for", True)
     with FakeTensorMode():
         assert nearest(z=torch.empty(4, 3)).shape == (4,)
 
 
-@pytest.mark.parametrize("off", ["", "0"])
-def test_set_to_nothing_or_zero_is_off(off: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, off)
-    assert soft(logits=torch.full((4, 9), NAN)).isnan().all()
+@pytest.mark.parametrize(("value", "asked"), [("", False), ("0", False), ("1", True)])
+def test_the_environment_asks_as_python_starts(
+    value: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, value)
+    assert runpy.run_path(_values.__file__)["_asked_for"] is asked
