@@ -12,6 +12,8 @@ predicted 40 % of the memory floor for bfloat16, 80 % for float32, nearly all of
 Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arXiv:2202.04200).
 """
 
+from math import isnan
+
 import torch
 import triton
 import triton.language as tl
@@ -274,9 +276,9 @@ def guided_sample(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
-            not finite, or no source of noise. On a CPU also a NaN among logits or noise; on a GPU,
-            which would have to be waited for, only under TITOK_FAST_CHECK_VALUES=1: else
-            it gives an unspecified candidate, in range.
+            not finite, or no source of noise. On a CPU also a NaN in the noise or the logits of a
+            token to draw; on a GPU, which would have to be waited for, only under
+            TITOK_FAST_CHECK_VALUES=1: else it gives an unspecified candidate, in range.
     """
     _check_logits(logits, uncond_logits, noise)
     B, K, _ = logits.shape
@@ -287,14 +289,16 @@ def guided_sample(
     check_sampling("guided_sample", rule, step, noise_temperature, softmax_temperature, guidance)
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("guided_sample wants seeds or noise unless noise_temperature is 0")
-    if looks_at_values(logits, ids_only=True):
-        check_no_nan("guided_sample", logits=logits, uncond_logits=uncond_logits, noise=noise)
+    looks, plain_cpu = looks_at_values(logits, ids_only=True), is_plain_cpu(logits)
+    all_logits = {"logits": logits, "uncond_logits": uncond_logits}
+    if looks:
+        check_no_nan("guided_sample", noise=noise, **({} if plain_cpu else all_logits))
     if guidance == 0.0:
         uncond_logits = None  # half the reads, and 0 * inf would be NaN
     implementation = _guided_sample if runs_triton(logits) else guided_sample_ref
-    if implementation is guided_sample_ref and is_plain_cpu(logits) and not mask.all():
+    if plain_cpu and not mask.all():
         implementation = _masked_rows
-    return implementation(
+    candidates, scores = implementation(
         logits,
         uncond_logits,
         mask,
@@ -307,6 +311,10 @@ def guided_sample(
         noise_temperature,
         rule,
     )
+    # here a NaN wins the argmax, and so a few scores tell of it instead of all logits
+    if looks and plain_cpu and isnan(scores.sum().item()):
+        check_no_nan("guided_sample", **all_logits)
+    return candidates, scores
 
 
 def _check_logits(logits: Tensor, uncond_logits: Tensor | None, noise: Tensor | None) -> None:

@@ -136,6 +136,18 @@ def test_ids_hide_no_bad_value_on_a_cpu(
         op(**{name: value})
 
 
+@pytest.mark.parametrize("rule", ["logit", "probability"])
+def test_the_logits_of_a_drawn_token_alone_are_looked_at(rule: str) -> None:
+    logits, mask = put(torch.zeros(1, 2, 5), NAN, 0, 1, 3), torch.tensor([[True, False]])
+    inputs = {"ids": torch.zeros(1, 2, dtype=torch.int64), "noise_temperature": 0.0, "rule": rule}
+    candidates, scores = kernels.guided_sample(logits, mask=mask, **inputs)
+    assert candidates.tolist() == [[0, 0]]
+    assert not scores.isnan().any()
+    for drawn in (~mask, mask | True):
+        with pytest.raises(ValueError, match=r"got nan at \[0, 1, 3\]"):
+            kernels.guided_sample(logits, mask=drawn, **inputs)
+
+
 @pytest.mark.parametrize(("op", "name", "value", "message"), [*HIDDEN_BY_IDS, *ON_REQUEST])
 def test_every_op_looks_when_asked_before_its_launch(
     op: Callable[..., Any],
