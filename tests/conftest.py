@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU, kernels under test run in Triton's interpreter."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,19 @@ if not torch.cuda.is_available():
 if os.environ.get("TITOK_REQUIRE_EXTRAS") == "1":
     # CI has installed every extra: one that cannot be imported is a fault, not a reason to skip
     pytest.importorskip = lambda name, *_, **__: importlib.import_module(name)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `extras` each test that asks for an optional package, or whose file does for all."""
+    tests = [item for item in items if isinstance(item, pytest.Function)]
+    own = {test.function: inspect.getsource(test.function) for test in tests}
+    shared = {test.path: test.path.read_text() for test in tests}
+    for test in tests:
+        shared[test.path] = shared[test.path].replace(own[test.function], "")
+    for test in tests:
+        if "importorskip" in own[test.function] + shared[test.path]:
+            test.add_marker("extras")
 
 
 @pytest.fixture(autouse=True)

@@ -82,10 +82,10 @@ def test_lean_blocks_change_nothing_but_memory(kind: str, dtype: torch.dtype) ->
         assert theirs is not None
         assert mine.dtype == theirs.dtype
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    assert lean < 0.7 * plain
+    assert lean < (0.7 if kind == "post-norm" else 0.4) * plain
 
 
-@pytest.mark.parametrize("frozen", ["norm", "attn", "mlp.fc1.weight", "mlp.fc2.bias"])
+@pytest.mark.parametrize("frozen", ["norm", "attn", "mlp", "mlp.fc1.weight", "mlp.fc2.bias"])
 def test_lean_blocks_that_learn_in_part(frozen: str) -> None:
     want, _ = passed("pre-norm", torch.float32, False, frozen=frozen)
     got, _ = passed("pre-norm", torch.float32, True, frozen=frozen)
