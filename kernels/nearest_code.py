@@ -36,6 +36,9 @@ EPS = 1e-12  # lower bound of a row's length, as in F.normalize
 # distances held at once by the reference: 2 MiB stay in a CPU's cache; elsewhere, and where the
 # compiler unrolls the loop, few chunks matter more
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 22}
+# so many channels a BLAS sums in registers before it adds them to what is there: one rounding, the
+# same as that of a sum apart
+_PANEL = 128
 _PROGRAMS = 256  # two for each SM of the largest chip: enough to fill one
 
 
@@ -62,8 +65,12 @@ def nearest_code_ref(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> 
         ids = []
         for part, part_sq in zip(f.split(step), f_sq.split(step), strict=True):
             sums, dots = (None, None) if room is None else room[:, : len(part)]
-            sums, dots = torch.add(part_sq, e_sq, out=sums), torch.mm(part, e.T, out=dots)
-            ids.append(sums.sub_(dots, alpha=2).argmin(1))
+            sums = torch.add(part_sq, e_sq, out=sums)
+            if eager_cpu and z.shape[1] <= _PANEL:
+                sums.addmm_(part, e.T, alpha=-2)
+            else:
+                sums.sub_(torch.mm(part, e.T, out=dots), alpha=2)
+            ids.append(sums.argmin(1))
         return torch.cat(ids)
 
 

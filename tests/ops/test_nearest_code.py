@@ -210,6 +210,17 @@ def test_chunks_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (nearest_code_ref(z, codebook) == want).all()
 
 
+@pytest.mark.parametrize("C", [1, 12, 64, 100, 128, 129, 256])
+def test_reference_rounds_as_published(C: int) -> None:
+    codebook = torch.randn(500, C)
+    rivals = [codebook * (1 + k * 1e-7) for k in range(4)]  # told apart by the last bits alone
+    codebook = torch.cat(rivals)[torch.randperm(2000)]
+    z = codebook[torch.randint(2000, (700,))] + 0.1 * torch.randn(700, C)
+    squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)
+    want = (squares - 2 * z @ codebook.T).argmin(1)
+    assert (nearest_code_ref(z, codebook) == want).all()
+
+
 def test_autocast_is_ignored() -> None:
     z, codebook = torch.randn(500, 12), torch.randn(4096, 12)
     want = nearest_code(z, codebook)
