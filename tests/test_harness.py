@@ -49,6 +49,15 @@ def test_environment_is_complete_and_holds_nothing_private() -> None:
     assert str(Path.home()) not in text
 
 
+def test_processors_of_one_name_are_told_apart() -> None:
+    amd = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
+    amd += "model name\t: AMD EPYC\nstepping\t: 1\npower management:\n"
+    assert harness.cpu_name(amd) == "AMD EPYC (family 25, model 17)"
+    assert harness.cpu_name(amd.replace("25", "26")) == "AMD EPYC (family 26, model 17)"
+    assert harness.cpu_name("processor : 0\nmodel name : ARMv8\n") == "ARMv8"
+    assert harness.cpu_name("processor : 0\n") is None
+
+
 def test_environment_of_a_gpu_reads_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(name="Some GPU", total_memory=80, uuid="1234")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
