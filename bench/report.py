@@ -6,6 +6,7 @@
 Per device the newest commit measured counts, with all its files: numbers of two commits never meet
 in one table. Of waterfalls, scaling, cost models and peers it is the newest file of each device,
 model and batch. What was not measured says so. The paper's numbers are labelled as the paper's.
+Long tables are folded, behind a summary where there is one.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from harness import NOT_YET, table
 from peer_systems import PAPER_A100
 from peers import peers_table
 from report_fashion import fashion_table
+from report_summaries import SUMMARIES, fold_tables
 from report_tables import (
     IN_PACKAGE,
     PAPER,
@@ -103,16 +105,21 @@ def section(files: Files, benchmark: str) -> str:
         return _section_of_files(files, benchmark)
     records = merged(files, benchmark)
     make = _MERGED[benchmark]
-    parts = [f"{_caption(record)}\n\n{make(record)}" for record in records]
+    parts = [_with_summary(benchmark, record, make(record)) for record in records]
     if benchmark == "sampling":
         parts.append(_beside_the_paper(records))
     return "\n\n".join(parts) or NOT_YET
 
 
+def _with_summary(benchmark: str, record: Record, lines: str) -> str:
+    summary = SUMMARIES[benchmark](record) if benchmark in SUMMARIES else ""
+    return "\n\n".join(part for part in (_caption(record), summary, fold_tables(lines)) if part)
+
+
 def _section_of_files(files: Files, benchmark: str) -> str:
     parts = []
     for path, record in whole(files, benchmark):
-        parts.append(f"{_caption(record)}\n\n{_WHOLE[benchmark](record)}")
+        parts.append(_with_summary(benchmark, record, _WHOLE[benchmark](record)))
         if "model" in record:
             parts[-1] = f"{record['model']}, batch {record['batch']}. {parts[-1]}"
         if path.with_suffix(".svg").exists():

@@ -86,7 +86,7 @@ def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:
         "model": case["model"],
         "batch": case["batch"],
         "direction": case.get("direction"),
-        "implementation": _implementation(case),
+        "implementation": name_of(case),
         "dtype": case["dtype"],
         "steps": case.get("sampling", {}).get("num_sample_steps"),
         PAPER: case.get("paper_a100_images_per_s"),
@@ -124,7 +124,8 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:,.{0 if seconds >= 0.1 else 2}f}"
 
 
-def _implementation(case: Case) -> str:
+def name_of(case: Case) -> str:
+    """What a table calls the implementation of a case."""
     if case["implementation"] == "ours":
         return f"ours, {case['mode']}"
     if case["implementation"] == "upstream":
