@@ -65,8 +65,7 @@ def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
     if backend == "auto":
         backend = _first_working(qkv.device.type, qkv.dtype, qkv.shape[-1])
     if backend == "sdpa":
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, d)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
+        out = _sdpa(qkv, dropout)
     elif backend == "products":
         out = _products(qkv, dropout)
     else:
@@ -77,6 +76,16 @@ def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
             q, k, v = qkv.unbind(2)
             out = _load("xformers")(q, k, v, p=dropout)
     return out.flatten(2)
+
+
+def _sdpa(qkv: Tensor, dropout: float) -> Tensor:
+    """(B, L, 3, H, d) -> (B, L, H, d)."""
+    # a CPU's 16-bit backward takes up to five times as long as that of float32, and rounds more
+    if qkv.is_cpu and qkv.requires_grad and qkv.element_size() == 2 and not dropout:
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(qkv.float(), dropout).to(qkv.dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, d)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
 
 
 def _products(qkv: Tensor, dropout: float) -> Tensor:
