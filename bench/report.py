@@ -20,6 +20,7 @@ from cost_model import comparison_table
 from harness import NOT_YET, table
 from peer_systems import PAPER_A100
 from peers import peers_table
+from recipe_times import recipe_times_table
 from report_fashion import fashion_table
 from report_summaries import SUMMARIES, fold_tables
 from report_tables import (
@@ -95,6 +96,7 @@ _WHOLE: dict[str, Callable[[Record], str]] = {
     "peers": peers_table,
     "first_call": first_call_table,
     "fashion": fashion_table,
+    "recipe-times": recipe_times_table,
     "paper-trends": trends_table,
 }
 
