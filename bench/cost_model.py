@@ -165,11 +165,11 @@ def comparison_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return table(shown, (*columns, "error", "fitted"))
 
 
-def worst(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Largest error of each stage among the points that were not fitted."""
-    free = [line for line in lines if not line["fitted"]]
+def worst(lines: Sequence[Mapping[str, Any]], *, fitted: bool = False) -> dict[str, float | None]:
+    """Largest error of each stage among the points that were not fitted, or those that were."""
+    chosen = [line for line in lines if line["fitted"] == fitted]
     return {
-        stage: max((abs(line["error"]) for line in free if line["stage"] == stage), default=None)
+        stage: max((abs(line["error"]) for line in chosen if line["stage"] == stage), default=None)
         for stage in (*STAGES, "total")
     }
 

@@ -4,6 +4,7 @@
 
 A run's time is that from the first line of its log to the last, pauses included; the updates before
 the first line count as much as the others. What has no log is left out: making tokens, converting.
+The commit recorded is that of the reading: the runs may be older.
 """
 
 import argparse

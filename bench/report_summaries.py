@@ -5,8 +5,9 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from harness import table
-from report_tables import Record, group_of, name_of
+from cost_model import worst
+from harness import NOT_MEASURED, table
+from report_tables import Record, group_of, name_of, shipped_dtype
 
 _LONG = 16  # rows that are read at a glance; what is longer waits for a click
 _TABLE = re.compile(r"^\|.*\n\|[ |-]+\|\n(?:\|.*(?:\n|\Z))+", re.MULTILINE)
@@ -28,12 +29,11 @@ def fold_tables(text: str) -> str:
 
 def sampling_summary(record: Record) -> str:
     """A line per model and batch: samples/s, and in brackets the ratio to each upstream."""
-    shipped = "tf32" if "driver" in record["environment"] else "fp32-ieee"
-    shown = {("upstream", shipped), ("upstream", "bf16"), ("ours", "bf16")}
+    shown = {("upstream", shipped_dtype(record)), ("upstream", "bf16"), ("ours", "bf16")}
     groups: dict[tuple[Any, ...], dict[str, float]] = {}
     for case in record["cases"]:
         if (case["implementation"], case["dtype"]) in shown and "images_per_s" in case:
-            rates = groups.setdefault((case["model"], case["batch"], *group_of(case)), {})
+            rates = groups.setdefault(group_of(case), {})
             rates[name_of(case)] = case["images_per_s"]["median"]
     bases = ("upstream", "upstream, autocast")
     ours = dict.fromkeys(name for rates in groups.values() for name in rates if name not in bases)
@@ -84,11 +84,12 @@ def peers_summary(record: Record) -> str:
 
 def cost_model_summary(record: Record) -> str:
     """How far the worst predictions are off."""
-    lines = [line for line in record["cost_model"]["lines"] if line["stage"] == "total"]
-    worst = [max((abs(x["error"]) for x in lines if x["fitted"] == own), default=None)
-             for own in (True, False)]  # fmt: skip
-    said = ["not measured" if error is None else f"{error:.1%}" for error in worst]
-    return f"Totals are predicted within {said[1]}, those of the fit itself within {said[0]}."
+    lines = record["cost_model"]["lines"]
+    free, own = (
+        NOT_MEASURED if error is None else f"{error:.1%}"
+        for error in (worst(lines, fitted=fitted)["total"] for fitted in (False, True))
+    )
+    return f"Totals are predicted within {free}, those of the fit itself within {own}."
 
 
 SUMMARIES: dict[str, Callable[[Record], str]] = {

@@ -98,10 +98,8 @@ def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:
     speed = case["images_per_s"]
     row[rate] = spread(speed)
     group = [other for other in record["cases"] if group_of(other) == group_of(case)]
-    # upstream's sampling script turns TF32 on, which only CUDA has
-    shipped = "tf32" if "driver" in record["environment"] else "fp32-ieee"
     for column, implementation, dtype in (
-        (_RATIOS[0], "upstream", shipped),
+        (_RATIOS[0], "upstream", shipped_dtype(record)),
         (_RATIOS[1], "upstream", case["dtype"]),
         ("x reference", "reference", "fp32-ieee"),
     ):
@@ -137,6 +135,11 @@ def group_of(case: Case) -> tuple[Any, ...]:
     """What cases have in common that are measured beside each other."""
     fields = ("model", "batch", "direction", "op", "stage")
     return *(case.get(name) for name in fields), str(case.get("sampling"))
+
+
+def shipped_dtype(record: Record) -> str:
+    """The dtype of upstream as shipped: its script turns TF32 on, which only CUDA has."""
+    return "tf32" if "driver" in record["environment"] else "fp32-ieee"
 
 
 def _ratio(case: Case, group: Sequence[Case], implementation: str, dtype: str) -> str | None:
