@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import upstream as official
 from cases import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, say, shared
-from harness import environment, matmul_peak, precision, write_json
+from harness import RATES, environment, matmul_peak, precision, write_json
 
 from titok_fast import PRESETS, TiTokPipeline
 from titok_fast.fast import check_techniques, chosen
@@ -187,7 +187,7 @@ def start_record(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
             "weights": _describe_weights(given.get("weights")),
         },
         "upstream_commit": official.commit(args.upstream) if given.get("upstream") else None,
-        "matmul_flop_per_s": rates,
+        RATES: rates,
         "cases": [],
     }
 

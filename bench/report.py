@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_model import comparison_table
-from harness import NOT_YET, table
+from harness import NOT_YET, RATES, table
 from peer_systems import PAPER_A100
 from peers import peers_table
 from recipe_times import recipe_times_table
@@ -57,7 +57,8 @@ def merged(files: Files, benchmark: str) -> list[Record]:
         if record["environment"]["commit"] != newest["environment"]["commit"]:
             continue
         done = {group_of(case) for case in newest["cases"]}
-        newest["cases"] += [case for case in record["cases"] if group_of(case) not in done]
+        own = {RATES: record[RATES]} if RATES in record else {}
+        newest["cases"] += [case | own for case in record["cases"] if group_of(case) not in done]
     order = list(PRESETS)
     for newest in devices.values():
         newest["cases"].sort(key=lambda c: order.index(c["model"]) if c["model"] in order else -1)

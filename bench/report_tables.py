@@ -6,7 +6,7 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
-from harness import gib, spread, table
+from harness import RATES, gib, spread, table
 
 Record = dict[str, Any]
 Case = dict[str, Any]
@@ -107,7 +107,7 @@ def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:
     flop = row["GFLOP"] * 1e9
     row["first call s"] = case["first_call_s"]
     row["peak GiB"] = gib(case["peak_bytes"])
-    measured_peak = record["matmul_flop_per_s"].get(case["dtype"])
+    measured_peak = case.get(RATES, record[RATES]).get(case["dtype"])
     if measured_peak:
         row["of matmul peak"] = f"{speed['median'] * flop / measured_peak:.0%}"
     for column, stage in zip(

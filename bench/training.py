@@ -26,11 +26,13 @@ from typing import Any
 
 import torch
 from cases import say
-from harness import gib, spread, summary, table, timed
+from harness import RATES, gib, spread, summary, table, timed
 from options import check, save, start_record
 from training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
 from training_upstream import UpstreamLearner
 
+from titok_fast import preset
+from titok_fast.costs import generator_cost, pixel_encoder_cost, tokenizer_costs
 from titok_fast.training.recipe import Recipe
 
 STAGES = ("stage1", "stage2", "generator")
@@ -146,6 +148,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def floor_seconds(case: dict[str, Any], rates: dict[str, float]) -> float | None:
+    """What the products of a row's update take at the matrix-product rates of its run.
+
+    The products of the forward thrice, as the backward forms two gradients, and those of the proxy
+    codes once, in float32. Exact savings can go below it. None for stage 2, whose losses have
+    networks of their own that costs.py does not count.
+    """
+    found = preset(case["model"])
+    rate = rates["bf16" if SYSTEMS[case["system"]] else "fp32-ieee"]
+    if case["stage"] == "generator":
+        assert found.generator is not None
+        return case["batch"] * 3 * generator_cost(found.generator).flops / rate
+    if case["stage"] == "stage2":
+        return None
+    config, costs = found.tokenizer, tokenizer_costs(found.tokenizer)
+    trained = sum(costs[part].flops for part in ("encoder", "code_search", "vit_decoder"))
+    proxies = pixel_encoder_cost(config.pixel, config.crop_size) + costs["pixel_codebook"]
+    return case["batch"] * (3 * trained / rate + proxies.flops / rates["fp32-ieee"])
+
+
 def training_table(record: dict[str, Any]) -> str:
     """Markdown, a line per row."""
     lines = []
@@ -155,10 +177,12 @@ def training_table(record: dict[str, Any]) -> str:
         if "error" in case:
             line["s/step (p20-p80)"] = f"failed: {case['error']}"
             continue
+        floor = floor_seconds(case, case.get(RATES, record[RATES]))
         line |= {
             "s/step (p20-p80)": spread(case["step_s"]),
             "samples/s": case["samples_per_s"],
             "x upstream": case["x_upstream"],
+            "of matmul peak": f"{floor / case['step_s']['median']:.0%}" if floor else "not counted",
             "peak GiB": gib(case["peak_bytes"]),
             "x memory": case["x_upstream_memory"],
             "first loss": case["first_loss"],

@@ -38,7 +38,7 @@ import torch
 import upstream as official
 import waterfall_rows
 from cases import measure, say
-from harness import NOT_MEASURED, gib, matmul_peak, precision, spread, table
+from harness import NOT_MEASURED, RATES, gib, matmul_peak, precision, spread, table
 from options import add_run, check, save, start_record
 from waterfall_candidates import Bench, Made, settings
 from waterfall_rows import Row, next_group
@@ -78,7 +78,7 @@ def measure_group(
 def compare_rates(record: Mapping[str, Any]) -> None:
     """Fill in what follows from the rates: the factor of each group, the ratios of each case."""
     flop = 1e9 * sum(record["gflop_per_image"].values())
-    peak = record["matmul_flop_per_s"]["bf16"]
+    peak = record[RATES]["bf16"]
     measured = [case for case in record["cases"] if "images_per_s" in case]
     rates: dict[str, float] = {}  # as if all had been in the first group
     for i, group in enumerate(record["groups"]):
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _measure_peaks_again(record: dict[str, Any], device: torch.device) -> None:
     """A peak is the best of what was seen: other load may have met the first measurement."""
-    peaks = record["matmul_flop_per_s"]
+    peaks = record[RATES]
     for name in peaks:
         with precision(name) as dtype:
             peaks[name] = max(peaks[name], matmul_peak(device, dtype))
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(p, args, known)
     record = run(args)
     print(waterfall_table(record))
-    gflop, peaks = sum(record["gflop_per_image"].values()), record["matmul_flop_per_s"]
+    gflop, peaks = sum(record["gflop_per_image"].values()), record[RATES]
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in peaks.items())
     print(f"official work: {gflop:.0f} GFLOP per picture; matrix products, GFLOP/s: {rates}")
     return int(any("error" in case for case in record["cases"]))

@@ -81,15 +81,42 @@ def test_rows_take_turns_and_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (mine["x_upstream"], mine["x_upstream_memory"]) == (2.0, 0.5)
     assert failed["error"] == "MemoryError"
     assert failed["x_upstream"] is None
-    text = training.training_table({"cases": rows})
+    rates = {"bf16": 4e12, "fp32-ieee": 1e12}
+    text = training.training_table({"cases": rows, "matmul_flop_per_s": rates})
     assert "2.5 (2-3)" in text
+    share = training.floor_seconds(mine, rates) / 2.5
+    assert 0.01 < share < 1
+    assert f" {share:.0%} " in text
+    own = mine | {"matmul_flop_per_s": {"bf16": 8e12, "fp32-ieee": 2e12}}  # of its own file
+    assert f" {share / 2:.0%} " in training.training_table(
+        {"cases": [own], "matmul_flop_per_s": rates}
+    )
     assert "failed: MemoryError" in text
     training.compare(rows[1:])
     assert mine["x_upstream"] is None
 
 
+def test_floor_counts_three_products_and_the_proxies_once() -> None:
+    rates = {"bf16": 2e12, "fp32-ieee": 1e12}
+    case = {"model": "titok-l-32", "stage": "generator", "batch": 8, "system": "ours bf16"}
+    D, L = 768, 33
+    blocks = 24 * (2 * L * 12 * D**2 + 4 * L**2 * D)
+    flops = 8 * 3 * (blocks + 2 * 32 * D * 4096)
+    assert training.floor_seconds(case, rates) == pytest.approx(flops / 2e12)
+    assert training.floor_seconds(case | {"system": "upstream fp32"}, rates) == pytest.approx(
+        flops / 1e12
+    )
+    case["stage"] = "stage1"
+    both, proxies = (training.floor_seconds(case, rates | {"bf16": r}) for r in (2e12, 1e30))
+    assert training.floor_seconds(case, rates | {"bf16": 1e12}) == pytest.approx(
+        2 * both - proxies
+    )
+    assert 0 < proxies < both
+    assert training.floor_seconds(case | {"stage": "stage2"}, rates) is None
+
+
 def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = {"environment": {}, "cases": []}
+    start = {"environment": {}, "cases": [], "matmul_flop_per_s": {"bf16": 1e12}}
     monkeypatch.setattr(training, "start_record", lambda name, args: dict(start, benchmark=name))
     row = {"seconds": [2.0], "peak_bytes": 1 << 30, "loss": 7.0}
     monkeypatch.setattr(training, "child", lambda job: row)

@@ -2,8 +2,9 @@
 
 Each Linear layer is one autograd function together with what comes before it: a LayerNorm, GELU or
 attention by plain products. It keeps that one's input alone, and forms its result again in the
-backward. An MLP behind a LayerNorm is one function as a whole: its inner rows, four times as wide
-as x, would be a third of all that is kept, and forming them again takes a ninth of the products.
+backward; a norm whose result is the residual as well gives both. An MLP behind a LayerNorm is one
+function as a whole: its inner rows, four times as wide as x, would be a third of all that is kept,
+and forming them again takes a ninth of the products.
 
 Products take their weights in oneDNN's own layout, made of the master weights in each pass: oneDNN
 would do the same inside of every plain product, and slower.
@@ -50,8 +51,10 @@ def _pre_norm(block: PreNormBlock, x: Tensor, skip: Tensor | None = None) -> Ten
 
 def _post_norm(block: PostNormBlock, x: Tensor) -> Tensor:
     h = _mixed(block.attn, _product(x, block.attn.qkv))
-    x = block.norm1(_dropped(h, block.dropout) + x)
-    h = _product(_product(x, block.mlp.fc1), block.mlp.fc2, gelu=True)
+    norm, fc1, x = block.norm1, block.mlp.fc1, _dropped(h, block.dropout) + x
+    own = (norm.weight, norm.bias)
+    x, h = _NormAndProduct.apply(_Normed(norm.eps), x, fc1.weight, fc1.bias, *own)
+    h = _product(h, block.mlp.fc2, gelu=True)
     return block.norm2(_dropped(h, block.dropout) + x)
 
 
@@ -206,6 +209,28 @@ class _Product(torch.autograd.Function):
         return None, given[0], *of_linear, *given[1:]
 
 
+class _NormAndProduct(torch.autograd.Function):
+    """Both norm(x) and the linear layer of it, of which x is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, norm: _Normed, x: Tensor, weight: Tensor, bias: Tensor, *own: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, *own)
+        ctx.norm, ctx.dtype = norm, _dtype(weight)
+        h = norm(x, *own)
+        return h, _times(h.to(ctx.dtype), weight.to(ctx.dtype), bias.to(ctx.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_norm: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *own = ctx.saved_tensors
+        _, to_x, to_weight, to_bias, *to_own = ctx.needs_input_grad
+        g = to_norm + _times(grad, weight.to(ctx.dtype).t(), None)
+        h, given = ctx.norm.back(g, [to_x, *to_own], x, *own)
+        return None, given[0], *_of_linear(grad, h, weight, [to_weight, to_bias]), *given[1:]
+
+
 def _of_linear(
     grad: Tensor, x: Tensor | None, weight: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
@@ -225,7 +250,7 @@ def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not packs(x.dtype):
         return F.linear(x, weight, bias)
     rows = x.numel() // weight.shape[1]
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
 
 
