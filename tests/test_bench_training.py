@@ -108,9 +108,7 @@ def test_floor_counts_three_products_and_the_proxies_once() -> None:
     )
     case["stage"] = "stage1"
     both, proxies = (training.floor_seconds(case, rates | {"bf16": r}) for r in (2e12, 1e30))
-    assert training.floor_seconds(case, rates | {"bf16": 1e12}) == pytest.approx(
-        2 * both - proxies
-    )
+    assert training.floor_seconds(case, rates | {"bf16": 1e12}) == pytest.approx(2 * both - proxies)
     assert 0 < proxies < both
     assert training.floor_seconds(case | {"stage": "stage2"}, rates) is None
 
