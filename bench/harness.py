@@ -27,8 +27,8 @@ from tqdm import tqdm
 from titok_fast.files import write_atomic
 
 NOT_MEASURED = "not measured"
-RATES = "matmul_flop_per_s"  # in a record: of the device, by dtype, measured in the same run
 NOT_YET = f"{NOT_MEASURED.capitalize()} yet."  # in place of a whole table
+RATES = "matmul_flop_per_s"  # in a record: of the device, by dtype, measured in the same run
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ in float32 as well. Weights are random: in the first update both have the same.
 
 Every round starts a fresh process for each system in turn, which builds it, does two updates that
 are not timed, then --steps timed ones; its memory is the most it ever held (resident, VmHWM). The
-second update still takes much of its memory fresh from the system: a tenth of its time.
+second update is not yet like the later ones: it still takes fresh memory from the system.
 """
 
 import argparse

@@ -53,7 +53,7 @@ def _post_norm(block: PostNormBlock, x: Tensor) -> Tensor:
     h = _mixed(block.attn, _product(x, block.attn.qkv))
     norm, fc1, x = block.norm1, block.mlp.fc1, _dropped(h, block.dropout) + x
     own = (norm.weight, norm.bias)
-    x, h = _NormAndProduct.apply(_Normed(norm.eps), x, fc1.weight, fc1.bias, *own)
+    x, h = _Product.apply(_NormedToo(norm.eps), x, fc1.weight, fc1.bias, *own)
     h = _product(h, block.mlp.fc2, gelu=True)
     return block.norm2(_dropped(h, block.dropout) + x)
 
@@ -135,6 +135,10 @@ class _Normed(NamedTuple):
         )
 
 
+class _NormedToo(_Normed):
+    """A norm whose result is wanted beside the product."""
+
+
 class _Widened(NamedTuple):
     """GELU of a linear layer of a LayerNorm."""
 
@@ -187,48 +191,28 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, before: _Before, x: Tensor, weight: Tensor, bias: Tensor | None, *own: Any
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, *own)
         ctx.before, ctx.dtype = before, _dtype(weight)
-        h = before(x, *own).to(ctx.dtype)
-        return _times(h, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
+        h, low = before(x, *own), None if bias is None else bias.to(ctx.dtype)
+        y = _times(h.to(ctx.dtype), weight.to(ctx.dtype), low)
+        return (h, y) if isinstance(before, _NormedToo) else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *of_h, grad = grads  # of_h: where h was returned as well
         x, weight, *own = ctx.saved_tensors
         _, to_x, to_weight, to_bias, *to_own = ctx.needs_input_grad
         given: Sequence[Tensor | None] = [None] * (1 + len(own))
         h = None
         if to_x or any(to_own):
-            g = _times(grad, weight.to(ctx.dtype).t(), None)
+            g = sum(of_h, start=_times(grad, weight.to(ctx.dtype).t(), None))
             h, given = ctx.before.back(g, [to_x, *to_own], x, *own)
         elif to_weight:
             h = ctx.before(x, *own)
         of_linear = _of_linear(grad, h, weight, [to_weight, to_bias])
         return None, given[0], *of_linear, *given[1:]
-
-
-class _NormAndProduct(torch.autograd.Function):
-    """Both norm(x) and the linear layer of it, of which x is kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, norm: _Normed, x: Tensor, weight: Tensor, bias: Tensor, *own: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight, *own)
-        ctx.norm, ctx.dtype = norm, _dtype(weight)
-        h = norm(x, *own)
-        return h, _times(h.to(ctx.dtype), weight.to(ctx.dtype), bias.to(ctx.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, to_norm: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *own = ctx.saved_tensors
-        _, to_x, to_weight, to_bias, *to_own = ctx.needs_input_grad
-        g = to_norm + _times(grad, weight.to(ctx.dtype).t(), None)
-        h, given = ctx.norm.back(g, [to_x, *to_own], x, *own)
-        return None, given[0], *_of_linear(grad, h, weight, [to_weight, to_bias]), *given[1:]
 
 
 def _of_linear(
