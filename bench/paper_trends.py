@@ -30,7 +30,7 @@ from fashion import CLASSIFIER
 from harness import environment, table, write_json
 from options import add_run, check, save
 from report_trends import trends_table
-from trends_cells import CLASSES, GROUPS, SMOKE, Cell, Settings, cells_of, in_order
+from trends_cells import CLASSES, GROUPS, RATE, SMOKE, Cell, Settings, cells_of, in_order
 from trends_plan import plan
 from trends_shape import comparisons
 from trends_work import SIDE, Bench, StoppedError, figures_of, train_cell
@@ -149,6 +149,7 @@ def _protocol(bench: Bench) -> dict[str, Any]:
     return {
         "settings": asdict(S),
         "features": f"distance: Frechet's, in the features of {network} (figures call it fid)",
+        "learning-rate": f"{RATE} / width in stage 1 and a single stage, else the recipes'",
         "reconstruction": "stage 1: likeliest proxy codes drawn by the proxy tokenizer, averaged "
         f"weights, clamped, rounded; first {S.judged} evaluation pictures against themselves",
         "generation": f"{S.drawn} pictures, classes in turn, truncated, against the features of "
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = p.add_argument
     add("--only", metavar="A,B", default=",".join(GROUPS), help=f"default: {','.join(GROUPS)}")
     add("--budget", type=int, metavar="UPDATES",
-        help=f"of tokenizers; generators: twice that (default: {Settings().budget})")  # fmt: skip
+        help=f"of tokenizers and generators (default: {Settings().budget})")  # fmt: skip
     add("--work", type=Path, metavar="DIR",
         help="networks, finished cells (default: runs/fashion/trends-BUDGET)")  # fmt: skip
     add("--classifier", type=Path, default=CLASSIFIER, metavar="DIR",
@@ -232,7 +233,7 @@ def _check(p: argparse.ArgumentParser, args: argparse.Namespace) -> Settings:
         p.error(f"--plots wants an existing folder; got {args.plots}")
     settings = SMOKE if args.smoke else Settings()
     if args.budget is not None:
-        settings = replace(settings, budget=args.budget, generator_budget=2 * args.budget)
+        settings = replace(settings, budget=args.budget, generator_budget=args.budget)
     return settings
 
 

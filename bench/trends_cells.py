@@ -15,6 +15,8 @@ CLASSES = 10
 # patches of the recipes' pictures: the 2D variant has as many tokens, a quarter of the proxy codes,
 # as has the paper's B-64
 MIDDLE = 16
+# learning rate of tokenizers times their width: one rate for all sizes would suit some of them
+RATE = 0.32
 TRAININGS = ("two-stage", "single-stage", "2d")
 GROUPS = (
     "reconstruction-tokens", "generation-tokens", "probe-tokens", "proxy-codes", "schedules",
@@ -46,10 +48,10 @@ class Settings:
     sizes: tuple[tuple[str, tuple[int, int, int]], ...] = (
         ("S", (48, 2, 2)), ("B", (64, 4, 2)), ("L", (96, 6, 3))
     )  # fmt: skip
-    budget: int = 600
-    batch: int = 64
+    budget: int = 1200
+    batch: int = 32
     generator_budget: int = 1200
-    generator_batch: int = 128
+    generator_batch: int = 64
     generator_size: tuple[int, int, int] = (96, 4, 4)
     vqgan: tuple[int, ...] = (1, 1, 2)
     judged: int = 5000
@@ -186,6 +188,8 @@ def _tokenizer_keys(cell: Cell, settings: Settings, work: Path, stage: str) -> d
         "model.vq_model.vit_enc_model_size": size,
         "model.vq_model.vit_dec_model_size": size,
     }
+    if stage != "stage2":
+        keys["optimizer.params.learning_rate"] = RATE / size[0]
     if stage == "single_stage":
         return keys | {"model.vq_model.is_2d": cell.variant == "2d"}
     keys["model.vq_model.pixel.channel_mult"] = list(settings.vqgan)
