@@ -1,10 +1,10 @@
 """Masked cross-entropy with its gradient on a CPU: the kernel's design in PyTorch's operations.
 
 R token rows of width D, N codes. Rows are taken in chunks; the logits of a chunk become their own
-gradient in place, and two products turn it into the gradients of hidden states and head. Nothing of
-size R * N is kept for the backward, which only scales. Plain autograd keeps the logits in two
-dtypes and forms two more tensors of their size in the backward. A mean is learnt from as it is,
-so gradients are divided by the sum of weights where it costs nothing, in the forward.
+gradient in place, a block at a time, and two products turn it into the gradients of hidden states
+and head. Nothing of size R * N is kept for the backward, which only scales. Plain autograd keeps
+the logits in two dtypes and forms two more tensors of their size in the backward. A mean is learnt
+from as it is, so the forward divides gradients by the sum of weights, where it costs nothing.
 """
 
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 21  # 8 MiB of float32: logits and their gradient stay in the cache
+_CHUNK_ELEMENTS = 1 << 23  # of logits, for a product
+_BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: what is done number by number stays in the cache
 
 
 class CpuLoss(torch.autograd.Function):
@@ -42,17 +43,13 @@ class CpuLoss(torch.autograd.Function):
         g_weight = None  # not zeros to add to: most calls are one chunk
         step = max(1, _CHUNK_ELEMENTS // N)
         for rows in (slice(r, r + step) for r in range(0, len(hidden), step)):
-            logits = F.linear(hidden[rows], head, offset).to(wide)
-            ids, part = targets[rows, None], w[rows, None]
-            lse = torch.logsumexp(logits, dim=1, keepdim=True)
-            ce = lse - (1 - label_smoothing) * logits.gather(1, ids)
-            if label_smoothing > 0:  # else a forbidden code, of logit -inf, must not count
-                ce = ce - label_smoothing * logits.mean(dim=1, keepdim=True)
-            summed += (part * ce).sum()
-            grad = logits.sub_(lse).exp_().sub_(label_smoothing / N)
-            grad.scatter_add_(1, ids, grad.new_full(ids.shape, label_smoothing - 1)).mul_(part)
-            g_bias += grad.sum(dim=0)
-            grad = grad.to(hidden.dtype)
+            grad = F.linear(hidden[rows], head, offset)  # logits, until the blocks are through
+            block = max(1, _BLOCK_ELEMENTS // N)
+            blocks = (x.split(block) for x in (grad, targets[rows], w[rows]))
+            for logits, ids, part in zip(*blocks, strict=True):
+                loss, of_bias = _to_gradient(logits, ids, part, label_smoothing)
+                summed += loss
+                g_bias += of_bias
             torch.mm(grad, head, out=g_hidden[rows])
             made = grad.T @ hidden[rows]
             if step < len(hidden) or hidden.dtype == torch.float16:
@@ -72,6 +69,24 @@ class CpuLoss(torch.autograd.Function):
             return scaled_gradients(ctx, g_loss)
         cast = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return *cast, None, None, None, None
+
+
+def _to_gradient(
+    logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """(R, N) logits become the gradient of their weighted loss; that loss, and the gradient's sum.
+
+    Both are of the dtype of the weights, in which all is computed.
+    """
+    N, ids, part = logits.shape[1], targets[:, None], weights[:, None]
+    logs = torch.log_softmax(logits, dim=1, dtype=weights.dtype)
+    ce = (label_smoothing - 1) * logs.gather(1, ids)
+    if label_smoothing > 0:  # else a forbidden code, of logit -inf, must not count
+        ce = ce - label_smoothing * logs.mean(dim=1, keepdim=True)
+    grad = logs.exp_().sub_(label_smoothing / N)
+    grad.scatter_add_(1, ids, grad.new_full(ids.shape, label_smoothing - 1)).mul_(part)
+    logits.copy_(grad)
+    return (part * ce).sum(), grad.sum(dim=0)
 
 
 def scaled_gradients(ctx: Any, g_loss: Tensor) -> tuple:

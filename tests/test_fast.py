@@ -96,6 +96,13 @@ def test_what_dropout_keeps(dropout: float) -> None:
     assert abs(float(kept.mean()) - p) <= 4 * (p * dropout / n) ** 0.5 + 2**-17
     a, b = kept.flatten()[:-1], kept.flatten()[1:]  # neighbours come from the same number
     assert abs(float((a * b).mean() - a.mean() * b.mean())) < 4 * p * dropout / n**0.5 + 1e-12
+    other, _ = drop_mask((997, 101, 11), dropout, torch.device("cpu"))
+    torch.manual_seed(1)
+    again, _ = drop_mask((997, 101, 11), dropout, torch.device("cpu"))
+    assert other is not None
+    assert again is not None
+    assert torch.equal(mask, again)
+    assert torch.equal(mask, other) == (dropout < 1e-6)  # torch's generator goes on
     none, _ = drop_mask((0, 3), dropout, torch.device("cpu"))
     assert none is not None
     assert none.shape == (0, 3)

@@ -148,6 +148,7 @@ def test_on_cpu_against_float64(
     factor: int, chunk: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_cpu, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(on_cpu, "_BLOCK_ELEMENTS", chunk // 3)
     args = inputs(37, 101, 16)
     got = masked_cross_entropy(*args, label_smoothing=smoothing)
     assert "CpuLoss" in type(got.grad_fn).__name__
