@@ -42,9 +42,9 @@ class CpuLoss(torch.autograd.Function):
         g_hidden, g_bias = torch.empty_like(hidden), hidden.new_zeros(N, dtype=wide)
         g_weight = None  # not zeros to add to: most calls are one chunk
         step = max(1, _CHUNK_ELEMENTS // N)
+        block = max(1, _BLOCK_ELEMENTS // N)
         for rows in (slice(r, r + step) for r in range(0, len(hidden), step)):
             grad = F.linear(hidden[rows], head, offset)  # logits, until the blocks are through
-            block = max(1, _BLOCK_ELEMENTS // N)
             blocks = (x.split(block) for x in (grad, targets[rows], w[rows]))
             for logits, ids, part in zip(*blocks, strict=True):
                 loss, of_bias = _to_gradient(logits, ids, part, label_smoothing)

@@ -115,7 +115,7 @@ def _fashion(K: int) -> Preset:
     return Preset(
         tokenizer,
         generator,
-        SamplingConfig(8, 5.0, "linear", 3.0, 3.0, True),
+        SamplingConfig(8, 3.0, "linear", 3.0, 3.0, True),
         folder=SHIPPED / f"fashion-{K}",
         classes=(
             "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
