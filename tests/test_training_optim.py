@@ -168,7 +168,8 @@ def test_the_discriminator_has_a_clock_of_its_own_and_ends_with_the_run() -> Non
 def trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[torch.Tensor]:
     for seed in range(3):
         torch.manual_seed(seed)
-        model(torch.randn(8, 5)).square().mean().backward()
+        x = torch.randn(8, 5).to(next(model.parameters()).device)
+        model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return [p.detach().clone() for p in model.parameters()]
@@ -192,6 +193,22 @@ def test_it_steps_as_plain_adamw_with_two_groups_does(fused: str) -> None:
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-3, foreach=False)
     for got, want in zip(trained(optimizer, ours), trained(reference, plain), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_its_state_is_there_before_the_first_step(device: str) -> None:
+    ours, plain = small().to(device), small().to(device)
+    optimizer = build_optimizer(ours, OptimizerConfig())
+    reference = torch.optim.AdamW(plain.parameters(), fused=device == "cpu")
+    before = {p: dict(optimizer.state[p]) for p in ours.parameters()}
+    trained(reference, plain)
+    for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        shapes = {k: (v.shape, v.dtype, v.device) for k, v in before[mine].items()}
+        wanted = {k: (v.shape, v.dtype, v.device) for k, v in reference.state[other].items()}
+        assert shapes == wanted
+    trained(optimizer, ours)
+    for p, state in before.items():
+        assert all(optimizer.state[p][k] is v for k, v in state.items())
 
 
 def test_rates_are_set_in_every_group_also_where_they_are_tensors() -> None:

@@ -83,7 +83,22 @@ def build_optimizer(
     if config.fused == "torch" and not fits:
         devices = sorted({p.device.type for p in parameters})
         raise ValueError(f"optimizer.params.fused=torch wants cpu or cuda; got {devices}: use auto")
-    return AdamW(groups, fused=fits, **options)
+    return _with_moments(AdamW(groups, fused=fits, **options))
+
+
+def _with_moments(optimizer: AdamW) -> AdamW:
+    """Make its state now, as its first step would.
+
+    Made there, between activations on a CPU's heap, moments leave these no whole room to reuse.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device if group["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(p, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+            }
+    return optimizer
 
 
 def _fused_adam() -> Any:
