@@ -278,6 +278,23 @@ def test_full_disk_is_seen_before_training(
         run(recipe_of("stage1", weights, tmp_path / "file" / "run"))
 
 
+def test_room_that_is_asked_for_is_what_a_checkpoint_takes(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, asked = state.check_writable, []
+
+    def watched(output: Path, needed: int) -> None:
+        asked.append(needed)
+        check(output, needed)
+
+    monkeypatch.setattr(state, "check_writable", watched)
+    run(recipe_of("stage2", weights, tmp_path, 2))
+    found = state.newest(tmp_path)
+    assert found is not None
+    files = [load_file(file) for file in found.folder.glob("*.safetensors")]
+    assert asked == [sum(t.nbytes for tensors in files for t in tensors.values())]
+
+
 def test_resume_refuses_another_run(weights: Path, tmp_path: Path) -> None:
     recipe = recipe_of("stage1", weights, tmp_path, 2)
     run(recipe)

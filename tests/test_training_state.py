@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from titok_fast.training import state
+from titok_fast.training.optim import build_optimizer
 from titok_fast.training.parallel import Ranks
-from titok_fast.training.recipe import Recipe
+from titok_fast.training.recipe import OptimizerConfig, Recipe
 from titok_fast.training.resume import (
     check_same_recipe,
     optimizer_steps,
@@ -295,13 +296,27 @@ def test_optimizer_state_by_name(tmp_path: Path, fused: bool) -> None:
     found = state.newest(tmp_path)
     assert found is not None
     fresh, other = trained(0)
-    room = room_for({k: v for k, v in found.shapes().items() if "/" in k}, fresh)
+    shapes = {k: v for k, v in found.shapes().items() if "/" in k}
+    room = room_for(shapes, other, fresh)
     found.load({**fresh.state_dict(), **room}, ALONE)
     restore_optimizer(other, fresh, room, found.state["steps"])
     advance(model, optimizer, range(3, 6))
     advance(fresh, other, range(3, 6))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def test_optimizer_state_that_is_there_is_loaded_in_place() -> None:
+    model = nn.Linear(3, 4)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    own = optimizer_tensors(optimizer, model)
+    assert own.keys() == {
+        f"{p}/{k}" for p in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")
+    }
+    room = room_for({name: value.shape for name, value in own.items()}, optimizer, model)
+    restore_optimizer(optimizer, model, room, optimizer_steps(optimizer))
+    now = optimizer_tensors(optimizer, model)
+    assert all(room[name] is value and now[name] is value for name, value in own.items())
 
 
 def test_changed_recipe_is_listed(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ class _Run:
         self.batch_size = share * ranks.size
         self.learner = Learner(recipe, ranks)
         bytes_needed = sum(t.nbytes for t in self.learner.tensors().values())
-        # the optimizer has no state yet: twice the weights, for each of the two averages
-        bytes_needed += 2 * sum(p.nbytes for p in self.learner.task.model.parameters())
+        if not self.learner.model.optimizer.state:  # apex's, before its first step
+            bytes_needed += 2 * sum(p.nbytes for p in self.learner.task.model.parameters())
         ranks.agree(lambda: state.check_writable(self.output, bytes_needed))
         self._resume()
 

@@ -82,18 +82,23 @@ def optimizer_steps(optimizer: torch.optim.Optimizer) -> list[int | None]:
     return [group.get("step") for group in optimizer.param_groups]
 
 
-def room_for(names: Mapping[str, torch.Size], model: nn.Module) -> dict[str, Tensor]:
-    """Empty tensors to load an optimizer's state into.
+def room_for(
+    names: Mapping[str, torch.Size], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[str, Tensor]:
+    """Tensors to load an optimizer's state into: its own, where it has them before its first step.
 
     Args:
         names: "parameter name/key" -> shape, as saved.
+        optimizer: of the model's parameters.
         model: sharded or not; state of a parameter's shape is placed like the parameter.
     """
-    parameters = dict(model.named_parameters())
+    parameters, own = dict(model.named_parameters()), optimizer_tensors(optimizer, model)
     room: dict[str, Tensor] = {}
     for name, shape in names.items():
         parameter = parameters.get(name.rpartition("/")[0])
-        if parameter is not None and parameter.shape == shape:
+        if name in own and own[name].shape == shape:
+            room[name] = own[name]
+        elif parameter is not None and parameter.shape == shape:
             room[name] = torch.zeros_like(parameter, requires_grad=False)
         else:
             room[name] = torch.zeros(shape)

@@ -76,12 +76,13 @@ class Trained:
 
         Args:
             found: names and shapes in a checkpoint to load: makes room for the state that
-                optimizers only have after their first step.
+                apex's optimizer only has after its first step.
         """
         if found is None:
             steps = optimizer_tensors(self.optimizer, self.network)
         else:
-            steps = room_for(under(f"{self.name}_optimizer", found), self.network)
+            saved = under(f"{self.name}_optimizer", found)
+            steps = room_for(saved, self.optimizer, self.network)
         weights = {f"{self.name}/{k}": v for k, v in self.network.state_dict().items()}
         return weights | {f"{self.name}_optimizer/{k}": v for k, v in steps.items()}
 
