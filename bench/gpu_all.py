@@ -1,7 +1,7 @@
-"""Everything that wants a GPU, in one command: tests, kernels, sampling, reconstruction, report.
+"""Everything that wants a GPU, in one command: tests, kernels, drawing, training, report.
 
-    python bench/gpu_all.py            all of it, an hour or so
-    python bench/gpu_all.py --quick    one model and few shapes: minutes
+    python bench/gpu_all.py --upstream PATH    all of it, an hour or two
+    python bench/gpu_all.py --quick            one model and few shapes: minutes
 
 Tests run first and a red test ends the run, since a speed says nothing beside one; `--only` takes
 up single steps. What is left in bench/results/, and the tables of README.md, are to be committed.
@@ -18,22 +18,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import upstream as official
 from harness import environment
 from options import save
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("tests", "kernels", "sampling", "reconstruction", "report")
+STEPS = ("tests", "kernels", "sampling", "reconstruction", "training", "report")
+_DRAWING = ("--models", "titok-l-32", "--batch", "1", "32", "--repeats", "5")
+_QUICK = {
+    "kernels": ("--quick",),
+    "sampling": _DRAWING,
+    "reconstruction": _DRAWING,
+    "training": ("--models", "titok-l-32", "--stages", "stage1", "generator", "--rounds", "1"),
+}
 
 
-def command(step: str, quick: bool, results: Path) -> list[str]:
+def command(step: str, quick: bool, results: Path, upstream: Path | None) -> list[str]:
     """What a benchmark step runs, from the root."""
     line = [sys.executable, f"bench/{step}.py"]
     if step == "report":
         return line
     line += ["--json", str(results)]
     if quick:
-        models = ["--models", "titok-l-32", "--batch", "1", "32", "--repeats", "5"]
-        line += ["--quick"] if step == "kernels" else models
+        line += _QUICK[step]
+    if upstream is not None and step != "kernels":  # these have its lines without it
+        line += ["--upstream", str(upstream)]
     return line
 
 
@@ -75,11 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few shapes")
+    parser.add_argument(
+        "--upstream", type=Path, metavar="PATH",
+        help="clone of bytedance/1d-tokenizer to measure as well",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER"
     )
     args = parser.parse_args(argv)
+    if args.upstream is not None:
+        try:
+            args.upstream = official.find(args.upstream)
+        except FileNotFoundError as error:
+            parser.error(str(error))
 
     if not torch.cuda.is_available():
         print("gpu_all wants a CUDA device, and torch sees none here", file=sys.stderr)
@@ -91,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if step == "tests":
             status = run_tests(args.results)
         else:
-            line = command(step, args.quick, args.results)
+            line = command(step, args.quick, args.results, args.upstream)
             status = subprocess.run(line, cwd=ROOT).returncode
         if status:
             failed.append(step)

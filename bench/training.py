@@ -1,4 +1,4 @@
-"""Seconds and memory of a training update on the CPU, all stages, beside upstream's.
+"""Seconds and memory of a training update, all stages, beside upstream's.
 
     python bench/training.py --models titok-l-32 --stages stage1 generator --batch 8 --upstream PATH
 
@@ -6,11 +6,13 @@ An update is what both trainings do with a batch that is there: proxy codes wher
 them, forward, backward, clipping, optimizer, discriminator. Data, logs and averaged weights are
 left out; the generator reads tokens. Ours is the Learner of `titok-fast train` with the committed
 recipe, upstream its models and losses (--upstream) under bfloat16 autocast, and with --float32 both
-in float32 as well. Weights are random: in the first update both have the same.
+in float32 as well; on CUDA ours once more with training.compile, and float32 is TF32, as both set
+it. Weights are random: in the first update both have the same.
 
 Every round starts a fresh process for each system in turn, which builds it, does two updates that
-are not timed, then --steps timed ones; its memory is the most it ever held (resident, VmHWM). The
-second update is not yet like the later ones: it still takes fresh memory from the system.
+are not timed, then --steps timed ones. Its memory is the most it ever held: resident on a CPU
+(VmHWM), on CUDA what tensors took in the updates. On a CPU the second update is not yet like the
+later ones: it still takes fresh memory from the system.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from cases import say
 from harness import RATES, gib, spread, summary, table, timed
-from options import check, save, start_record
+from options import add_run, check, save, start_record
 from training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
 from training_upstream import UpstreamLearner
 
@@ -36,34 +38,43 @@ from titok_fast.costs import generator_cost, pixel_encoder_cost, tokenizer_costs
 from titok_fast.training.recipe import Recipe
 
 STAGES = ("stage1", "stage2", "generator")
-SYSTEMS = {"upstream autocast": True, "ours bf16": True, "upstream fp32": False, "ours fp32": False}
-BASE = "upstream autocast"  # ratios are over it
+BASE, COMPILED = "upstream autocast", "ours bf16, compiled"  # ratios are over the first
+SYSTEMS = {  # whether it runs in bfloat16
+    BASE: True, "ours bf16": True, COMPILED: True, "upstream fp32": False, "ours fp32": False,
+}  # fmt: skip
 WARMUPS = 2  # updates that are not timed
 _JOB = "--job"  # a child's first argument
 
 
-def system_of(name: str, recipe: Recipe, checkout: Path | None) -> Any:
+def system_of(name: str, recipe: Recipe, checkout: Path | None, device: torch.device) -> Any:
     """The system of SYSTEMS, built."""
     if name.startswith("ours"):
-        return OurLearner(recipe)
+        return OurLearner(recipe, device)
     assert checkout is not None
-    return UpstreamLearner(checkout, recipe, random_task(recipe), SYSTEMS[name])
+    return UpstreamLearner(checkout, recipe, random_task(recipe, device), SYSTEMS[name])
 
 
 def measure_here(job: dict[str, Any]) -> dict[str, Any]:
     """Build one system in this process and time its updates: what a child does."""
     torch.set_num_threads(job["threads"])
-    recipe = recipe_of(job["model"], job["stage"], job["batch"], SYSTEMS[job["system"]])
+    name, device = job["system"], torch.device(job["device"])
+    recipe = recipe_of(
+        job["model"], job["stage"], job["batch"], SYSTEMS[name], compiled=name == COMPILED
+    )
     checkout = Path(job["upstream"]) if job["upstream"] else None
-    system, batch, cpu = system_of(job["system"], recipe, checkout), batch_of(recipe), "cpu"
+    system, batch = system_of(name, recipe, checkout, device), batch_of(recipe)
     gc.collect()  # what only the construction needed
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     loss, *_ = [system.update(batch) for _ in range(WARMUPS)]
-    seconds = [timed(lambda: system.update(batch), cpu) for _ in range(job["steps"])]
-    return {"loss": loss, "seconds": seconds, "peak_bytes": high_water()}
+    seconds = [timed(lambda: system.update(batch), device) for _ in range(job["steps"])]
+    return {"loss": loss, "seconds": seconds, "peak_bytes": high_water(device)}
 
 
-def high_water() -> int | None:
-    """Most bytes this process ever held, or None where the system cannot tell."""
+def high_water(device: torch.device) -> int | None:
+    """Most bytes this process held, or None where the system cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else None
@@ -128,18 +139,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{WARMUPS} updates not timed, then {args.steps}",
         "update": "proxy codes, forward, backward, clipping, optimizer, discriminator; data, logs "
         "and averaged weights left out; the generator reads tokens",
-        "memory": "most that a process ever held (VmHWM)",
+        "memory": "most that tensors took in the updates"
+        if args.device.type == "cuda"
+        else "most that a process ever held (VmHWM)",
         "weights": "random, the same for all systems",
     }
     systems = [
         name for name, bf16 in SYSTEMS.items()
         if (bf16 or args.float32) and (args.upstream or name.startswith("ours"))
+        and (name != COMPILED or args.device.type == "cuda")
     ]  # fmt: skip
     for model in args.models:
         for stage in args.stages:
             job = {
                 "model": model, "stage": stage, "batch": args.batch, "steps": args.steps,
                 "threads": torch.get_num_threads(), "upstream": str(args.upstream or ""),
+                "device": str(args.device),
             }  # fmt: skip
             rows = measure(job, systems, args.rounds)
             compare(rows)
@@ -152,11 +167,12 @@ def floor_seconds(case: dict[str, Any], rates: dict[str, float]) -> float | None
     """What the products of a row's update take at the matrix-product rates of its run.
 
     The products of the forward thrice, as the backward forms two gradients, and those of the proxy
-    codes once, in float32. Exact savings can go below it. None for stage 2, whose losses have
-    networks of their own that costs.py does not count.
+    codes once, in float32, which is TF32 on CUDA. Exact savings can go below it. None for stage 2,
+    whose losses have networks of their own that costs.py does not count.
     """
     found = preset(case["model"])
-    rate = rates["bf16" if SYSTEMS[case["system"]] else "fp32-ieee"]
+    single = "tf32" if "tf32" in rates else "fp32-ieee"
+    rate = rates["bf16" if SYSTEMS[case["system"]] else single]
     if case["stage"] == "generator":
         assert found.generator is not None
         return case["batch"] * 3 * generator_cost(found.generator).flops / rate
@@ -165,7 +181,7 @@ def floor_seconds(case: dict[str, Any], rates: dict[str, float]) -> float | None
     config, costs = found.tokenizer, tokenizer_costs(found.tokenizer)
     trained = sum(costs[part].flops for part in ("encoder", "code_search", "vit_decoder"))
     proxies = pixel_encoder_cost(config.pixel, config.crop_size) + costs["pixel_codebook"]
-    return case["batch"] * (3 * trained / rate + proxies.flops / rates["fp32-ieee"])
+    return case["batch"] * (3 * trained / rate + proxies.flops / rates[single])
 
 
 def training_table(record: dict[str, Any]) -> str:
@@ -197,23 +213,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = p.add_argument
-    add("--models", nargs="+", choices=RECIPES, default=["titok-l-32"], metavar="NAME",
-        help=f"{', '.join(RECIPES)}; default: titok-l-32")  # fmt: skip
+    add("--models", nargs="+", choices=RECIPES, metavar="NAME",
+        help=f"{', '.join(RECIPES)}; default: all of them on CUDA, else the first")  # fmt: skip
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    add("--batch", type=int, default=8, metavar="B", help="default: 8")
+    add("--batch", type=int, metavar="B", help="default: 32 on CUDA, else 8")
     add("--rounds", type=int, default=3, metavar="N", help="processes of each system; default: 3")
-    add("--steps", type=int, default=2, metavar="N", help="timed updates of each; default: 2")
+    add("--steps", type=int, metavar="N",
+        help="timed updates of each; default: 20 on CUDA, else 2")  # fmt: skip
     add("--float32", action="store_true", help="also in float32")
     add("--upstream", metavar="PATH", help="clone of bytedance/1d-tokenizer to measure as well")
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
-    add("--threads", type=int, metavar="N", help="default: torch's own choice")
+    add_run(p)
     add("--smoke", action="store_true", help="titok-s-128 at batch 1, one update: does it run?")
     args = p.parse_args(argv)
     if args.smoke:
         args.models, args.batch, args.rounds, args.steps = ["titok-s-128"], 1, 1, 1
+    on_cuda = check(p, args, "batch", "rounds", "steps", "threads")
+    args.models = args.models or list(RECIPES)[: None if on_cuda else 1]
+    args.batch = args.batch or (32 if on_cuda else 8)
+    args.steps = args.steps or (20 if on_cuda else 2)
     # what start_record asks for
-    args.device, args.dtype, args.weights = "cpu", ["fp32-ieee", "bf16"], None
-    check(p, args, "batch", "rounds", "steps", "threads")
+    args.dtype, args.weights = ["tf32" if on_cuda else "fp32-ieee", "bf16"], None
     return args
 
 

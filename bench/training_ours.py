@@ -19,7 +19,6 @@ from titok_fast.training.recipe import Recipe, read_recipe
 from titok_fast.training.tasks import Task, build_task
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 RECIPES = {
     "titok-l-32": ("titok_l32", "maskgit_vit_l32"),
     "titok-b-64": ("titok_b64", "maskgit_vit_b64"),
@@ -27,7 +26,7 @@ RECIPES = {
 }
 
 
-def recipe_of(model: str, stage: str, batch: int, bf16: bool) -> Recipe:
+def recipe_of(model: str, stage: str, batch: int, bf16: bool, *, compiled: bool = False) -> Recipe:
     """The committed recipe of a model's stage at a batch, all losses acting from the first update.
 
     Averaged weights are off, and the learning rate is that of the end of the warm-up.
@@ -37,6 +36,7 @@ def recipe_of(model: str, stage: str, batch: int, bf16: bool) -> Recipe:
     changes = [
         f"training.per_gpu_batch_size={batch}",
         f"training.mixed_precision={'bf16' if bf16 else 'no'}",
+        f"training.compile={compiled}",
         "training.use_ema=False",
         "lr_scheduler.params.warmup_steps=0",
     ]
@@ -93,21 +93,22 @@ def batch_of(recipe: Recipe) -> dict[str, Tensor]:
     }
 
 
-def random_task(recipe: Recipe) -> Task:
+def random_task(recipe: Recipe, device: torch.device) -> Task:
     """The recipe's task, its networks under random weights."""
     with random_weights():
-        task = build_task(recipe, CPU)
+        task = build_task(recipe, device)
     fill_task(task)
     return task
 
 
 class OurLearner:
-    """The update of `titok-fast train`, on the CPU."""
+    """The update of `titok-fast train` on a device."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        keep_freed_memory()
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         with random_weights():
-            self.learner = Learner(recipe, Ranks(0, 1, CPU))
+            self.learner = Learner(recipe, Ranks(0, 1, device))
         fill_task(self.learner.task)
 
     def update(self, batch: dict[str, Tensor]) -> float:

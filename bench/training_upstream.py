@@ -1,7 +1,8 @@
 """One training update by a checkout of bytedance/1d-tokenizer: its models and losses, its order.
 
 What its training scripts do around them on one device, without accelerate: the model under
-autocast, outputs to float32, loss, backward, clipping, torch's AdamW. Weights are those of ours.
+autocast, outputs to float32, loss, backward, clipping, torch's AdamW; their settings of CUDA.
+Weights are those of ours.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.optim import AdamW
 from weights import build
 
 from titok_fast.checkpoint import to_official
+from titok_fast.training.learner import set_cuda_math
 from titok_fast.training.optim import decays
 from titok_fast.training.recipe import Recipe
 from titok_fast.training.tasks import Task
@@ -32,12 +34,14 @@ class UpstreamLearner:
     Args:
         checkout: root of a clone of bytedance/1d-tokenizer.
         recipe: what is trained; its losses and optimizer under upstream's own names.
-        task: ours, which gives the weights; they are shared, not copied.
+        task: ours, which gives the weights and the device; weights are shared, not copied.
         bf16: run the model under bfloat16 autocast.
     """
 
     def __init__(self, checkout: Path, recipe: Recipe, task: Task, bf16: bool) -> None:
+        set_cuda_math(recipe.training.enable_tf32)
         self.recipe, self.bf16, self.config = recipe, bf16, OmegaConf.create(recipe.to_official())
+        self.device = task.device
         self.model = _model(checkout, task)
         self.optimizer = self._optimizer(self.model)
         self.proxy: Any = None
@@ -50,9 +54,9 @@ class UpstreamLearner:
                 self.criterion = losses.MLMLoss(self.config)
             elif recipe.stage == "stage1":
                 self.criterion = losses.ReconstructionLoss_Stage1(self.config)
-                self.proxy = _proxy_tokenizer(task)
+                self.proxy = _proxy_tokenizer(task).to(self.device)
             else:
-                self.criterion = _stage2_loss(losses, self.config, task)
+                self.criterion = _stage2_loss(losses, self.config, task).to(self.device)
                 self.critic_optimizer = self._optimizer(self.criterion)
 
     def update(self, batch: dict[str, Tensor]) -> float:
@@ -60,7 +64,7 @@ class UpstreamLearner:
         step: Callable[[dict[str, Tensor]], Tensor] = {
             "stage1": self._stage1, "stage2": self._stage2, "generator": self._generator
         }[self.recipe.stage]  # fmt: skip
-        return float(step(batch))
+        return float(step({name: value.to(self.device) for name, value in batch.items()}))
 
     def _stage1(self, batch: dict[str, Tensor]) -> Tensor:
         images = batch["images"]
@@ -96,7 +100,7 @@ class UpstreamLearner:
         return out.float(), {k: v.float() if v.is_floating_point() else v for k, v in extra.items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def _descend(self, network: nn.Module, optimizer: AdamW, loss: Tensor) -> None:
         loss.backward()
@@ -142,7 +146,7 @@ def _model(checkout: Path, task: Task) -> Any:
     model.load_state_dict(state, strict=True, assign=True)
     for name, p in model.named_parameters():
         p.requires_grad_(name not in frozen)
-    return model.train()
+    return model.to(task.device).train()  # buffers that no state dict holds
 
 
 def _proxy_tokenizer(task: Any) -> Any:

@@ -45,10 +45,11 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _float32_products_as_found() -> Iterator[None]:
     """A training run turns TF32 on for its whole process."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
     yield
     torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
+    cudnn.allow_tf32, cudnn.benchmark = before[1:]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,6 +17,7 @@ from titok_fast.training.recipe import Recipe
 training, ours = scripts("training", "training_ours")
 UPSTREAM = os.environ.get("TITOK_UPSTREAM")
 JOB = {"model": "titok-s-128", "stage": "stage1", "batch": 4}
+CPU = torch.device("cpu")
 LOADS = TiTok.from_pretrained.__func__  # type: ignore[attr-defined]
 
 
@@ -44,7 +45,7 @@ def test_our_update_runs_without_weight_files(kind: str, tmp_path: Path) -> None
     recipe = recipe_of(kind, tmp_path / "no weights", tmp_path)
     if kind == "generator":
         recipe = recipe_of_tokens(recipe)
-    system, batch = ours.OurLearner(recipe), ours.batch_of(recipe)
+    system, batch = ours.OurLearner(recipe, CPU), ours.batch_of(recipe)
     first = system.update(batch)
     assert system.update(batch) != first
     assert torch.isfinite(torch.tensor(first))
@@ -110,6 +111,8 @@ def test_floor_counts_three_products_and_the_proxies_once() -> None:
     both, proxies = (training.floor_seconds(case, rates | {"bf16": r}) for r in (2e12, 1e30))
     assert training.floor_seconds(case, rates | {"bf16": 1e12}) == pytest.approx(2 * both - proxies)
     assert 0 < proxies < both
+    on_cuda = {"bf16": 2e12, "tf32": 1e12}  # where float32 is that
+    assert training.floor_seconds(case, on_cuda) == training.floor_seconds(case, rates)
     assert training.floor_seconds(case | {"stage": "stage2"}, rates) is None
 
 
@@ -125,8 +128,34 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(c["system"], c["batch"]) for c in record["cases"]] == [("ours bf16", 1)]
 
 
+def test_what_is_measured_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = training.parse([])
+    assert (args.device.type, args.dtype) == ("cuda", ["tf32", "bf16"])
+    assert (args.models, args.batch, args.steps) == (list(ours.RECIPES), 32, 20)
+    jobs: list[dict[str, Any]] = []
+
+    def child(job: dict[str, Any]) -> dict[str, Any]:
+        jobs.append(job)
+        return {"seconds": [2.0], "peak_bytes": 1 << 30, "loss": 7.0}
+
+    monkeypatch.setattr(training, "child", child)
+    monkeypatch.setattr(training, "start_record", lambda name, args: {"cases": []})
+    args = training.parse(["--models", "titok-l-32", "--stages", "stage1", "--rounds", "1"])
+    record = training.run(args)
+    assert [job["system"] for job in jobs] == ["ours bf16", "ours bf16, compiled"]
+    assert {job["device"] for job in jobs} == {"cuda"}
+    assert "tensors" in record["protocol"]["memory"]
+    recipe = ours.recipe_of("titok-l-32", "stage1", 1, True, compiled=True)
+    assert recipe.training.compile
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    assert training.high_water(torch.device("cuda")) == 5
+    assert training.high_water(CPU) != 5
+
+
 @pytest.mark.parametrize(
-    "wrong", [["--batch", "0"], ["--models", "titok-x"], ["--upstream", "/nowhere"]]
+    "wrong",
+    [["--batch", "0"], ["--models", "titok-x"], ["--upstream", "/nowhere"], ["--steps", "0"]],
 )
 def test_refused_before_any_work(wrong: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "start_record", None)
@@ -137,7 +166,7 @@ def test_refused_before_any_work(wrong: list[str], monkeypatch: pytest.MonkeyPat
 
 def test_a_child_that_fails_is_told() -> None:
     found = training.child({"threads": 1, "model": "none", "stage": "stage1", "batch": 1}
-                           | {"system": "ours bf16"})  # fmt: skip
+                           | {"system": "ours bf16", "device": "cpu"})  # fmt: skip
     assert "KeyError" in found["error"]
 
 
@@ -148,7 +177,7 @@ def test_upstream_begins_with_the_same_loss(stage: str) -> None:
     recipe = ours.recipe_of("titok-s-128", stage, 1, False)
     batch = ours.batch_of(recipe)
     losses = [
-        training.system_of(name, recipe, UPSTREAM and Path(UPSTREAM)).update(batch)
+        training.system_of(name, recipe, UPSTREAM and Path(UPSTREAM), CPU).update(batch)
         for name in ("upstream fp32", "ours fp32")
     ]
     # the generator's masks and dropout are drawn by each

@@ -41,14 +41,21 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return lines
 
 
-def test_gpu_all_runs_every_step(on_gpu: list[list[str]], tmp_path: Path) -> None:
-    assert gpu_all.main(["--results", str(tmp_path)]) == 0
+def test_gpu_all_runs_every_step(
+    on_gpu: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_all.official, "find", Path)
+    line = ["--results", str(tmp_path), "--upstream", str(tmp_path / "1d-tokenizer")]
+    assert gpu_all.main(line) == 0
     assert on_gpu[0][1:6] == ["-m", "pytest", "-q", "-m", "not slow"]
-    steps = ["kernels", "sampling", "reconstruction", "report"]
+    steps = ["kernels", "sampling", "reconstruction", "training", "report"]
     assert [line[1] for line in on_gpu[1:]] == [f"bench/{step}.py" for step in steps]
     for step in steps:
         assert (BENCH / f"{step}.py").is_file()
-    assert all(line[2:] == ["--json", str(tmp_path)] for line in on_gpu[1:4])
+    assert on_gpu[1][2:] == ["--json", str(tmp_path)]
+    beside = ["--json", str(tmp_path), "--upstream", str(tmp_path / "1d-tokenizer")]
+    assert all(line[2:] == beside for line in on_gpu[2:5])
+    assert on_gpu[5][2:] == []
     (path,) = tmp_path.glob("*.json")
     assert path.name == "nvidia-h200_2026-01-02_cccccccccc_gpu-tests.json"
     record = json.loads(path.read_text())
@@ -67,12 +74,23 @@ def test_gpu_all_goes_on_after_a_benchmark_failed(
     on_gpu: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     STATUSES["kernels"] = 1
-    line = ["--quick", "--results", str(tmp_path), "--only", "kernels", "sampling"]
+    line = ["--quick", "--results", str(tmp_path), "--only", "kernels", "sampling", "training"]
     assert gpu_all.main(line) == 1
-    assert [Path(call[1]).stem for call in on_gpu] == ["kernels", "sampling"]
+    assert [Path(call[1]).stem for call in on_gpu] == ["kernels", "sampling", "training"]
     assert on_gpu[0][-1] == "--quick"
     assert "titok-l-32" in on_gpu[1]
+    training, *_ = scripts("training")
+    assert training.parse(on_gpu[2][2:]).stages == ["stage1", "generator"]
     assert "failed: kernels" in capsys.readouterr().out
+
+
+def test_gpu_all_wants_the_checkout_that_it_is_told_of(
+    on_gpu: list[list[str]], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_all.main(["--results", str(tmp_path), "--upstream", str(tmp_path / "nowhere")])
+    assert ended.value.code == 2
+    assert on_gpu == []
 
 
 def test_gpu_all_wants_a_gpu(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from titok_fast.attention import ENVIRONMENT, attend, drop_mask
 from titok_fast.blocks import Attention, PostNormBlock, PreNormBlock, set_attention
 from titok_fast.training.lean_blocks import make_lean, packs
+from titok_fast.training.learner import set_cuda_math
 from titok_fast.training.memory import keep_freed_memory
 from titok_fast.training.recipe_sections import TrainingConfig
 from titok_fast.training.trained import WIDE, prepare_blocks
@@ -197,6 +198,14 @@ def test_other_devices_are_left_as_they_are() -> None:
     prepare_blocks(blocks, TrainingConfig())
     assert backends(blocks) == ["sdpa", "sdpa"]
     assert not any(lean(blocks))
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_cuda_multiplies_as_upstreams_scripts_set_it(tf32: bool) -> None:
+    set_cuda_math(tf32)
+    cudnn = torch.backends.cudnn
+    assert (torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32) == (tf32, tf32)
+    assert cudnn.benchmark
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")

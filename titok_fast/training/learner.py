@@ -49,7 +49,7 @@ class Learner:
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         _check_options(recipe, ranks)
         self.recipe, self.ranks, training = recipe, ranks, recipe.training
-        _set_tf32(training.enable_tf32)
+        set_cuda_math(training.enable_tf32)
         torch.manual_seed(seed_of(training.seed, _INIT))  # the same weights on every rank
         self.task = build_task(recipe, ranks.device)
         model, criterion = self.task.model, self.task.criterion
@@ -257,10 +257,12 @@ class Learner:
         self.bad, self.bad_in_a_row = saved.state["bad_steps"]
 
 
-def _set_tf32(on: bool) -> None:
+def set_cuda_math(tf32: bool) -> None:
+    """How CUDA multiplies, for the whole process: as upstream's scripts set it."""
     # not the newer fp32_precision switches: torch refuses to mix the two, and others read these
-    torch.backends.cuda.matmul.allow_tf32 = on
-    torch.backends.cudnn.allow_tf32 = on
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True  # shapes stay: a trial of each convolution pays
 
 
 def _check_options(recipe: Recipe, ranks: Ranks) -> None:
