@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command: tests, kernels, drawing, training, report.
 
-    python bench/gpu_all.py --upstream PATH    all of it, an hour or two
-    python bench/gpu_all.py --quick            one model and few shapes: minutes
+    python bench/gpu_all.py --upstream PATH    all of it
+    python bench/gpu_all.py --quick            one model and few shapes
 
 Tests run first and a red test ends the run, since a speed says nothing beside one; `--only` takes
 up single steps. What is left in bench/results/, and the tables of README.md, are to be committed.
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import upstream as official
 from harness import environment
-from options import save
+from options import add_upstream, find_upstream, save
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "kernels", "sampling", "reconstruction", "training", "report")
@@ -84,20 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument(
-        "--upstream", type=Path, metavar="PATH",
-        help="clone of bytedance/1d-tokenizer to measure as well",
-    )  # fmt: skip
+    add_upstream(parser)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER"
     )
     args = parser.parse_args(argv)
-    if args.upstream is not None:
-        try:
-            args.upstream = official.find(args.upstream)
-        except FileNotFoundError as error:
-            parser.error(str(error))
+    find_upstream(parser, args)
 
     if not torch.cuda.is_available():
         print("gpu_all wants a CUDA device, and torch sees none here", file=sys.stderr)

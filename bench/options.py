@@ -37,10 +37,16 @@ def parser(description: str, default_models: Sequence[str]) -> argparse.Argument
     add("--repeats", type=int, metavar="N", help=f"timed rounds; default: {rounds}")
     sources = "directories or hub names for one model; `published`; default: random"
     add("--weights", metavar="TOKENIZER[,GENERATOR]", help=sources)
-    add("--upstream", metavar="PATH", help="clone of bytedance/1d-tokenizer to measure as well")
+    add_upstream(p)
     add_run(p)
     p.set_defaults(default_models=tuple(default_models))
     return p
+
+
+def add_upstream(p: argparse.ArgumentParser) -> None:
+    """The option --upstream, for `find_upstream`."""
+    clone = "clone of bytedance/1d-tokenizer to measure as well"
+    p.add_argument("--upstream", metavar="PATH", help=clone)
 
 
 def add_run(p: argparse.ArgumentParser) -> None:
@@ -102,14 +108,20 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, *counts: str) ->
     if "tf32" in (given.get("dtype") or ()) and not on_cuda:
         p.error("--dtype tf32 exists on CUDA devices only")
     check_counts(p, args, *counts)
-    if given.get("upstream") is not None:
+    if "upstream" in given:
+        find_upstream(p, args)
+    if given.get("threads") is not None:
+        torch.set_num_threads(args.threads)
+    return on_cuda
+
+
+def find_upstream(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Make the checkout of --upstream an absolute path; a usage error where it holds none."""
+    if args.upstream is not None:
         try:
             args.upstream = official.find(args.upstream)
         except FileNotFoundError as error:
             p.error(str(error))
-    if given.get("threads") is not None:
-        torch.set_num_threads(args.threads)
-    return on_cuda
 
 
 def check_counts(p: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

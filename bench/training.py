@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from cases import say
 from harness import RATES, gib, spread, summary, table, timed
-from options import add_run, check, save, start_record
+from options import add_run, add_upstream, check, save, start_record
 from training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
 from training_upstream import UpstreamLearner
 
@@ -133,21 +133,21 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure models and stages; the JSON, where asked for, is rewritten after each."""
-    record = start_record("training", args)
+    record, on_cuda = start_record("training", args), args.device.type == "cuda"
     record["protocol"] = {
         "timing": f"{args.rounds} rounds; in each a fresh process for every system in turn, "
         f"{WARMUPS} updates not timed, then {args.steps}",
         "update": "proxy codes, forward, backward, clipping, optimizer, discriminator; data, logs "
         "and averaged weights left out; the generator reads tokens",
         "memory": "most that tensors took in the updates"
-        if args.device.type == "cuda"
+        if on_cuda
         else "most that a process ever held (VmHWM)",
         "weights": "random, the same for all systems",
     }
     systems = [
         name for name, bf16 in SYSTEMS.items()
         if (bf16 or args.float32) and (args.upstream or name.startswith("ours"))
-        and (name != COMPILED or args.device.type == "cuda")
+        and (name != COMPILED or on_cuda)
     ]  # fmt: skip
     for model in args.models:
         for stage in args.stages:
@@ -221,7 +221,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N",
         help="timed updates of each; default: 20 on CUDA, else 2")  # fmt: skip
     add("--float32", action="store_true", help="also in float32")
-    add("--upstream", metavar="PATH", help="clone of bytedance/1d-tokenizer to measure as well")
+    add_upstream(p)
     add_run(p)
     add("--smoke", action="store_true", help="titok-s-128 at batch 1, one update: does it run?")
     args = p.parse_args(argv)

@@ -39,7 +39,7 @@ import upstream as official
 import waterfall_rows
 from cases import measure, say
 from harness import NOT_MEASURED, RATES, gib, matmul_peak, precision, spread, table
-from options import add_run, check, save, start_record
+from options import add_run, add_upstream, check, save, start_record
 from waterfall_candidates import Bench, Made, settings
 from waterfall_rows import Row, next_group
 
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--repeats", type=int, metavar="N", help="timed rounds; default: what fits a minute, 3 up")
     sources = "directories or hub names; `published`; default: random"
     add("--weights", metavar="TOKENIZER[,GENERATOR]", help=sources)
-    add("--upstream", metavar="PATH", help="clone of bytedance/1d-tokenizer to measure as well")
+    add_upstream(p)
     add_run(p)
     args = p.parse_args(argv)
     _check(p, args, known)

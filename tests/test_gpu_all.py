@@ -41,11 +41,11 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return lines
 
 
-def test_gpu_all_runs_every_step(
-    on_gpu: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_all.official, "find", Path)
-    line = ["--results", str(tmp_path), "--upstream", str(tmp_path / "1d-tokenizer")]
+def test_gpu_all_runs_every_step(on_gpu: list[list[str]], tmp_path: Path) -> None:
+    checkout = tmp_path / "1d-tokenizer"
+    (checkout / "modeling").mkdir(parents=True)
+    (checkout / "modeling" / "titok.py").touch()
+    line = ["--results", str(tmp_path), "--upstream", str(checkout)]
     assert gpu_all.main(line) == 0
     assert on_gpu[0][1:6] == ["-m", "pytest", "-q", "-m", "not slow"]
     steps = ["kernels", "sampling", "reconstruction", "training", "report"]
@@ -53,7 +53,7 @@ def test_gpu_all_runs_every_step(
     for step in steps:
         assert (BENCH / f"{step}.py").is_file()
     assert on_gpu[1][2:] == ["--json", str(tmp_path)]
-    beside = ["--json", str(tmp_path), "--upstream", str(tmp_path / "1d-tokenizer")]
+    beside = ["--json", str(tmp_path), "--upstream", str(checkout.resolve())]
     assert all(line[2:] == beside for line in on_gpu[2:5])
     assert on_gpu[5][2:] == []
     (path,) = tmp_path.glob("*.json")
