@@ -1,15 +1,18 @@
 """Two folders, one package: `kernels/` at the top level installs as `titok_fast.kernels`."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=[
-        "titok_fast",
-        "titok_fast.evaluation",
-        "titok_fast.integrations",
-        "titok_fast.kernels",
-        "titok_fast.training",
-    ],
+    packages=[*find_packages(include=["titok_fast", "titok_fast.*"]), "titok_fast.kernels"],
     package_dir={"titok_fast": "titok_fast", "titok_fast.kernels": "kernels"},
-    package_data={"titok_fast": ["py.typed", "*.cpp", "weights/*.md", "weights/*/*/*"]},
+    package_data={
+        "titok_fast": [
+            "py.typed",
+            "backends/*.cpp",
+            "recipes/*.md",
+            *(f"recipes/{'*/' * depth}*.yaml" for depth in (1, 2, 3)),
+            "weights/*.md",
+            "weights/*/*/*",
+        ]
+    },
 )

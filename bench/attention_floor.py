@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import table, write_json
+from lib.harness import table, write_json
 
 from titok_fast.costs import DEVICES
 

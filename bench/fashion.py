@@ -18,21 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import say
-from harness import environment
-from options import in_mode, result_path, save
+from lib.cases import say
+from lib.harness import environment
+from lib.options import in_mode, result_path, save
 from report_fashion import fashion_table
 from torch import Tensor
 
 from titok_fast import TiTokPipeline, preset
-from titok_fast.evaluation.classifier import NAME
 from titok_fast.evaluation.generation import Reference, evaluate_generation, measure_pictures
 from titok_fast.evaluation.networks import FeatureNetwork, open_network
 from titok_fast.evaluation.pictures import Batch, DrawnPictures, Pictures
 from titok_fast.evaluation.places import open_pictures
 from titok_fast.evaluation.reconstruction import evaluate_reconstruction, reconstructor
 from titok_fast.evaluation.statistics import Gaussian, frechet_distance
-from titok_fast.images import grid, save_png, to_pil
+from titok_fast.io.images import grid, save_png, to_pil
+from titok_fast.models.classifier import NAME
 
 MODEL = "fashion-16"
 FAST_MODES = ("fast", "int8")  # a CPU's, of options.MODES; the same seeds as in float32

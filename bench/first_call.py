@@ -34,9 +34,9 @@ from typing import Any
 _STARTED = time.perf_counter()  # before torch is imported
 
 import torch  # noqa: E402
-from harness import environment, timed  # noqa: E402
-from options import check_counts, save, techniques  # noqa: E402
-from report_tables import first_call_table  # noqa: E402
+from lib.harness import environment, timed  # noqa: E402
+from lib.options import check_counts, save, techniques  # noqa: E402
+from lib.report_tables import first_call_table  # noqa: E402
 
 from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig  # noqa: E402
 from titok_fast.presets import Preset  # noqa: E402

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import environment
-from options import add_upstream, find_upstream, save
+from lib.harness import environment
+from lib.options import add_upstream, find_upstream, save
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "kernels", "sampling", "reconstruction", "training", "report")

@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import environment, precision, spread, summary, synchronize, table
-from kernel_cases import Case, Rival, Spec
-from kernel_ops import BUILDERS
-from kernel_timing import peaks, time_calls
-from options import save
+from lib.harness import environment, precision, spread, summary, synchronize, table
+from lib.kernels.cases import Case, Rival, Spec
+from lib.kernels.ops import BUILDERS
+from lib.kernels.timing import peaks, time_calls
+from lib.options import save
 
 BUDGET_S, QUICK_BUDGET_S = 5.0, 0.5  # of timed rounds, per case
 _COLUMNS = [

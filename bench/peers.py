@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import arithmetic, say
-from harness import NOT_MEASURED, summary, table, time_interleaved
-from options import add_single, check, chosen_mode, in_mode, save, start_record
-from peer_models import Calls, Peer
-from peer_systems import PAPER_A100, SYSTEMS, System
-from weights import build, draw_only
+from lib.cases import arithmetic, say
+from lib.harness import NOT_MEASURED, summary, table, time_interleaved
+from lib.options import add_single, check, chosen_mode, in_mode, save, start_record
+from lib.peers.models import Calls, Peer
+from lib.peers.systems import PAPER_A100, SYSTEMS, System
+from lib.weights import build, draw_only
 
 from titok_fast import PRESETS
 
@@ -66,7 +66,7 @@ def ours(args: argparse.Namespace, side: int) -> dict[str, Callable[[], object]]
         pipe = draw_only(PRESETS[name], args.device, args.weights_dtype)
         for mode in args.modes:
             own = in_mode(pipe, mode)
-            settings = asdict(own.sampling.but(num_sample_steps=OUR_STEPS))
+            settings = asdict(own.sampling.updated(num_sample_steps=OUR_STEPS))
             labels = torch.arange(args.batch_size) % 1000
             draw = partial(own, labels, batch_size=args.batch_size, output="tensor", **settings)
             calls[f"{name} {mode}"] = draw

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import environment, table
-from options import save
+from lib.harness import environment, table
+from lib.options import save
 
 from titok_fast.training.logs import LOG_NAME
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import upstream as official
-from cases import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
-from options import in_mode, load, parse, parser, save, start_record
-from report_tables import reconstruction_table
+from lib import upstream as official
+from lib.cases import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
+from lib.options import in_mode, load, parse, parser, save, start_record
+from lib.report_tables import reconstruction_table
 from torch import Tensor
 
 from titok_fast import TiTokPipeline
 from titok_fast.costs import decoding_costs, tokenizer_costs
-from titok_fast.images import to_tensor, to_uint8
+from titok_fast.io.images import to_tensor, to_uint8
 
 MODELS = ("titok-l-32", "titok-b-64", "titok-s-128")
 PHOTOGRAPHS = (

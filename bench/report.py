@@ -16,14 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cost_model import comparison_table
-from harness import NOT_YET, RATES, table
-from peer_systems import PAPER_A100
-from peers import peers_table
-from recipe_times import recipe_times_table
-from report_fashion import fashion_table
-from report_summaries import SUMMARIES, fold_tables
-from report_tables import (
+from lib.cost_model import comparison_table
+from lib.harness import NOT_YET, RATES, table
+from lib.peers.systems import PAPER_A100
+from lib.report_summaries import SUMMARIES, fold_tables
+from lib.report_tables import (
     IN_PACKAGE,
     PAPER,
     Files,
@@ -35,13 +32,16 @@ from report_tables import (
     reconstruction_table,
     sampling_table,
 )
-from report_trends import trends_table
+from lib.report_trends import trends_table
+from peers import peers_table
+from recipe_times import recipe_times_table
+from report_fashion import fashion_table
 from scaling import scaling_table
 from training import training_table
 from waterfall import waterfall_table
 
 from titok_fast import PRESETS
-from titok_fast.files import write_atomic
+from titok_fast.io.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import NOT_YET, table
-from report_tables import read
+from lib.harness import NOT_YET, table
+from lib.report_tables import read
 
-from titok_fast.files import write_atomic
+from titok_fast.io.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

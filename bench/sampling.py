@@ -19,21 +19,21 @@ from functools import partial
 from typing import Any
 
 import torch
-import upstream as official
-from cases import Candidate, arithmetic, in_dtypes, measure, say, shared, weight_bytes
-from harness import NOT_MEASURED
-from options import in_mode, load, parse, parser, save, start_record
-from peer_systems import PAPER_A100
+from lib import upstream as official
+from lib.cases import Candidate, arithmetic, in_dtypes, measure, say, shared, weight_bytes
+from lib.harness import NOT_MEASURED
+from lib.options import in_mode, load, parse, parser, save, start_record
+from lib.peers.systems import PAPER_A100
+from lib.report_tables import IN_PACKAGE
+from lib.stages import watch
 from report import sampling_table
 from report_fashion import quality
-from report_tables import IN_PACKAGE
-from stages import watch
 from torch import Tensor
 
 from titok_fast import PRESETS, SamplingConfig, TiTokPipeline
 from titok_fast.costs import generation_costs
-from titok_fast.images import to_uint8
-from titok_fast.reference import generate
+from titok_fast.io.images import to_uint8
+from titok_fast.sampling.reference import generate
 
 MODELS = ("titok-l-32", "titok-b-64", "titok-s-128", "fashion-16")
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the whole matrix; the JSON, where asked for, is rewritten after every group."""
     record = start_record("sampling", args)
     for name in args.models:
-        config = (PRESETS[name].sampling or SamplingConfig()).but(num_sample_steps=args.steps)
+        config = (PRESETS[name].sampling or SamplingConfig()).updated(num_sample_steps=args.steps)
         shipped = PRESETS[name].folder is not None and args.weights is None
         weights = IN_PACKAGE if shipped else record["protocol"]["weights"]
         say(f"{name}: weights {weights}")

@@ -5,7 +5,7 @@
 
 All points of an axis take turns. What the default leaves out for its time stands in the record as
 not measured. The time of each stage is set beside the cost model's (cost_model.py), fitted on a few
-of the same points. Ranks are processes that draw independently, as in `titok_fast.sample_many`:
+of the same points. Ranks are processes that draw independently, as in `titok_fast.cli.sample`:
 on a CPU they share its threads, on CUDA each has a device.
 """
 
@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cost_model
 import torch
-from cases import say
-from harness import NOT_MEASURED, gib, spread, summary, table, timed
-from options import add_single, check, chosen_mode, in_mode, result_path, save, start_record
-from points import Point, Prepared, measure
-from weights import draw_only
+from lib import cost_model
+from lib.cases import say
+from lib.harness import NOT_MEASURED, gib, spread, summary, table, timed
+from lib.options import add_single, check, chosen_mode, in_mode, result_path, save, start_record
+from lib.points import Point, Prepared, measure
+from lib.weights import draw_only
 
 AXES = ("batch", "tokens", "resolution", "steps", "threads", "ranks")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "cost_model" in record:
         print("\n" + cost_model.comparison_table(record["cost_model"]["lines"]))
     if args.plots is not None:
-        import plots
+        from lib import plots
 
         stem = result_path(args.json or ".", record).stem
         plots.write(plots.scaling(record), Path(args.plots) / f"{stem}.svg")

@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import say
-from harness import RATES, gib, spread, summary, table, timed
-from options import add_run, add_upstream, check, save, start_record
-from training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
-from training_upstream import UpstreamLearner
+from lib.cases import say
+from lib.harness import RATES, gib, spread, summary, table, timed
+from lib.options import add_run, add_upstream, check, save, start_record
+from lib.training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
+from lib.training_upstream import UpstreamLearner
 
 from titok_fast import preset
 from titok_fast.costs import generator_cost, pixel_encoder_cost, tokenizer_costs
-from titok_fast.training.recipe import Recipe
+from titok_fast.training.recipe.recipe import Recipe
 
 STAGES = ("stage1", "stage2", "generator")
 BASE, COMPILED = "upstream autocast", "ours bf16, compiled"  # ratios are over the first

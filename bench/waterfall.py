@@ -35,13 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import upstream as official
-import waterfall_rows
-from cases import measure, say
-from harness import NOT_MEASURED, RATES, gib, matmul_peak, precision, spread, table
-from options import add_run, add_upstream, check, save, start_record
-from waterfall_candidates import Bench, Made, settings
-from waterfall_rows import Row, next_group
+from lib import upstream as official
+from lib import waterfall_rows
+from lib.cases import measure, say
+from lib.harness import NOT_MEASURED, RATES, gib, matmul_peak, precision, spread, table
+from lib.options import add_run, add_upstream, check, save, start_record
+from lib.waterfall_candidates import Bench, Made, settings
+from lib.waterfall_rows import Row, next_group
 
 from titok_fast import PRESETS, SamplingConfig
 from titok_fast.costs import generation_costs
@@ -173,7 +173,7 @@ def _measure_peaks_again(record: dict[str, Any], device: torch.device) -> None:
 
 def _draw(record: Mapping[str, Any], path: Path) -> None:
     try:
-        import waterfall_plot
+        from lib import waterfall_plot
     except ImportError as missing:
         say(f"no plot: {missing}")
         return

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from titok_fast import maskgit_vqgan, tokenizer
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
 from titok_fast.costs import (
     DEVICES,
@@ -23,10 +22,12 @@ from titok_fast.costs import (
     speed_of_light,
     tokenizer_costs,
 )
-from titok_fast.generator import generator_class
 from titok_fast.layer_costs import Cost
+from titok_fast.models import tokenizer
+from titok_fast.models import vqgan as maskgit_vqgan
+from titok_fast.models.generator import generator_class
+from titok_fast.models.tokenizer import TiTok
 from titok_fast.presets import PRESETS, preset
-from titok_fast.tokenizer import TiTok
 
 # GFLOPs per image of upstream's modules: encoder, ViT decoder with head, one generator forward.
 # Both 512 px tokenizers were never released, so there is nothing published to compare with.
@@ -127,7 +128,7 @@ def test_whole_generation_prints_as_published(
     known = preset(name)
     assert known.generator is not None
     assert known.sampling is not None
-    sampling = known.sampling.but(num_sample_steps=steps, guidance_decay=decay)
+    sampling = known.sampling.updated(num_sample_steps=steps, guidance_decay=decay)
     assert generator_passes(sampling) == passes
     costs = generation_costs(known.tokenizer, known.generator, sampling)
     drawing = costs.pop("generator")
@@ -196,7 +197,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
     ],
 )
 def test_passes(changes: dict[str, Any], passes: int) -> None:
-    assert generator_passes(SamplingConfig().but(**changes)) == passes
+    assert generator_passes(SamplingConfig().updated(**changes)) == passes
 
 
 def test_bytes_of_a_product() -> None:

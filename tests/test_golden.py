@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import GOLDEN, official_weights, on_meta, rebuilt, relative
 from safetensors.torch import load_file
+from support.tiny_models import GOLDEN, official_weights, on_meta, rebuilt, relative
 from torch import Tensor, nn
 
 from titok_fast import ImageBert, MaskGitVQGAN, TiTok, generator_class, preset
-from titok_fast.checkpoint import PretrainedModel, from_official, to_official
-from titok_fast.generator import MaskedGenerator
-from titok_fast.quantizer import DiagonalGaussian, VectorQuantizer
+from titok_fast.models.generator import MaskedGenerator
+from titok_fast.models.quantizer import DiagonalGaussian, VectorQuantizer
+from titok_fast.models.weights import PretrainedModel, from_official, to_official
 
 LATENT, PIXEL, TIE = 1e-4, 1e-3, 1e-6
 TOKENIZERS = ("s128", "b64", "l32", "bl64_vq8k", "sl256_vq8k", "bl64_vae_c16", "ll32_vae_c16")

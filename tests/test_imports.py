@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torchvision", "transformers", "einops", "flash_attn", "xformers", "matplotlib", "skimage")
 
@@ -75,40 +73,6 @@ def test_nothing_imports_tests_or_benchmarks() -> None:
     for path in [*files("titok_fast"), *files("kernels")]:
         roots = {name.split(".")[0] for name in imports_of(path)}
         assert not roots & {"bench", "tests", "harness", "conftest", "kernels"}, path.name
-
-
-# data meets these files in this order: an import at the top of a file points up the list
-ORDER = (
-    "config",
-    "presets",
-    "files",
-    "attention",
-    "blocks",
-    "checkpoint",
-    "images",
-    "encoder",
-    "quantizer",
-    "decoder",
-    "maskgit_vqgan",
-    "tokenizer",
-    "generator",
-    "schedules",
-    "reference",
-    "sampling",
-    "batches",
-    "coder",
-    "pretrained",
-    "pipeline",
-)
-
-
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_point_one_way(name: str) -> None:
-    tree = ast.parse((ROOT / "titok_fast" / f"{name}.py").read_text())
-    modules = [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and n.module]
-    ours = [m.removeprefix("titok_fast.") for m in modules if m.startswith("titok_fast.")]
-    below = [m for m in ours if m in ORDER and ORDER.index(m) >= ORDER.index(name)]
-    assert below == []
 
 
 def test_bare_kernels_is_refused() -> None:

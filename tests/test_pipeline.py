@@ -6,9 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import photographs, relative, tiny_generator, tiny_tokenizer, tiny_tokenizer_config
 from PIL import Image
 from skimage import data
+from support.tiny_models import (
+    photographs,
+    relative,
+    tiny_generator,
+    tiny_tokenizer,
+    tiny_tokenizer_config,
+)
 
 from titok_fast import (
     SamplingConfig,
@@ -16,9 +22,9 @@ from titok_fast import (
     TiTokPipeline,
     preset,
 )
-from titok_fast.generator import MaskedGenerator
+from titok_fast.models.generator import MaskedGenerator
 from titok_fast.presets import PRESETS, Preset
-from titok_fast.sampling import sample, sample_seeds
+from titok_fast.sampling.unmask import sample, sample_seeds
 
 SETTINGS = SamplingConfig(4, 3.0, "linear", 3.0, 4.5, True)
 PHOTOGRAPHS = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import photographs, tiny_generator, tiny_tokenizer
 from PIL import Image
+from support.tiny_models import photographs, tiny_generator, tiny_tokenizer
 
 from titok_fast import ImageBert, TiTok, TiTokPipeline
-from titok_fast.cli import build_parser
-from titok_fast.training.recipe import read_recipe
+from titok_fast.cli.main import build_parser
+from titok_fast.training.recipe.recipe import read_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

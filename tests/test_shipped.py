@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shipped import MODEL, ship, trained, use
+from support.shipped import MODEL, ship, trained, use
 
-from titok_fast import PRESETS, TiTokPipeline, cli, preset
-from titok_fast.files import read_tensors
+from titok_fast import PRESETS, TiTokPipeline, preset
+from titok_fast.cli import main as cli
+from titok_fast.io.files import read_tensors
 from titok_fast.presets import SHIPPED
-from titok_fast.training.recipe import read_recipe
+from titok_fast.training.recipe.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = "0 T-shirt/top, 1 Trouser, 2 Pullover, 3 Dress, 4 Coat, 5 Sandal, 6 Shirt, 7 Sneaker, 8 Bag"
@@ -44,8 +45,8 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_the_preset_is_what_the_recipes_train() -> None:
     known = preset(MODEL)
-    stage2 = read_recipe(ROOT / "recipes/fashion/stage2.yaml")
-    generator = read_recipe(ROOT / "recipes/fashion/generator.yaml")
+    stage2 = read_recipe(ROOT / "titok_fast/recipes/fashion/stage2.yaml")
+    generator = read_recipe(ROOT / "titok_fast/recipes/fashion/generator.yaml")
     assert known.tokenizer == stage2.tokenizer
     assert known.generator == generator.generator
     assert len(known.classes) == generator.generator.condition_num_classes == 10
@@ -126,7 +127,7 @@ def refuse(*args, **options): raise AssertionError("network")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import titok_fast
 assert titok_fast.__file__.startswith(sys.argv[1]), titok_fast.__file__
-from titok_fast.cli import main
+from titok_fast.cli.main import main
 sys.exit(main(["sample", "--model=fashion-16", "--num=10", "--out=out", "--quiet", "--device=cpu"]))
 """
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import on_meta, photographs, rebuilt
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
+from support.tiny_models import on_meta, photographs, rebuilt
 from test_golden import assert_ids_agree
 
 from titok_fast import ImageBert, MaskGitVQGAN, TiTok, UViTBert
-from titok_fast.checkpoint import PretrainedModel, to_official
+from titok_fast.models.weights import PretrainedModel, to_official
 
 CHECKOUT = os.environ.get("TITOK_UPSTREAM", "")
 PACKAGES = ("modeling", "utils", "data", "evaluator")

@@ -1,13 +1,17 @@
-"""titok_fast: TiTok (arXiv 2406.07550) and its MaskGIT generator, weight-compatible and fast."""
+"""titok_fast: TiTok (arXiv 2406.07550) and its MaskGIT generator, weight-compatible and fast.
+
+Reading order: config, presets, io, distributed, sampling, models, backends, data, loading,
+pipeline, costs, training, evaluation, integrations, cli. Imports point up this list only;
+`docs/design.md` says why.
+"""
 
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
-from titok_fast.generator import ImageBert, UViTBert, generator_class
-from titok_fast.maskgit_vqgan import MaskGitVQGAN
+from titok_fast.config import __version__ as __version__
+from titok_fast.models.generator import ImageBert, UViTBert, generator_class
+from titok_fast.models.tokenizer import TiTok
+from titok_fast.models.vqgan import MaskGitVQGAN
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import PRESETS, preset
-from titok_fast.tokenizer import TiTok
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from titok_fast.images import to_pil
+from titok_fast.io.images import to_pil
 
 OUTPUTS = ("pil", "numpy", "tensor")
 Pictures = list[Image.Image] | np.ndarray | Tensor

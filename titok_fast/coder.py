@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from titok_fast.batches import Pictures, Progress, check_output, in_batches, present
-from titok_fast.images import ImageLike, to_tensor, to_uint8
-from titok_fast.tokenizer import TiTok
+from titok_fast.io.images import ImageLike, to_tensor, to_uint8
+from titok_fast.models.tokenizer import TiTok
 
 _ID_TYPES = (torch.int16, torch.int32, torch.int64)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+__version__ = "0.1.0"
+
 # (width, layers, heads). "small" is not the usual ViT-S: upstream's is 512 wide and 8 deep.
 VIT_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 SCHEDULES = ("arccos", "cosine", "linear", "sqrt")
@@ -54,6 +56,31 @@ def _require(ok: bool, name: str, wanted: str, got: object) -> None:
 def _known(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
     return {k: v for k, v in section.items() if k in names}
+
+
+def among(default: Any, *choices: Any) -> Any:
+    """A field that takes one of a few values."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def within(default: Any, least: float, most: float = float("inf")) -> Any:
+    """A number with bounds, both included."""
+    return field(default=default, metadata={"bounds": (least, most)})
+
+
+class Settings:
+    """Base of the sections: checks every field against what `among` and `within` say."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            name = f"{type(self).__name__}.{f.name}"
+            choices, bounds = f.metadata.get("choices"), f.metadata.get("bounds")
+            if choices and value not in choices:
+                raise ValueError(f"{name} wants one of {', '.join(choices)}; got {value!r}")
+            # written so that NaN fails too
+            if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
+                raise ValueError(f"{name} wants a number in {list(bounds)}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -392,7 +419,7 @@ class SamplingConfig:
             known["num_sample_steps"] = section["num_steps"]
         return cls(softmax_temperature_annealing=True, **known)
 
-    def but(self, **changes: Any) -> "SamplingConfig":
+    def updated(self, **changes: Any) -> "SamplingConfig":
         """A copy with some settings changed; None leaves a setting as it is."""
         changes = {k: v for k, v in changes.items() if v is not None}
         unknown = set(changes) - {f.name for f in fields(self)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
 from titok_fast.layer_costs import Cost, block, conv, dtype_size, linear, norm, resnet_blocks, total
 from titok_fast.presets import Preset, preset
-from titok_fast.schedules import steps
+from titok_fast.sampling.schedules import steps
 
 
 def _encoder(cfg: TokenizerConfig) -> Cost:

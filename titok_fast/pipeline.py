@@ -11,18 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titok_fast.backends.compile_cache import keep_compiled
+from titok_fast.backends.cuda_graph import GraphDraw
+from titok_fast.backends.techniques import (
+    apply_techniques,
+    check_techniques,
+    compile_networks,
+    resolve_fast,
+)
 from titok_fast.batches import Pictures, Progress, check_output, present
 from titok_fast.coder import Coder, pixels
 from titok_fast.config import SamplingConfig
-from titok_fast.fast import apply_techniques, check_techniques, chosen, compile_networks
-from titok_fast.generator import MaskedGenerator
-from titok_fast.graphs import GraphDraw
-from titok_fast.images import to_uint8
+from titok_fast.io.images import to_uint8
+from titok_fast.loading import load_models, random_models
+from titok_fast.models.generator import MaskedGenerator
+from titok_fast.models.tokenizer import TiTok
 from titok_fast.presets import check_classes, preset
-from titok_fast.pretrained import load_models, random_models
-from titok_fast.sampling import draw_inputs, sample, sample_seeds
-from titok_fast.tokenizer import TiTok
-from titok_fast.warm import keep_compiled
+from titok_fast.sampling.unmask import draw_inputs, sample, sample_seeds
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,7 +94,9 @@ class TiTokPipeline(Coder):
             FileNotFoundError: see `TiTok.from_pretrained`; also a preset that was never published.
         """
         place, dtype = torch.device(options.get("device") or "cpu").type, options.get("dtype")
-        check_techniques(chosen(fast, place), place, dtype or torch.float32)  # before a download
+        check_techniques(
+            resolve_fast(fast, place), place, dtype or torch.float32
+        )  # before a download
         return cls(*load_models(name, tokenizer, generator, options))._made(fast)
 
     @classmethod
@@ -113,7 +120,7 @@ class TiTokPipeline(Coder):
         return cls(*models).to(**options)._made(fast)
 
     def _made(self, fast: bool | str | Collection[str]) -> "TiTokPipeline":
-        return self.compile(chosen(fast, self.device.type)) if fast else self
+        return self.compile(resolve_fast(fast, self.device.type)) if fast else self
 
     def to(
         self,
@@ -156,8 +163,8 @@ class TiTokPipeline(Coder):
         A compiled pipeline draws and tokenizes; it cannot be cast, moved, trained or saved.
 
         Args:
-            techniques: names from titok_fast.fast.TECHNIQUES, or a mode: "default" is "packed" and
-                "products" on a CPU, which keep the dtype, and "inductor" and "graph" on CUDA;
+            techniques: names from backends.techniques.TECHNIQUES, or a mode: "default" is "packed"
+                and "products" on a CPU, which keep the dtype, and "inductor" and "graph" on CUDA;
                 "int8", the fastest on a CPU with VNNI, loses a little precision.
             cache_dir: where "inductor" and "int8" keep compiled code for later processes; by
                 default titok_fast/inductor in the user's cache folder. TORCHINDUCTOR_CACHE_DIR
@@ -168,7 +175,7 @@ class TiTokPipeline(Coder):
             ValueError: unknown techniques, ones that do not fit the device, the dtype, the options
                 or each other, or a pipeline that is compiled already.
         """
-        techniques = chosen(techniques, self.device.type)
+        techniques = resolve_fast(techniques, self.device.type)
         if self.techniques:
             raise ValueError(f"this pipeline is compiled already: {', '.join(self.techniques)}")
         check_techniques(techniques, self.device.type, self.tokenizer.dtype, options)
@@ -212,7 +219,7 @@ class TiTokPipeline(Coder):
             MemoryError: the batch does not fit; the message names a smaller one.
         """
         check_output(output)
-        config = self.sampling.but(**settings)
+        config = self.sampling.updated(**settings)
         generator = self._generator()
         labels = torch.as_tensor(labels)
         if self.classes:
@@ -237,7 +244,7 @@ class TiTokPipeline(Coder):
         """The (B, K) int64 tokens of `pipe(labels, seed=seed, **settings)`, in one batch."""
         labels, generator = torch.as_tensor(labels), self._generator()
         seeds = sample_seeds(seed, len(labels))
-        return sample(generator, labels, seeds, self.sampling.but(**settings))
+        return sample(generator, labels, seeds, self.sampling.updated(**settings))
 
     def _generator(self) -> MaskedGenerator:
         if self.generator is None:

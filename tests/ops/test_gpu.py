@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import any_seeds, assert_same_draws
-from tolerances import ROUNDOFF, assert_near
+from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
 from titok_fast.kernels._sampling import RULES

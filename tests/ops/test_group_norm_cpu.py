@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tolerances import ROUNDOFF, assert_near
+from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
 from titok_fast.kernels import _group_norm_cpu

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from draws import any_seeds, assert_same_draws
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import output_of
+from support.processes import output_of
 
 from titok_fast.kernels._sampling import RULES
 from titok_fast.kernels.lm_head_sample import MAX_CODES, lm_head_sample, lm_head_sample_ref

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import ROUNDOFF, assert_near
+from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
 from titok_fast.kernels.masked_cross_entropy import masked_cross_entropy, masked_cross_entropy_ref

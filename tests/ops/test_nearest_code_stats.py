@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import assert_near
+from support.tolerances import assert_near
 from torch import Tensor
 
 from titok_fast.kernels.nearest_code import METRICS

@@ -15,20 +15,20 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from processes import python
+from support.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "bench" / "kernel_report.py"
+REPORT = ROOT / "bench" / "offline.py"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def load() -> ModuleType:
     """By path: bench/ is no package."""
-    spec = importlib.util.spec_from_file_location("kernel_report", REPORT)
+    spec = importlib.util.spec_from_file_location("offline", REPORT)
     assert spec is not None
     assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_report"] = found  # dataclasses look their module up
+    sys.modules["offline"] = found  # dataclasses look their module up
     spec.loader.exec_module(found)
     return found
 
@@ -137,7 +137,7 @@ BAD = """
 import sys
 from dataclasses import replace
 sys.path.insert(0, "bench")
-import kernel_report
+import offline as kernel_report
 from titok_fast.kernels import guided_sample, nearest_code  # the functions; their modules hide
 search = sys.modules["titok_fast.kernels.nearest_code"].offline_cases()[0]
 sample = sys.modules["titok_fast.kernels.guided_sample"].offline_cases()[0]

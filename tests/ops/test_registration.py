@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from calls import calls
-from processes import python
+from support.processes import python
 
 from titok_fast import kernels
 from titok_fast.kernels._launch import lazy_triton_op

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import ROUNDOFF, assert_near
+from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
 from titok_fast.kernels.soft_codes import soft_codes, soft_codes_ref

@@ -1,1 +1,5 @@
-"""Measures: reconstruction, generation, linear probing, and the small Fashion-MNIST classifier."""
+"""Figures of images: reconstruction, generation and linear probing, each naming its network.
+
+Ranks of a process group share one evaluation.
+Reading order: pictures, networks, statistics, measure, reconstruction, generation, probe, places.
+"""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from titok_fast.distributed import sum_over_ranks
 from titok_fast.evaluation.measure import (
     Figures,
     Measurement,
@@ -19,7 +20,6 @@ from titok_fast.evaluation.measure import (
 )
 from titok_fast.evaluation.networks import INCEPTION, FeatureNetwork
 from titok_fast.evaluation.pictures import Pictures, batches
-from titok_fast.evaluation.ranks import sum_over_ranks
 from titok_fast.evaluation.statistics import Gaussian, frechet_distance, precision_recall
 
 # real pictures among which neighbours are sought, as many as ADM's reference files hold

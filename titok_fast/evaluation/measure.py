@@ -5,8 +5,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from titok_fast.distributed import gather_rows, sum_over_ranks
 from titok_fast.evaluation.networks import INCEPTION, FeatureNetwork
-from titok_fast.evaluation.ranks import gather_rows, sum_over_ranks
 from titok_fast.evaluation.statistics import SPLITS, ClassScore, FeatureSums, frechet_distance
 
 Figures = dict[str, float]

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titok_fast.evaluation import classifier
-from titok_fast.files import read_tensors
+from titok_fast.io.files import read_tensors
+from titok_fast.models import classifier
 
 INCEPTION = "inception"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"

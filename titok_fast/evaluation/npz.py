@@ -10,7 +10,7 @@ import torch
 
 from titok_fast.evaluation.pictures import Batch, as_batch, check_pixels
 from titok_fast.evaluation.statistics import Gaussian
-from titok_fast.files import write_atomic
+from titok_fast.io.files import write_atomic
 
 ADM_NETWORK = "inception"  # what statistics are of where the file does not say
 
@@ -19,7 +19,7 @@ class NpzPictures:
     """`arr_0` of an ADM archive, (n, H, W, 3) uint8, read as it is asked for.
 
     Classes are `arr_1` where the archive has one, or follow from the record that
-    `titok_fast.sample_many` leaves in the archive's comment.
+    `titok_fast.cli.sample` leaves in the archive's comment.
 
     Args:
         path: .npz file.

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titok_fast.evaluation.ranks import my_share
-from titok_fast.images import list_images, load_image, to_tensor, to_uint8
+from titok_fast.data.sources import BadRecord, Source
+from titok_fast.distributed import my_share
+from titok_fast.io.images import list_images, load_image, to_tensor, to_uint8
+from titok_fast.io.sample_folder import MANIFEST
 from titok_fast.pipeline import TiTokPipeline
-from titok_fast.sample_files import MANIFEST
-from titok_fast.sampling import sample_seeds
-from titok_fast.training.sources import BadRecord, Source
+from titok_fast.sampling.unmask import sample_seeds
 
 Batch = tuple[Tensor, Tensor | None]
 _LABELLED = re.compile(r"\d+_(\d+)\.png")  # what `titok-fast sample` writes

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from titok_fast.data.sources import FolderSource, Source, fashion_mnist
+from titok_fast.data.webdataset import WebDatasetSource
 from titok_fast.evaluation.generation import Reference
 from titok_fast.evaluation.npz import NpzPictures, has_array, read_statistics
 from titok_fast.evaluation.pictures import FolderPictures, Pictures, SourcePictures
-from titok_fast.training.sources import FolderSource, Source, fashion_mnist
-from titok_fast.training.tar_index import WebDatasetSource
 
 PLACES = (
     "an .npz file (arr_0), a folder of pictures, a folder of sub-folders (one a class), "

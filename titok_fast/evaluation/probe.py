@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titok_fast.data.sources import Source
+from titok_fast.distributed import gather_rows, my_share, sum_over_ranks
 from titok_fast.evaluation.measure import Figures
 from titok_fast.evaluation.pictures import Pictures, batches
-from titok_fast.evaluation.ranks import gather_rows, my_share, sum_over_ranks
-from titok_fast.images import to_tensor
-from titok_fast.tokenizer import TiTok
-from titok_fast.training.sources import Source
+from titok_fast.io.images import to_tensor
+from titok_fast.models.tokenizer import TiTok
 
 LAYERS = ("latents", "codes")
 _TRUST = 0.001  # LARS: step length as a share of the weights' length, MAE's value

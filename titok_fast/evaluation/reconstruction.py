@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titok_fast.distributed import sum_over_ranks
 from titok_fast.evaluation.measure import Figures, Measurement, named, plain_name, scores
 from titok_fast.evaluation.networks import FeatureNetwork
 from titok_fast.evaluation.pictures import Pictures, batches
-from titok_fast.evaluation.ranks import sum_over_ranks
 from titok_fast.evaluation.statistics import frechet_distance
-from titok_fast.images import to_uint8
-from titok_fast.maskgit_vqgan import MaskGitVQGAN
-from titok_fast.tokenizer import TiTok
-from titok_fast.training.dead_codes import CodeUsage
+from titok_fast.io.images import psnr, to_uint8
+from titok_fast.models.code_usage import CodeUsage
+from titok_fast.models.tokenizer import TiTok
+from titok_fast.models.vqgan import MaskGitVQGAN
 
 # (B, 3, S, S) float32 in [0, 1] -> reconstructions, clamped or not, and int64 ids or None
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -51,20 +51,6 @@ def _through_titok(model: TiTok, images: Tensor) -> tuple[Tensor, Tensor | None]
     if model.config.quantize_mode == "vae":
         return model.decode(result.mode()), None
     return model.decode(codes), result["min_encoding_indices"]
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair of pictures.
-
-    Args:
-        a: (B, H, W, 3) uint8.
-        b: the same shape.
-
-    Returns:
-        (B,) float64 in dB; inf for equal pictures.
-    """
-    error = (a.double() - b.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255.0**2 / error)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

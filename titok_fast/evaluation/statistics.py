@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titok_fast.evaluation.ranks import sum_over_ranks
+from titok_fast.distributed import sum_over_ranks
 
 SPLITS = 10  # ADM's protocol
 NEIGHBOURS = 3  # ADM's k

@@ -1,7 +1,7 @@
 """bytedance/1d-tokenizer: `TiTok`, its quantizer, and the two masked generators.
 
 The convolutional tail of a two-stage TiTok has this package's layout, so its blocks simply take
-the forward functions of `titok_fast.maskgit_vqgan`. The generators keep their transformers.
+the forward functions of `titok_fast.models.vqgan`. The generators keep their transformers.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titok_fast import maskgit_vqgan as vqgan
 from titok_fast.config import SamplingConfig
-from titok_fast.generator import UViTBert
 from titok_fast.integrations._swap import Fast, Plan, check_codebook, refuse
 from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.remask import MAX_TOKENS, remask
 from titok_fast.kernels.soft_codes import soft_codes
-from titok_fast.quantizer import VectorQuantizer
-from titok_fast.schedules import Step, steps
+from titok_fast.models import vqgan
+from titok_fast.models.generator import UViTBert
+from titok_fast.models.quantizer import VectorQuantizer
+from titok_fast.sampling.schedules import Step, steps
 
 
 class FastQuantizer(Fast, nn.Module):

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from titok_fast.files import write_atomic
-from titok_fast.images import grid, save_png, to_pil, to_uint8
+from titok_fast.io.files import write_atomic
+from titok_fast.io.images import grid, save_png, to_pil, to_uint8
 
 LOG_NAME = "log.jsonl"
 Values = Mapping[str, float | Tensor]

@@ -9,18 +9,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from titok_fast.evaluation.classifier import CLASSES
-from titok_fast.training import state
-from titok_fast.training.data import Batches, open_source
-from titok_fast.training.learner import Learner
+from titok_fast.data.loader import Batches, open_source
+from titok_fast.data.sources import Source, check_same_data
+from titok_fast.data.token_shards import TokenSource
+from titok_fast.distributed import Ranks
+from titok_fast.models.classifier import CLASSES
+from titok_fast.training import checkpoints as state
+from titok_fast.training.engine import whole_state
 from titok_fast.training.logs import Log
-from titok_fast.training.parallel import Ranks, whole_state
-from titok_fast.training.recipe import Recipe
+from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.resume import check_same_recipe
-from titok_fast.training.review import averaged, measure, show
 from titok_fast.training.signals import Interrupt
-from titok_fast.training.sources import Source, check_same_data
-from titok_fast.training.token_shards import TokenSource
+from titok_fast.training.update import Learner
+from titok_fast.training.validation import averaged, measure, show
 
 FINAL = "final"  # folder of the exported model
 Sources = tuple[Source, Source | None]

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titok_fast.quantizer import DiagonalGaussian
+from titok_fast.distributed import rank_mean
+from titok_fast.models.perceptual import perceptual
+from titok_fast.models.quantizer import DiagonalGaussian
 from titok_fast.training.discriminator import Discriminator
-from titok_fast.training.parallel import rank_mean
-from titok_fast.training.perceptual import perceptual
-from titok_fast.training.recipe import LossConfig
+from titok_fast.training.recipe.recipe import LossConfig
 
 Logs = dict[str, Tensor]
 _LARGEST_ADAPTIVE_WEIGHT = 1e4

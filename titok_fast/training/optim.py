@@ -8,8 +8,13 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from titok_fast.attention import BackendError
-from titok_fast.training.recipe import LossConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from titok_fast.models.attention import BackendError
+from titok_fast.training.recipe.recipe import (
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 
 # a parameter whose name holds one of these does not decay; upstream: utils/train_utils.py
 NO_DECAY = (

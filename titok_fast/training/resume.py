@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titok_fast.training.recipe import Recipe
-from titok_fast.training.recipe_names import flatten
+from titok_fast.training.recipe.official import flatten
+from titok_fast.training.recipe.recipe import Recipe
 
 # keys that do not change what is learned from a batch, or whose effect is checked elsewhere:
 # batch sizes by their product, the data by what they hold

@@ -1,0 +1,310 @@
+"""What every benchmark script shares: timing protocol, environment record, JSON and tables.
+
+Times are wall-clock seconds between device synchronisations: what a caller waits for, host work
+included. Device events would leave out the launch of the first kernel and everything after the
+last one, such as the copy of finished pictures to the host.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from tqdm import tqdm
+
+from titok_fast.io.files import write_atomic
+
+NOT_MEASURED = "not measured"
+NOT_YET = f"{NOT_MEASURED.capitalize()} yet."  # in place of a whole table
+RATES = "matmul_flop_per_s"  # in a record: of the device, by dtype, measured in the same run
+
+
+def environment(device: torch.device | str | None = None) -> dict[str, Any]:
+    """Describe what a result depends on; no host name, user or path.
+
+    Args:
+        device: the device measured; by default CUDA where there is one.
+
+    Returns:
+        JSON-ready dict; None stands for what could not be found out.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    commit = _output("git", "rev-parse", "HEAD")
+    # result files are the only change a run itself makes
+    changes = _output("git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+    record: dict[str, Any] = {
+        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": None if commit is None or changes is None else bool(changes),
+        "device": _cpu_model(),
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "numpy": np.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        fields = "--query-gpu=driver_version,power.limit"
+        csv = _output("nvidia-smi", f"--id=GPU-{properties.uuid}", fields, "--format=csv,noheader")
+        driver, power_limit = (csv or ",").split(",", 1)
+        record |= {
+            "device": properties.name,
+            "device_memory_bytes": properties.total_memory,
+            "driver": driver.strip() or None,
+            "power_limit": power_limit.strip() or None,
+            "cuda": torch.version.cuda,
+        }
+    return record
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints when run beside this file, or None when it cannot be run or fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cpu_name(cpuinfo: str) -> str | None:
+    """The processor that Linux describes, or None.
+
+    With family and model, by which Intel and AMD tell generations apart: under a hypervisor two of
+    them, one twice as fast in bfloat16, may both be called "AMD EPYC".
+    """
+    fields = dict(re.findall(r"^(\w[^:\n]*?)\s*:[ \t]*(.*?)\s*$", cpuinfo, re.MULTILINE))
+    name = fields.get("model name")
+    if name and "cpu family" in fields and "model" in fields:
+        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+    return name or None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    named = cpu_name(cpuinfo.read_text()) if cpuinfo.exists() else None
+    return named or platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device is idle; nothing to do on the CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(fn: Callable[[], object], device: torch.device | str) -> float:
+    """Wall-clock seconds of one call, the device idle before and after.
+
+    A first call includes compilation, tuning and allocation. The result is dropped after the clock
+    has stopped.
+    """
+    synchronize(device)
+    start = time.perf_counter()
+    result = fn()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def time_interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int,
+    device: torch.device | str,
+) -> dict[str, list[float]]:
+    """Time candidates in turns, so that drifting clocks and other load meet all of them alike.
+
+    Each round calls every candidate once and begins one further along than the round before.
+    First calls fall into the warm-up; record them with `timed` before, where they matter.
+
+    Args:
+        candidates: name to function, all doing the same work.
+        repeats: measured rounds, 1 or more.
+        warmup: rounds thrown away before, 0 or more.
+        device: the device they work on.
+
+    Returns:
+        Name to the seconds of each measured round, in the order measured.
+
+    Raises:
+        ValueError: no candidate, repeats below 1 or warmup below 0.
+    """
+    names = list(candidates)
+    if not names or repeats < 1 or warmup < 0:
+        got = f"{names}, {repeats}, {warmup}"
+        raise ValueError(f"time_interleaved wants candidates, repeats >= 1, warmup >= 0; got {got}")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()  # a collection inside one candidate's turn may clean up after another
+    try:
+        for i in tqdm(range(warmup + repeats), desc="rounds", leave=False, disable=None):
+            gc.collect()
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                seconds = timed(candidates[name], device)
+                if i >= warmup:
+                    times[name].append(seconds)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def summary(times: Sequence[float]) -> dict[str, float | int]:
+    """{median, p20, p80, repeats} of one or more times, in their unit; percentiles are linear.
+
+    Raises:
+        ValueError: no measurement.
+    """
+    if len(times) == 0:
+        raise ValueError("summary wants one or more times; got none")
+    p20, median, p80 = np.percentile(times, [20, 50, 80]).tolist()
+    return {"median": median, "p20": p20, "p80": p80, "repeats": len(times)}
+
+
+def spread(s: Mapping[str, float | int], scale: float = 1.0) -> str:
+    """Times or rates of `summary` for a table, times `scale`: "median (p20-p80)"."""
+    median, p20, p80 = (scale * s[name] for name in ("median", "p20", "p80"))
+    return f"{median:.3g} ({p20:.3g}-{p80:.3g})"
+
+
+def gib(count: int | None) -> str | None:
+    """Bytes as GiB for a table; None where they are not known."""
+    return None if count is None else f"{count / 2**30:.2f}"
+
+
+def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
+    """Best matrix-product rate of a device in FLOP/s, under the float32 mode in force.
+
+    The best of several square sizes and repeats, 2 n^3 operations counted per product. The inputs
+    are random: products of zeros draw less power and would reach clocks that no model sees.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    sizes, calls = ((2048, 4096, 8192), 10) if on_gpu else ((512, 1024, 2048), 1)
+    return max(_matmul_rate(n, calls, device, dtype) for n in sizes)
+
+
+def _matmul_rate(n: int, calls: int, device: torch.device | str, dtype: torch.dtype) -> float:
+    a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+
+    def products() -> None:
+        for _ in range(calls):  # several to one synchronisation: that hides the launch latency
+            torch.mm(a, b, out=out)
+
+    timed(products, device)  # warm-up
+    return calls * 2 * n**3 / min(timed(products, device) for _ in range(5))
+
+
+def peak_memory(fn: Callable[[], object], device: torch.device | str) -> int | None:
+    """Most memory in use while one call runs, with everything that was resident before it.
+
+    To compare candidates, hold only one of them in memory at a time.
+
+    Args:
+        fn: what to run once.
+        device: CUDA: bytes held by torch's allocator on it. CPU: the resident set of the process.
+
+    Returns:
+        Bytes, or None where the system cannot tell (CPU other than Linux); fn has then not run.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        timed(fn, device)
+        return torch.cuda.max_memory_allocated(device)
+    gc.collect()
+    if not _reset_resident_peak():
+        return None
+    timed(fn, device)
+    return _resident("VmHWM")
+
+
+def _reset_resident_peak() -> bool:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else pages freed by an earlier candidate count again
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError, TypeError):
+        return False
+    # some sandboxes accept the write and ignore it
+    return _resident("VmHWM") <= 1.05 * _resident("VmRSS")
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+@contextmanager
+def precision(name: str) -> Iterator[torch.dtype]:
+    """Set the float32 mode of matrix products and convolutions, and restore it afterwards.
+
+    Args:
+        name: "fp32-ieee"; "tf32", which the published speeds imply; or "bf16", where whatever
+            stays float32 beside the bfloat16 weights is computed as in "fp32-ieee".
+
+    Yields:
+        The dtype for weights and inputs.
+
+    Raises:
+        ValueError: another name.
+    """
+    dtypes = {"fp32-ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+    if name not in dtypes:
+        raise ValueError(f"precision wants one of {sorted(dtypes)}; got {name!r}")
+    # torch refuses to read these back once its newer fp32_precision switches were set as well
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    try:
+        yield dtypes[name]
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write or replace a file whole or not at all; folders on the way are created.
+
+    Raises:
+        ValueError: the record holds NaN or infinity, which JSON does not know.
+        TypeError: the record holds something that is not JSON.
+    """
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode())
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Format rows as Markdown; a value that is absent or None reads "not measured"."""
+    cells = [list(columns)] + [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value).replace("|", "\\|")

@@ -1,0 +1,195 @@
+"""The networks TiTok is compared with, at their published sizes, under random weights.
+
+Here is how each kind draws: by diffusion, by unmasking, one token after the other. Schedulers,
+top-k and conditioning outside the network are left out: less than a thousandth of the work.
+Encoders are dropped, since drawing a picture does not run them. Sizes are in peer_systems.py.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lib.peers.vits import CLASSES, ViTDecoder
+from torch import Tensor, nn
+
+from titok_fast import GeneratorConfig, ImageBert, MaskGitVQGAN, SamplingConfig, VQGANConfig
+from titok_fast.sampling.unmask import sample, sample_seeds
+
+
+@dataclass(frozen=True)
+class Calls:
+    """One loaded peer's work on a batch.
+
+    Attributes:
+        steps: index of a sampling step to a call that does `steps_per_call` such steps.
+        decode: latents or codes to pixels.
+        steps_per_call: 1, or more where a call is a short run of the whole loop.
+    """
+
+    steps: Mapping[int, Callable[[], object]]
+    decode: Callable[[], object]
+    steps_per_call: int = 1
+
+
+class Peer(nn.Module):
+    """A generator and the decoder behind it."""
+
+    generator: Any
+    decoder: Any
+
+    def calls(self, B: int, steps: int) -> Calls:
+        """What to time, for B pictures in a published run of `steps` steps."""
+        raise NotImplementedError
+
+    @property
+    def like(self) -> dict[str, Any]:
+        """Device and float type of the weights."""
+        weight = next(self.generator.parameters())
+        return {"device": weight.device, "dtype": weight.dtype}
+
+    def counts(self) -> dict[str, int]:
+        """Parameters of the two parts."""
+        parts = {"generator": self.generator, "decoder": self.decoder}
+        return {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()}
+
+
+class Diffusion(Peer):
+    """A denoiser on latents, always guided: each step runs 2 B latents.
+
+    Args:
+        generator: called as denoise(generator, latents, times, labels).
+        decoder: called on the latents through `decode`.
+        latent: (channels, side) of a latent picture.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        decoder: nn.Module,
+        latent: tuple[int, int],
+        denoise: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.generator, self.decoder = generator, decoder
+        self.latent, self.denoise = latent, denoise
+
+    def calls(self, B: int, steps: int) -> Calls:
+        """One step at the middle of the run: the cost is the same at all."""
+        C, side = self.latent
+        z = torch.randn(B, C, side, side, **self.like)
+        times = torch.full((2 * B,), 500, device=z.device)
+        labels = torch.cat([torch.arange(B) % CLASSES, torch.full((B,), CLASSES)]).to(z.device)
+
+        def step() -> Tensor:
+            both = self.denoise(self.generator, z.repeat(2, 1, 1, 1), times, labels)
+            cond, uncond = both.chunk(2)
+            return uncond + 1.5 * (cond - uncond)
+
+        return Calls({steps // 2: step}, lambda: self.decoder.decode(z).sample)
+
+
+class Masked(Peer):
+    """MaskGIT: K tokens a step, all at once, then a convolutional decoder; our own classes."""
+
+    def __init__(
+        self, config: GeneratorConfig, pixel: VQGANConfig, sampling: SamplingConfig, steps: int
+    ) -> None:
+        super().__init__()
+        self.generator = ImageBert(config)
+        self.decoder = MaskGitVQGAN(pixel)
+        self.decoder.encoder = nn.Identity()
+        self.sampling, self.steps_per_call = sampling, steps
+
+    def calls(self, B: int, steps: int) -> Calls:
+        """A run of `steps_per_call` steps, sampling included."""
+        generator, codebook = self.generator, self.decoder.config.codebook_size
+        labels, seeds = torch.arange(B) % CLASSES, sample_seeds(0, B)
+        codes = torch.randint(codebook, (B, generator.image_seq_len), device=self.like["device"])
+        run = self.sampling.updated(num_sample_steps=self.steps_per_call)
+        return Calls(
+            {0: lambda: sample(generator, labels, seeds, run)},
+            lambda: self.decoder.decode(codes),
+            self.steps_per_call,
+        )
+
+
+class Autoregressive(Peer):
+    """GPT-2 with a key-value cache: one token a step, no guidance."""
+
+    def __init__(self, generator: nn.Module, decoder: nn.Module, latent: tuple[int, int]) -> None:
+        super().__init__()
+        self.generator, self.decoder, self.latent = generator, decoder, latent
+
+    def calls(self, B: int, steps: int) -> Calls:
+        """First, middle and last step; between them the cost grows with the cache."""
+        C, side = self.latent
+        z = torch.randn(B, C, side, side, **self.like)
+        entering = torch.randn(B, 1, self.body.config.n_embd, **self.like)
+
+        def at(position: int) -> Callable[[], Tensor]:
+            cache = _cache(self.body, B, position)
+            return lambda: self.step(entering, cache)
+
+        return Calls({i: at(i) for i in (0, steps // 2, steps - 1)}, lambda: self._decode(z))
+
+    @property
+    def body(self) -> Any:
+        """The transformer whose cache grows with the steps."""
+        return self.generator
+
+    def step(self, x: Tensor, cache: Any) -> Tensor:
+        """(B, 1, D) embedding of the last token -> (B, 1) next one; the cache stays as it was."""
+        logits = self.body(inputs_embeds=x, past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
+        return _draw(logits[:, -1])
+
+    def _decode(self, z: Tensor) -> Tensor:
+        if isinstance(self.decoder, ViTDecoder):
+            return self.decoder(z)
+        return self.decoder.decode(z, force_not_quantize=True).sample  # z stands for known codes
+
+
+class ResidualQuantized(Autoregressive):
+    """RQ-Transformer: a body over positions, and per position a small head over `depth` codes."""
+
+    def __init__(
+        self, body: nn.Module, head: nn.Module, decoder: nn.Module, latent: tuple[int, int]
+    ) -> None:
+        super().__init__(nn.ModuleDict({"body": body, "head": head}), decoder, latent)
+        self.depth = 4
+
+    @property
+    def body(self) -> Any:
+        """The transformer over positions."""
+        return self.generator["body"]
+
+    def step(self, x: Tensor, cache: Any) -> Tensor:
+        """(B, 1, D) sum of the last code embeddings -> (B, 1) last of the next `depth` codes."""
+        from transformers import DynamicCache
+
+        head = self.generator["head"]
+        h = self.body(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+        cache.crop(-1)
+        within, entering = DynamicCache(config=head.config), {"inputs_embeds": h}
+        for _ in range(self.depth):
+            out = head(**entering, past_key_values=within, use_cache=True)
+            entering = {"input_ids": _draw(out.logits[:, -1])}
+        return entering["input_ids"]
+
+
+def _draw(logits: Tensor) -> Tensor:
+    return torch.multinomial(logits.float().softmax(dim=-1), 1)
+
+
+def _cache(model: nn.Module, B: int, length: int) -> Any:
+    """A cache that holds `length` random keys and values in each layer."""
+    from transformers import DynamicCache
+
+    config: Any = model.config
+    weight, heads = next(model.parameters()), config.n_head
+    cache = DynamicCache(config=config)
+    shape = (B, heads, length, config.n_embd // heads)
+    for i in range(config.n_layer):
+        cache.update(weight.new_empty(shape).normal_(), weight.new_empty(shape).normal_(), i)
+    return cache

@@ -1,0 +1,264 @@
+"""The systems of the paper's tables 1, 2, 5 and 6: published numbers, and sizes with their sources.
+
+Steps and samples/s are the paper's; samples/s are of one A100 and cover de-tokenisation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lib.peers.models import Autoregressive, Diffusion, Masked, Peer, ResidualQuantized
+from lib.peers.vits import UViT, ViTDecoder
+from torch import Tensor, nn
+
+from titok_fast import GeneratorConfig, SamplingConfig, VQGANConfig
+
+# samples/s on one A100, "float32" (its arithmetic implies TF32): arXiv 2406.07550, tables 1 and 2
+PAPER_A100 = {
+    ("titok-l-32", 8): 101.6,
+    ("titok-b-64", 8): 89.8,
+    ("titok-s-128", 8): 53.3,
+    ("titok-s-128", 64): 7.8,
+    ("titok-l-64-512", 8): 41.0,
+    ("titok-b-128-512", 8): 33.3,
+    ("titok-b-128-512", 64): 7.4,
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the paper's tables.
+
+    Attributes:
+        name: for --peers.
+        tokenizer, generator: the paper's names.
+        side: pixels.
+        steps: published number of sampling steps.
+        paper_rate: samples/s of the paper, None where it gives none.
+        paper_millions: parameters of the generator, in millions, as the paper states them.
+        classes: what stands for it here.
+        build: the networks; called with True, small ones of the same kind for tests.
+        left_out: why it is not measured, where it is not.
+    """
+
+    name: str
+    tokenizer: str
+    generator: str
+    side: int
+    steps: int
+    paper_rate: float | None
+    paper_millions: int
+    classes: str
+    build: Callable[[bool], Peer] | None
+    left_out: str | None = None
+
+
+def _blocks(kind: str, count: int, attention_first: str = "") -> tuple[str, ...]:
+    return (attention_first,) * bool(attention_first) + (kind,) * (count - bool(attention_first))
+
+
+def _kl_decoder(tiny: bool) -> Any:
+    """Stable Diffusion's f8 VAE (huggingface: stabilityai/sd-vae-ft-ema, config.json)."""
+    from diffusers import AutoencoderKL
+
+    widths = (32,) * 4 if tiny else (128, 256, 512, 512)
+    vae: Any = AutoencoderKL(
+        down_block_types=_blocks("DownEncoderBlock2D", 4),
+        up_block_types=_blocks("UpDecoderBlock2D", 4),
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    vae.encoder, vae.quant_conv = nn.Identity(), None
+    return vae
+
+
+def _vq_decoder(widths: tuple[int, ...], C: int, N: int, attention: bool, tiny: bool) -> Any:
+    """A convolutional VQGAN with two blocks a level; attention at the coarsest where asked for."""
+    from diffusers import VQModel
+
+    vq: Any = VQModel(
+        down_block_types=_blocks("DownEncoderBlock2D", len(widths)),
+        up_block_types=_blocks(
+            "UpDecoderBlock2D", len(widths), "AttnUpDecoderBlock2D" if attention else ""
+        ),
+        block_out_channels=(32,) * len(widths) if tiny else widths,
+        layers_per_block=2,
+        latent_channels=C,
+        num_vq_embeddings=64 if tiny else N,
+    )
+    vq.encoder, vq.quant_conv = nn.Identity(), None
+    return vq
+
+
+def _dit(side: int, tiny: bool) -> Peer:
+    """DiT-XL/2: 28 layers, 16 heads of 72 (arXiv 2212.09748, table 1; facebook/DiT-XL-2-256).
+
+    The library's class repeats the conditioning tables in each layer: 750M parameters for 675M.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    latent = 4 if tiny else side // 8
+    size = {"num_layers": 2, "num_attention_heads": 2} if tiny else {"num_layers": 28}
+    net: Any = DiTTransformer2DModel(sample_size=latent, out_channels=8, **size)
+
+    def denoise(net: nn.Module, z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+        out: Tensor = net(z, timestep=times, class_labels=labels).sample
+        return out[:, :4]  # the other half is the variance
+
+    return Diffusion(net, _kl_decoder(tiny), (4, latent), denoise)
+
+
+def _uvit(D: int, depth: int, patch: int, side: int, tiny: bool) -> Peer:
+    """U-ViT: L 1024 x 20, H 1152 x 28, 16 heads (baofff/U-ViT, configs/imagenet*_uvit_*.py)."""
+    latent = 8 if tiny else side // 8
+    net = UViT(64, 2, 2, latent, patch) if tiny else UViT(D, depth, 16, latent, patch)
+    return Diffusion(net, _kl_decoder(tiny), (4, latent), _plain)
+
+
+def _plain(net: nn.Module, z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+    out: Tensor = net(z, times, labels)
+    return out
+
+
+def _ldm4(tiny: bool) -> Peer:
+    """LDM-4, class-conditional ImageNet, before VQ-f4 (arXiv 2112.10752, appendices D and E).
+
+    192 channels x (1, 2, 3, 5), heads of 32 at the three coarser levels, cross-attention to one
+    512-wide class token: 400.9M. VQ-f4: 128 channels x (1, 2, 4), 8192 codes of 3 channels.
+    """
+    from diffusers import UNet2DConditionModel
+
+    widths = (32, 64, 64, 64) if tiny else (192, 384, 576, 960)
+    latent, down, up = 8 if tiny else 64, "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    net: Any = UNet2DConditionModel(
+        sample_size=latent,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=widths,
+        layers_per_block=2,
+        attention_head_dim=tuple(D // 32 for D in widths),  # the library's word for heads
+        cross_attention_dim=512,
+        down_block_types=_blocks(down, 4, "DownBlock2D"),
+        up_block_types=(up, up, up, "UpBlock2D"),
+    )
+
+    def denoise(net: nn.Module, z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+        out: Tensor = net(z, times, encoder_hidden_states=z.new_ones(len(z), 1, 512)).sample
+        return out
+
+    decoder = _vq_decoder((128, 256, 512), 3, 8192, False, tiny)
+    return Diffusion(net, decoder, (3, latent), denoise)
+
+
+def _gpt(
+    D: int, layers: int, heads: int, length: int, N: int, tiny: bool, head: bool = True
+) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+    D, layers, heads, N = (64, 2, 2, 64) if tiny else (D, layers, heads, N)
+    ends: Any = {"bos_token_id": None, "eos_token_id": None}
+    config = GPT2Config(
+        n_embd=D, n_layer=layers, n_head=heads, n_positions=length, vocab_size=N, **ends
+    )
+    return GPT2LMHeadModel(config) if head else GPT2Model(config)
+
+
+def _taming(tiny: bool) -> Peer:
+    """GPT of 48 layers, 24 heads, width 1536, on 256 codes (arXiv 2012.09841, as released).
+
+    Before the f16 VQGAN of 1024 codes: CompVis/taming-transformers, configs/imagenet_vqgan.yaml.
+    """
+    decoder = _vq_decoder((128, 128, 256, 256, 512), 256, 1024, True, tiny)
+    return Autoregressive(_gpt(1536, 48, 24, 257, 1024, tiny), decoder, (256, 2 if tiny else 16))
+
+
+def _rq(D: int, heads: int, tiny: bool) -> Peer:
+    """RQ-Transformer: 42 body and 6 head layers on 8 x 8 x 4 codes of 16384.
+
+    kakaobrain/rq-vae-transformer, configs/imagenet256: stage2/*-1400M.yaml and *-3800M.yaml, and
+    stage1/in256-rqvae-8x8x4.yaml for the decoder.
+    """
+    body = _gpt(D, 42, heads, 65, 1, tiny, head=False)
+    head = _gpt(D, 6, heads, 4, 16384, tiny)
+    decoder = _vq_decoder((128, 128, 256, 256, 512, 512), 256, 16384, True, tiny)
+    return ResidualQuantized(body, head, decoder, (256, 2 if tiny else 8))
+
+
+def _vim(tiny: bool) -> Peer:
+    """VIM-Large, 1.7B, on 1024 codes of 8192 (arXiv 2110.04627).
+
+    Only the count is matched, by 33 layers of width 2048. Decoder: its ViT-Base, 12 layers of 768
+    on 8 x 8 pixels (restated in thuanz123/enhancing-transformers, imagenet_vitvq_base.yaml).
+    """
+    size, grid = ((64, 2, 2, 4), 4) if tiny else ((768, 12, 12, 32), 32)
+    return Autoregressive(_gpt(2048, 33, 16, 1025, 8192, tiny), ViTDecoder(32, *size), (32, grid))
+
+
+def _masked(
+    config: GeneratorConfig, pixel: VQGANConfig, guidance: float, run: int, tiny: bool
+) -> Peer:
+    # MaskGIT's own rules (google-research/maskgit): cosine schedule, confidence by probability
+    rules = SamplingConfig(8, guidance, "constant", schedule="cosine", confidence="probability")
+    if tiny:
+        shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = GeneratorConfig(intermediate_size=128, image_seq_len=16, codebook_size=64, **shape)
+        pixel = VQGANConfig(32, (1, 2), 1, 16, 64)
+    return Masked(config, pixel, rules, run)
+
+
+def _maskgit(side: int, run: int, tiny: bool) -> Peer:
+    """TiTok's 177M MaskGIT-ViT on MaskGIT-VQGAN's 16 x 16 or 32 x 32 codes of 1024 (paper, 4.1)."""
+    K = (side // 16) ** 2
+    config = GeneratorConfig(image_seq_len=K, codebook_size=1024)
+    return _masked(config, VQGANConfig(), 0.0, run, tiny)
+
+
+def _magvit2(side: int, tiny: bool) -> Peer:
+    """MAGVIT-v2: 307M, BERT-large's shape, two heads of 512 for 2**18 codes (arXiv 2310.05737).
+
+    The decoder as TencentARC/Open-MAGVIT2 restates it (imagenet_lfqgan_256_L.yaml): four blocks a
+    level, 18 channels. The table of codes stands for its bits.
+    """
+    size = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+    config = GeneratorConfig(image_seq_len=(side // 16) ** 2, codebook_size=2 * 512, **size)
+    return _masked(config, VQGANConfig(num_res_blocks=4, z_channels=18), 1.0, 2, tiny)
+
+
+_OURS = "titok_fast ImageBert, MaskGitVQGAN"
+_DIT = "diffusers DiTTransformer2DModel, AutoencoderKL"
+_UVIT = "plain class on titok_fast blocks, diffusers AutoencoderKL"
+_GPT = "transformers GPT2LMHeadModel with DynamicCache, "
+_RQ = _GPT + "for body and head; diffusers VQModel"
+_SD, _VIT = "VAE (SD ft)", "MaskGIT-ViT"
+_NO_SPEED = "the paper gives no speed to set beside it"
+
+SYSTEMS: tuple[System, ...] = (
+    System("ldm-8", "Taming-VQGAN", "LDM-8", 256, 200, None, 258, "", None, _NO_SPEED),
+    System("ldm-4", "VAE (OpenImages)", "LDM-4", 256, 250, 0.4, 400,
+           "diffusers UNet2DConditionModel, VQModel", _ldm4),
+    System("uvit-l-2", _SD, "UViT-L/2", 256, 50, 1.1, 287, _UVIT,
+           partial(_uvit, 1024, 20, 2, 256)),
+    System("uvit-h-2", _SD, "UViT-H/2", 256, 50, 0.6, 501, _UVIT,
+           partial(_uvit, 1152, 28, 2, 256)),
+    System("dit-xl-2", _SD, "DiT-XL/2", 256, 250, 0.6, 675, _DIT, partial(_dit, 256)),
+    System("taming", "Taming-VQGAN", "Taming-Transformer", 256, 256, 7.5, 1400,
+           _GPT + "diffusers VQModel", _taming),
+    System("rq-1.4b", "RQ-VAE", "RQ-Transformer", 256, 64, 16.1, 1400, _RQ,
+           partial(_rq, 1536, 24)),
+    System("rq-3.8b", "RQ-VAE", "RQ-Transformer", 256, 64, 9.7, 3800, _RQ,
+           partial(_rq, 2560, 40)),
+    System("maskgit", "MaskGIT-VQGAN", _VIT, 256, 8, 50.5, 177, _OURS, partial(_maskgit, 256, 8)),
+    System("vim-large", "ViT-VQGAN", "VIM-Large", 256, 1024, 0.3, 1700,
+           _GPT + "plain ViT on titok_fast blocks", _vim),
+    System("magvit-v2", "LFQ", "MAGVIT-v2", 256, 64, 1.1, 307, _OURS, partial(_magvit2, 256)),
+    System("uvit-l-4-512", _SD, "UViT-L/4", 512, 50, 1.0, 287, _UVIT,
+           partial(_uvit, 1024, 20, 4, 512)),
+    System("uvit-h-4-512", _SD, "UViT-H/4", 512, 50, 0.6, 501, _UVIT,
+           partial(_uvit, 1152, 28, 4, 512)),
+    System("dit-xl-2-512", _SD, "DiT-XL/2", 512, 250, 0.1, 675, _DIT, partial(_dit, 512)),
+    System("maskgit-512", "MaskGIT-VQGAN", _VIT, 512, 12, 3.9, 177, _OURS,
+           partial(_maskgit, 512, 2)),
+    System("magvit-v2-512", "LFQ", "MAGVIT-v2", 512, 64, 1.0, 307, _OURS, partial(_magvit2, 512)),
+)  # fmt: skip

@@ -1,0 +1,179 @@
+"""One training update by a checkout of bytedance/1d-tokenizer: its models and losses, its order.
+
+What its training scripts do around them on one device, without accelerate: the model under
+autocast, outputs to float32, loss, backward, clipping, torch's AdamW; their settings of CUDA.
+Weights are those of ours.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from lib import upstream as official
+from lib.weights import build
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from titok_fast.models.weights import to_official
+from titok_fast.training.optim import decays
+from titok_fast.training.recipe.recipe import Recipe
+from titok_fast.training.tasks.base import Task
+from titok_fast.training.update import set_cuda_math
+
+CPU = torch.device("cpu")
+
+
+class UpstreamLearner:
+    """A stage of upstream's training.
+
+    Args:
+        checkout: root of a clone of bytedance/1d-tokenizer.
+        recipe: what is trained; its losses and optimizer under upstream's own names.
+        task: ours, which gives the weights and the device; weights are shared, not copied.
+        bf16: run the model under bfloat16 autocast.
+    """
+
+    def __init__(self, checkout: Path, recipe: Recipe, task: Task, bf16: bool) -> None:
+        set_cuda_math(recipe.training.enable_tf32)
+        self.recipe, self.bf16, self.config = recipe, bf16, OmegaConf.create(recipe.to_official())
+        self.device = task.device
+        self.model = _model(checkout, task)
+        self.optimizer = self._optimizer(self.model)
+        self.proxy: Any = None
+        self.criterion: Any = None
+        self.critic_optimizer: AdamW | None = None
+        with official.imports_from(checkout):
+            from modeling.modules import losses  # type: ignore[import-not-found]
+
+            if recipe.stage == "generator":
+                self.criterion = losses.MLMLoss(self.config)
+            elif recipe.stage == "stage1":
+                self.criterion = losses.ReconstructionLoss_Stage1(self.config)
+                self.proxy = _proxy_tokenizer(task).to(self.device)
+            else:
+                self.criterion = _stage2_loss(losses, self.config, task).to(self.device)
+                self.critic_optimizer = self._optimizer(self.criterion)
+
+    def update(self, batch: dict[str, Tensor]) -> float:
+        """One update; returns the model's loss."""
+        step: Callable[[dict[str, Tensor]], Tensor] = {
+            "stage1": self._stage1, "stage2": self._stage2, "generator": self._generator
+        }[self.recipe.stage]  # fmt: skip
+        return float(step({name: value.to(self.device) for name, value in batch.items()}))
+
+    def _stage1(self, batch: dict[str, Tensor]) -> Tensor:
+        images = batch["images"]
+        codes = self.proxy.encode(images)
+        logits, extra = self._forward(images)
+        loss, _ = self.criterion(codes, logits, extra)
+        self._descend(self.model, self.optimizer, loss)
+        return loss.detach()
+
+    def _stage2(self, batch: dict[str, Tensor]) -> Tensor:
+        images, step = batch["images"], 0
+        recon, extra = self._forward(images)
+        loss, _ = self.criterion(images, recon, extra, step, mode="generator")
+        self._descend(self.model, self.optimizer, loss)
+        judged, _ = self.criterion(images, recon, extra, step, mode="discriminator")
+        assert self.critic_optimizer is not None
+        self._descend(self.criterion, self.critic_optimizer, judged)
+        return loss.detach()
+
+    def _generator(self, batch: dict[str, Tensor]) -> Tensor:
+        ids, labels = batch["tokens"], batch["labels"].clone()  # their forward shifts them in place
+        masked, mask = self.model.masking_input_tokens(ids)
+        drop = self.config.model.generator.class_label_dropout
+        with self._autocast():
+            logits = self.model(masked, labels, cond_drop_prob=drop)
+        loss, _ = self.criterion(logits.float(), ids, weights=mask)
+        self._descend(self.model, self.optimizer, loss)
+        return loss.detach()
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._autocast():
+            out, extra = self.model(images)
+        return out.float(), {k: v.float() if v.is_floating_point() else v for k, v in extra.items()}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def _descend(self, network: nn.Module, optimizer: AdamW, loss: Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), self.recipe.training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _optimizer(self, network: nn.Module) -> AdamW:
+        """Its two groups and torch's defaults for the rest, which its scripts leave alone."""
+        named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+        params = self.recipe.optimizer
+        return AdamW(
+            [
+                {"params": [p for n, p in named if not decays(n, p.ndim)], "weight_decay": 0.0},
+                {
+                    "params": [p for n, p in named if decays(n, p.ndim)],
+                    "weight_decay": params.weight_decay,
+                },
+            ],
+            lr=params.learning_rate,
+            betas=(params.beta1, params.beta2),
+        )
+
+
+def _model(checkout: Path, task: Task) -> Any:
+    """Upstream's class of the task's model, on the same weights, in training mode."""
+    ours: Any = task.model
+    module, name = ("titok", "TiTok")
+    if task.recipe.stage == "generator":
+        module, name = "maskgit", type(ours).__name__  # the same in both
+    config = OmegaConf.create(ours.config.to_official())
+    with official.imports_from(checkout):
+        kind = getattr(__import__(f"modeling.{module}", fromlist=[name]), name)
+    frozen: set[str] = set()
+
+    def make() -> nn.Module:
+        made = kind(config)
+        frozen.update(n for n, p in made.named_parameters() if not p.requires_grad)
+        return made
+
+    model = build(make, CPU, torch.float32)
+    state = {k: t.detach() for k, t in to_official(ours.state_dict(), ours.kind).items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    return model.to(task.device).train()  # buffers that no state dict holds
+
+
+def _proxy_tokenizer(task: Any) -> Any:
+    from modeling.titok import PretrainedTokenizer  # type: ignore[import-not-found]
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "vqgan.bin"
+        torch.save(to_official(task.vqgan.state_dict(), "vqgan"), path)
+        return PretrainedTokenizer(path)
+
+
+def _stage2_loss(losses: Any, config: Any, task: Task) -> Any:
+    """Its loss with our discriminator's and ConvNeXt's weights."""
+    from torchvision import models
+
+    assert task.criterion is not None
+    plain, models.convnext_small = models.convnext_small, partial(_unloaded, models.convnext_small)
+    try:
+        criterion = losses.ReconstructionLoss_Stage2(config)
+    finally:
+        models.convnext_small = plain
+    network: Any = task.criterion.perceptual.network
+    criterion.perceptual_loss.convnext.load_state_dict(network.state_dict())
+    criterion.load_state_dict(task.criterion.state_dict(), strict=False)
+    return criterion
+
+
+def _unloaded(make: Callable[..., nn.Module], weights: Any = None) -> nn.Module:
+    """Torchvision's constructor without its download."""
+    return make(weights=None)

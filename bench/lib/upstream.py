@@ -1,0 +1,147 @@
+"""A checkout of bytedance/1d-tokenizer as a competitor: its own classes, our weights.
+
+The tensors are shared, not copied: both implementations read the same memory.
+"""
+
+import importlib
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from titok_fast.config import SamplingConfig, TokenizerConfig, VQGANConfig
+from titok_fast.models.generator import MaskedGenerator
+from titok_fast.models.tokenizer import TiTok
+from titok_fast.models.weights import PretrainedModel, to_official
+
+
+class Upstream:
+    """Upstream's tokenizer and generator with the weights of ours.
+
+    Args:
+        checkout: root of a clone of bytedance/1d-tokenizer.
+        tokenizer: gives configuration and float32 weights.
+        generator: the same; None for a tokenizer alone.
+
+    Raises:
+        FileNotFoundError: no such checkout.
+        ImportError: upstream's own requirements are not installed.
+        ValueError: upstream has no such model; see `supports`.
+    """
+
+    def __init__(
+        self, checkout: Path, tokenizer: TiTok, generator: MaskedGenerator | None = None
+    ) -> None:
+        if not supports(tokenizer.config):
+            raise ValueError("upstream released no model of this configuration (512 px, or custom)")
+        self.tokenizer: Any = _build(checkout, "titok", "TiTok", tokenizer)
+        self.generator: Any = None
+        if generator is not None:
+            name = type(generator).__name__  # the same in both: ImageBert, UViTBert
+            self.generator = _build(checkout, "maskgit", name, generator)
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, config: SamplingConfig) -> Tensor:
+        """What upstream's `sample_fn` does, left as a tensor.
+
+        Args:
+            labels: (B,) int64 on the model's device.
+            config: settings; schedule and confidence are upstream's own.
+
+        Returns:
+            (B, S, S, 3) uint8 on the CPU.
+        """
+        assert self.generator is not None
+        ids = self.generator.generate(
+            condition=labels,
+            guidance_scale=config.guidance_scale,
+            guidance_decay=config.guidance_decay,
+            guidance_scale_pow=config.guidance_scale_pow,
+            randomize_temperature=config.randomize_temperature,
+            softmax_temperature_annealing=config.softmax_temperature_annealing,
+            num_sample_steps=config.num_sample_steps,
+        )
+        pixels = self.tokenizer.decode_tokens(ids.view(len(labels), -1)).clamp(0.0, 1.0)
+        return (pixels * 255.0).permute(0, 2, 3, 1).to("cpu", dtype=torch.uint8)
+
+
+def load(
+    checkout: Path | None, tokenizer: TiTok, generator: MaskedGenerator | None = None
+) -> Upstream | None:
+    """The competitor, or None where none was asked for or upstream has no such model."""
+    if checkout is None or not supports(tokenizer.config):
+        return None
+    return Upstream(checkout, tokenizer, generator)
+
+
+def supports(config: TokenizerConfig) -> bool:
+    """Whether upstream's classes can be built for a configuration: one of its named sizes."""
+    named = isinstance(config.vit_enc_model_size, str) and isinstance(
+        config.vit_dec_model_size, str
+    )
+    return named and config.pixel == VQGANConfig() and config.proxy_block == 1
+
+
+def find(checkout: str | Path) -> Path:
+    """The checkout as an absolute path.
+
+    Raises:
+        FileNotFoundError: it does not hold upstream's modeling/titok.py.
+    """
+    path = Path(checkout).expanduser().resolve()
+    if not (path / "modeling" / "titok.py").is_file():
+        raise FileNotFoundError(
+            f"{checkout} holds no modeling/titok.py: --upstream wants a clone of "
+            "https://github.com/bytedance/1d-tokenizer"
+        )
+    return path
+
+
+def commit(checkout: Path) -> str | None:
+    """The revision of a checkout, or None where git cannot tell."""
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _build(checkout: Path, module: str, name: str, ours: PretrainedModel) -> nn.Module:
+    with imports_from(checkout):
+        try:
+            kind = getattr(importlib.import_module(f"modeling.{module}"), name)
+        except ImportError as error:
+            raise ImportError(
+                f"upstream cannot be imported ({error}): pip install 'titok_fast[bench]' has what "
+                "its models need"
+            ) from error
+        model = kind(OmegaConf.create(ours.config.to_official()))
+    state = to_official(ours.state_dict(), ours.kind)
+    model.load_state_dict(state, strict=True, assign=True)
+    device = next(iter(state.values())).device  # BERT keeps its position ids outside the state
+    return model.eval().requires_grad_(False).to(device)
+
+
+@contextmanager
+def imports_from(checkout: Path) -> Iterator[None]:
+    """Upstream is no package: its files import each other from its root.
+
+    Our own root is hidden meanwhile, since transformers takes a folder `kernels` for a package that
+    it knows. What upstream prints on import goes to stderr; names torch has renamed are its affair.
+    """
+    root, before = Path(__file__).resolve().parents[2], sys.path[:]
+    sys.path[:] = [str(find(checkout)), *(p for p in before if Path(p).resolve() != root)]
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        sys.path[:] = before

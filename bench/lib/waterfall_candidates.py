@@ -1,0 +1,136 @@
+"""What the rows of a waterfall run share, and the candidate of each."""
+
+import argparse
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lib import upstream as official
+from lib.cases import Candidate, arithmetic, in_dtypes, say, shared, weight_bytes
+from lib.harness import timed
+from lib.options import load
+from lib.stages import watch
+from lib.techniques import TECHNIQUES, applied
+from lib.waterfall_quality import answers, compare, labels_of, reference_ids
+from lib.waterfall_rows import INTERVAL, Row
+
+from titok_fast import SamplingConfig
+from titok_fast.sampling.unmask import sample_seeds
+
+
+def settings(row: Row, config: SamplingConfig) -> SamplingConfig:
+    """How a row samples where the others do as in `config`."""
+    return config.updated(guidance_interval=INTERVAL) if row.name == "guidance-interval" else config
+
+
+@dataclass
+class Made:
+    """A row ready to run: its candidate, what it calls, and the seconds of compile or packing."""
+
+    candidate: Candidate
+    model: Any
+    prepare_s: float
+
+
+class Bench:
+    """Weights, inputs, and the answers of float32 that every row is compared with.
+
+    Args:
+        args: of waterfall.py.
+        config: settings of the sampler.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: SamplingConfig) -> None:
+        self.device, self.batch, self.config = args.device, args.batch_size, config
+        # upstream's sampling script turns TF32 on, which only CUDA has
+        self.shipped = "tf32" if args.device.type == "cuda" else "fp32-ieee"
+        pipe = load(args.model, args.weights, args.device, generate=True)
+        self.rival = official.load(args.upstream, pipe.tokenizer, pipe.generator)
+        say("answers of float32")
+        with arithmetic("fp32-ieee"):
+            self._wanted = answers(pipe, pipe, self.batch, config)
+            self._wanted_of_upstream = dict(self._wanted)
+            if self.rival is not None:
+                self._wanted_of_upstream["final"] = reference_ids(pipe, self.batch, config)
+        self._pipes = {"float32": pipe}
+        self._made: dict[str, Made] = {}
+
+    def enter(self, group: Sequence[Row]) -> None:
+        """Load the weights of a group of rows, and let go of what it does not use."""
+        sets = set().union(*(row.sets for row in group))
+        kept = {row.name for row in group}
+        self._made = {name: made for name, made in self._made.items() if name in kept}
+        if "bfloat16" in sets and "bfloat16" not in self._pipes:
+            self._pipes["bfloat16"] = in_dtypes(self._pipes["float32"], ["bf16"])["bf16"]
+        if "float32" not in sets:  # its rows come first, so nothing asks for it again
+            self._pipes.pop("float32", None)
+            self.rival = None
+        gc.collect()
+
+    def make(self, row: Row) -> Made:
+        """The candidate of a row of the group; one that earlier groups had is not made again.
+
+        Raises:
+            ValueError: techniques that do not go together here.
+            RuntimeError: they cannot be compiled.
+        """
+        if row.name not in self._made:
+            self._made[row.name] = self._upstream(row) if row.upstream else self._ours(row)
+        return self._made[row.name]
+
+    def quality(self, row: Row) -> dict[str, float | None]:
+        """The answers of a row of the group beside those of float32."""
+        made, shapes = self.make(row), next(iter(self._pipes.values()))
+        with made.candidate.context():
+            got = answers(made.model, shapes, self.batch, settings(row, self.config))
+        return compare(got, self._wanted_of_upstream if row.upstream else self._wanted)
+
+    def _upstream(self, row: Row) -> Made:
+        assert self.rival is not None
+        theirs = shared(self.rival)
+        weights = weight_bytes(theirs)
+        mode = "compiled" if row.name == "upstream-compiled" else "eager"
+        if mode == "compiled":
+            # their loop calls `forward`, not the module
+            theirs.generator.forward = torch.compile(theirs.generator.forward, dynamic=False)
+            theirs.tokenizer.decoder.compile(dynamic=False)
+            theirs.tokenizer.pixel_decoder.compile(dynamic=False)
+        dtype = self.shipped if row.name == "upstream-fp32" else "bf16"
+        context = partial(arithmetic, dtype, self.device.type if dtype == "bf16" else None)
+        draw = partial(theirs.draw, labels_of(0, self.batch).to(self.device), self.config)
+        clock = watch(theirs.tokenizer, self.device)
+        return Made(
+            Candidate(row.name, dtype, mode, draw, dict, context, weights, clock), theirs, 0.0
+        )
+
+    def _ours(self, row: Row) -> Made:
+        low = row.weights != "float32"
+        own, dtype = shared(self._pipes["bfloat16" if low else "float32"]), self.shipped
+        if low:
+            dtype = "bf16"
+        fast = [name for name in row.techniques if TECHNIQUES[name].kind == "fast"]
+        seconds = timed(partial(own.compile, fast), self.device) if fast else 0.0
+        weights = weight_bytes(own)  # before the clock goes in
+        draw = partial(
+            own,
+            labels_of(0, self.batch),
+            seeds=sample_seeds(0, self.batch),
+            batch_size=self.batch,
+            output="tensor",
+            **asdict(settings(row, self.config)),
+        )
+        clock, context = watch(own.tokenizer, self.device), partial(_as_row, row, dtype)
+        mode = "compiled" if fast else "eager"
+        return Made(
+            Candidate(row.name, dtype, mode, draw, dict, context, weights, clock), own, seconds
+        )
+
+
+@contextmanager
+def _as_row(row: Row, dtype: str) -> Iterator[None]:
+    with arithmetic(dtype), applied(row.techniques):
+        yield

@@ -1,0 +1,131 @@
+"""The rows of the waterfall: what techniques each has, and why one is left out."""
+
+from dataclasses import dataclass
+
+from lib.techniques import TECHNIQUES, Technique
+
+from titok_fast.backends import techniques as fast
+from titok_fast.presets import Preset
+
+INTERVAL = (0.5, 1.0)  # of the row "guidance-interval"
+ALIVE = 3  # sets of weights in memory at once
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        name: its key: that of the technique it adds, "plain", or "upstream-...".
+        text: what it is, for a table.
+        weights: which set of weights it works on: "float32", "bfloat16", or its own name where
+            `compile` changes them.
+        techniques: all that are on.
+        parent: the row that it adds its technique to; None at the start.
+        aside: the rows after it do without its technique.
+        exact: its technique leaves results as they were, but for rounding.
+        not_measured: why it is left out; None where it is measured.
+    """
+
+    name: str
+    text: str
+    weights: str = "float32"
+    techniques: tuple[str, ...] = ()
+    parent: str | None = None
+    aside: bool = False
+    exact: bool = True
+    not_measured: str | None = None
+
+    @property
+    def upstream(self) -> bool:
+        """Whether it is the official code."""
+        return self.name.startswith("upstream")
+
+    @property
+    def sets(self) -> set[str]:
+        """Sets of weights that are in memory while it runs: compiled ones share their origin's."""
+        return {self.weights} if self.weights == "float32" else {"bfloat16", self.weights}
+
+
+UPSTREAM = (
+    Row("upstream-fp32", "the official code as shipped, float32"),
+    Row("upstream-autocast", "the official code under bfloat16 autocast", exact=False),
+    Row("upstream-compiled", "the same through torch.compile", exact=False),
+)
+
+
+def rows(system: Preset, device: str, batch: int, *, upstream: str | None = None) -> list[Row]:
+    """All rows in order.
+
+    Args:
+        system: a preset with generator and sampling.
+        device: "cpu" or "cuda".
+        batch: pictures at once.
+        upstream: why the official code is not measured; None where it is.
+    """
+    made = [Row(r.name, r.text, exact=r.exact, not_measured=upstream) for r in UPSTREAM]
+    made.append(Row("plain", "its arithmetic in our code, float32"))
+    trunk, weights = made[-1], "float32"
+    for t in TECHNIQUES.values():
+        weights = "bfloat16" if t.name == "bf16" else weights
+        # torch.compile replaces the packed layers, which are faster on a CPU
+        aside = t.kind in ("experiment", "setting") or (t.name == "inductor" and device == "cpu")
+        before = made[-1] if t.name == "last-layer" else trunk  # it wants "masked-rows"
+        row = Row(
+            t.name,
+            t.text,
+            t.name if t.kind == "fast" else weights,
+            (*before.techniques, t.name),
+            before.name,
+            aside,
+            t.exact,
+            _left_out(t, system, device, batch),
+        )
+        made.append(row)
+        if not aside and row.not_measured is None:
+            trunk = row
+        elif not aside and t.kind == "built in":  # it has no effect here, so nothing was replaced
+            trunk = Row(trunk.name, trunk.text, trunk.weights, row.techniques)
+    return made
+
+
+def _left_out(t: Technique, system: Preset, device: str, batch: int) -> str | None:
+    assert system.generator is not None
+    assert system.sampling is not None
+    decay = system.sampling.guidance_decay
+    if device not in t.devices:
+        return f"only on {' and '.join(t.devices)}"
+    if t.kind == "fast" and t.name not in fast.TECHNIQUES:
+        return f"titok_fast.backends.techniques has no technique {t.name!r}"
+    if t.name == "skip-zero" and decay != "power-cosine":
+        return f"under {decay} guidance upstream does without it as well"
+    if t.name == "fused-qkv" and system.generator.model_type == "UViT":
+        return "upstream's U-ViT has it as well"
+    if t.name in ("one-image", "step0-once") and batch == 1:
+        return "nothing to do in a batch of one"
+    return None
+
+
+def next_group(waiting: list[Row], anchor: Row | None) -> list[Row]:
+    """The rows from the start of `waiting` that take turns, with at most ALIVE sets of weights.
+
+    Args:
+        waiting: rows yet to be measured, at least one.
+        anchor: a measured row that joins the group, so that its rates compare with earlier ones.
+
+    Returns:
+        The anchor, where there is one, and one or more of `waiting`.
+    """
+    group = [] if anchor is None else [anchor]
+    alive = set().union(*(row.sets for row in group))
+    for i, row in enumerate(waiting):
+        if i and len(alive | row.sets) > ALIVE:
+            break
+        alive |= row.sets
+        group.append(row)
+    return group
+
+
+def names() -> list[str]:
+    """Keys of all rows, in order."""
+    return [r.name for r in UPSTREAM] + ["plain", *TECHNIQUES]

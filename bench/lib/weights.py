@@ -1,0 +1,96 @@
+"""Models under random weights, made in seconds.
+
+Speed does not depend on what the weights are.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from titok_fast import TiTok, TiTokPipeline
+from titok_fast.models.generator import generator_class
+from titok_fast.models.quantizer import VectorQuantizer
+from titok_fast.presets import Preset
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class NoInit(TorchFunctionMode):
+    """Constructors leave their weights as allocated: drawing 3.8 billion of them takes minutes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_, nn.init.trunc_normal_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a float32 copy of the largest would not fit beside it
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build(make: Callable[[], M], device: torch.device, dtype: torch.dtype) -> M:
+    """A model in eval mode under random weights, made in its final type.
+
+    Args:
+        make: constructs it.
+        device: "meta" makes one that takes no memory.
+        dtype: of the weights; our codebooks are float32 whatever it is, as they are elsewhere.
+    """
+    with NoInit(), _default_dtype(dtype), torch.device(device):
+        model = make()
+    model = model.eval().requires_grad_(False)
+    for part in model.modules():
+        if isinstance(part, VectorQuantizer):
+            part.embedding.float()
+    if device.type != "meta":
+        fill(model)
+    return model
+
+
+@torch.no_grad()
+def fill(model: M) -> M:
+    """Normal weights of scale fan_in**-0.5, one stretch of noise repeated; norms scale by 1.
+
+    In place; gives the model back.
+    """
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            p.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        scaled = (noise * p[0].numel() ** -0.5).to(p.device, p.dtype)
+        for part in p.view(-1).split(len(scaled)):
+            part.copy_(scaled[: len(part)])
+    return model
+
+
+def draw_only(system: Preset, device: torch.device, dtype: torch.dtype) -> TiTokPipeline:
+    """One of our systems without its encoder, which drawing does not run.
+
+    Raises:
+        ValueError: a preset without a generator.
+    """
+    config = system.generator
+    if config is None:
+        raise ValueError("draw_only wants a system with a generator; this is a tokenizer alone")
+
+    def tokenizer() -> TiTok:
+        whole = TiTok(system.tokenizer)
+        whole.encoder = nn.Identity()
+        return whole
+
+    t = build(tokenizer, device, dtype)
+    g = build(lambda: generator_class(config)(config), device, dtype)
+    return TiTokPipeline(t, g, system.sampling)

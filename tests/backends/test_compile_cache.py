@@ -1,0 +1,142 @@
+"""Where compiled code goes: the user's cache folder, the user's own choice, or torch's."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from support.tiny_models import tiny_generator, tiny_tokenizer
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from titok_fast import TiTokPipeline
+from titok_fast.backends import compile_cache as warm
+from titok_fast.backends.compile_cache import VARIABLE, keep_compiled
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No choice made yet, and a home that is empty."""
+    monkeypatch.setenv(VARIABLE, "")  # for monkeypatch to put back what it was
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+
+def test_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = keep_compiled()
+    assert place is not None
+    assert place.parent == tmp_path / "home" / ".cache" / "titok_fast" / "inductor"
+    assert place.is_dir()
+    assert place.stat().st_mode & 0o077 == 0  # what lies there is run
+    assert list(place.iterdir()) == []
+    assert cache_dir() == str(place)  # torch agrees
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert keep_compiled() == tmp_path / "cache" / "titok_fast" / "inductor" / place.name
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert keep_compiled() == place
+
+
+def test_processors_do_not_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = set()
+    for name in ("AVX2", "AVX512"):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda name=name: name)
+        places.add(keep_compiled(tmp_path))
+        monkeypatch.delenv(VARIABLE)
+    assert len(places) == 2
+
+
+def test_the_users_own_choice_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "mine"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert keep_compiled() == tmp_path / "mine"
+    with pytest.warns(UserWarning, match=rf"cache_dir .*other has no effect: {VARIABLE} is .*mine"):
+        assert keep_compiled(tmp_path / "other") == tmp_path / "mine"
+    assert os.environ[VARIABLE] == str(tmp_path / "mine")
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_process_keeps_to_its_first_folder(tmp_path: Path) -> None:
+    first = keep_compiled(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert keep_compiled(tmp_path / "a") == keep_compiled() == first
+    with pytest.warns(UserWarning, match="no effect"):
+        assert keep_compiled(tmp_path / "b") == first
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="torch's temporary folder, which a reboot .* cache_dir"):
+        assert keep_compiled(tmp_path / "file") is None
+    assert VARIABLE not in os.environ
+
+    def no_room(dir: Path) -> None:
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(warm.tempfile, "TemporaryFile", no_room)
+    with pytest.warns(UserWarning, match="Read-only file system"):
+        assert keep_compiled() is None
+    assert VARIABLE not in os.environ
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.warns(UserWarning, match="Could not determine home"):
+        assert keep_compiled() is None
+
+
+def test_only_techniques_that_compile_ask_for_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pipe() -> TiTokPipeline:
+        return TiTokPipeline(tiny_tokenizer(), tiny_generator())
+
+    pipe().compile()
+    with pytest.raises(ValueError, match="unknown techniques"):
+        pipe().compile(["int8", "fast"], cache_dir=tmp_path / "a")
+    assert VARIABLE not in os.environ
+    pipe().compile("int8", cache_dir=tmp_path / "a")
+    assert Path(os.environ[VARIABLE]).parent == tmp_path / "a"
+    with pytest.warns(UserWarning, match="no effect") as caught:
+        pipe().compile("int8", cache_dir=tmp_path / "b")
+    assert [Path(w.filename) for w in caught] == [Path(__file__)]  # it names the caller
+
+
+TWICE = """
+import sys
+sys.path.insert(0, {tests!r})
+import json
+from support.tiny_models import tiny_generator, tiny_tokenizer
+from titok_fast import TiTokPipeline
+pipe = TiTokPipeline(tiny_tokenizer(), tiny_generator()).compile("int8", cache_dir=sys.argv[1])
+ids = pipe.sample_tokens([1, 2, 3], seed=5).tolist()
+print(json.dumps([ids, "torch._dynamo" in sys.modules]))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    code = TWICE.format(tests=str(Path(__file__).parents[1]))
+    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+    results, libraries = [], []
+    for compiler in ("g++", "no-such-compiler"):
+        done = subprocess.run(
+            [sys.executable, "-W", "error::UserWarning", "-c", code, str(tmp_path)],
+            env=environment | {"CXX": compiler},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+        libraries.append([(p.name, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.so")])
+    assert results[0] == results[1]
+    assert not results[0][1]  # importing Dynamo takes two seconds
+    assert len(libraries[0]) == 1
+    assert libraries[0] == libraries[1]

@@ -1,0 +1,169 @@
+"""`fast` from the start: in Python, on the command line, and on many processes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from support.tiny_models import (
+    rebuilt,
+    tiny_generator_config,
+    tiny_tokenizer,
+    tiny_tokenizer_config,
+)
+
+from titok_fast import PRESETS, ImageBert, SamplingConfig, TiTokPipeline
+from titok_fast.backends.techniques import resolve_fast
+from titok_fast.cli import main as cli
+from titok_fast.cli.sample import main as sample_many
+from titok_fast.presets import Preset
+
+SETTINGS = SamplingConfig(4, 3.0, "linear", 3.0, 4.5, True)
+CLASSES = 4
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What TiTokPipeline.compile is given."""
+    given: list[object] = []
+    compile_ = TiTokPipeline.compile
+
+    def spy(self: TiTokPipeline, techniques: str, **options: object) -> TiTokPipeline:
+        given.append(techniques)
+        return compile_(self, techniques, **options)
+
+    monkeypatch.setattr(TiTokPipeline, "compile", spy)
+    monkeypatch.setattr("titok_fast.pipeline.keep_compiled", lambda folder: None)
+    return given
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> list[str]:
+    """Options that name a tokenizer and a generator."""
+    folder = tmp_path / "weights"
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    config = replace(tiny_generator_config(), condition_num_classes=CLASSES)
+    rebuilt(ImageBert(config)).save_pretrained(folder / "generator")
+    return [f"--tokenizer={folder / 'tokenizer'}", f"--generator={folder / 'generator'}"]
+
+
+def test_modes_by_name() -> None:
+    assert resolve_fast(False, "cpu") == ()
+    for default in (True, None, "default"):
+        assert resolve_fast(default, "cpu") == ("packed", "products")
+    assert resolve_fast("int8", "cpu") == ("products", "int8")
+    assert resolve_fast(["packed"], "cpu") == ("packed",)
+    with pytest.raises(ValueError, match="fast wants default, int8, or a list of techniques; got"):
+        resolve_fast("packed", "cpu")
+
+
+def test_fast_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny = Preset(tiny_tokenizer_config(), tiny_generator_config(), SETTINGS)
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    plain = TiTokPipeline.random("tiny")
+    assert plain.techniques == ()
+    assert TiTokPipeline.random("tiny", fast=False).techniques == ()
+    fast = TiTokPipeline.random("tiny", fast=True)
+    assert fast.techniques == ("packed", "products")
+    assert torch.equal(
+        fast([1, 2], output="tensor"),
+        TiTokPipeline.random("tiny").compile()([1, 2], output="tensor"),
+    )
+    plain.tokenizer.save_pretrained(str(tmp_path))
+    loaded = TiTokPipeline.from_pretrained(tokenizer=str(tmp_path), fast=["products"])
+    assert loaded.techniques == ("products",)
+    assert TiTokPipeline.from_pretrained(tokenizer=str(tmp_path)).techniques == ()
+    missing = str(tmp_path / "missing")  # refused before anything is read
+    with pytest.raises(ValueError, match="fast wants default, int8"):
+        TiTokPipeline.from_pretrained(tokenizer=missing, fast="quick")
+    with pytest.raises(ValueError, match="'products' is for the CPU; the pipeline is on cuda"):
+        TiTokPipeline.from_pretrained(tokenizer=missing, fast="int8", device="cuda")
+
+
+def run(*arguments: object) -> int:
+    return cli.main([*map(str, arguments), "--quiet", "--device=cpu"])
+
+
+def sheet(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(float)
+
+
+def test_every_command_takes_it(tmp_path: Path, weights: list[str], asked: list[object]) -> None:
+    photo, tokenizer = tmp_path / "photo.png", weights[0]
+    Image.fromarray(data.coffee()).save(photo)
+    names = {(): "plain", ("--fast",): "fast", ("--fast", "int8"): "int8"}
+    for words, name in names.items():
+        out = tmp_path / name
+        assert run("sample", *weights, "--labels=1,3", f"--grid={out}-s.png", *words) == 0
+        assert run("tokenize", photo, tokenizer, f"--out={out}.json", *words) == 0
+        ids = tmp_path / "plain.json"
+        assert run("detokenize", ids, tokenizer, f"--grid={out}-d.png", *words) == 0
+        assert run("reconstruct", photo, tokenizer, f"--grid={out}-r.png", *words) == 0
+    assert asked == ["default"] * 4 + ["int8"] * 4
+    for kind in "sdr":
+        plain, fast, int8 = (sheet(tmp_path / f"{name}-{kind}.png") for name in names.values())
+        assert np.abs(plain - fast).mean() < 0.5  # of 255; rounding
+        assert plain.shape == int8.shape
+        assert (plain != int8).any()  # 8 bits are seen: the option reached the networks
+    same = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "fast")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fast", "photo.png"], "wants default, int8, or no value; got 'photo.png': does it"),
+        (["--fast=int8", "--dtype=float16"], "'int8' wants float32 or bfloat16; got torch.float16"),
+    ],
+)
+def test_refused_before_loading(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing"
+    assert run("tokenize", "x.png", f"--tokenizer={missing}", "--out=ids.json", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_many_pictures(
+    tmp_path: Path, weights: list[str], asked: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(name: str, *words: str) -> int:
+        common = ["--count=4", "--steps=2", "--device=cpu", "--quiet", f"--out={tmp_path / name}"]
+        return sample_many([*weights, *common, *words])
+
+    assert draw("plain") == draw("fast", "--fast") == 0
+    assert asked == ["default"]
+    plain, fast = (
+        np.stack([sheet(tmp_path / name / f"{i:06d}.png") for i in range(4)])
+        for name in ("plain", "fast")
+    )
+    assert np.abs(plain - fast).mean() < 0.5
+    manifest = json.loads((tmp_path / "fast" / "manifest.json").read_text())
+    assert manifest["fast"] == ["packed", "products"]
+    before = json.loads((tmp_path / "plain" / "manifest.json").read_text())
+    assert manifest | {"fast": []} == before  # the weights as loaded, not as packed
+    assert draw("fast", "--fast") == 0
+    assert asked == ["default"]  # nothing to draw, nothing to compile
+    assert draw("fast", "--fast", "int8") == 2
+    assert "fast" in capsys.readouterr().err
+    assert asked == ["default"]
+    assert draw("new", "--fast=int8", "--dtype=float16") == 2
+    assert "'int8' wants float32 or bfloat16" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_rounding_of_fast_modes_is_small(asked: list[object]) -> None:
+    """What the tolerances above rest on: the packed layers round, and no more."""
+    torch.manual_seed(0)
+    plain = TiTokPipeline(tiny_tokenizer())
+    want = plain.reconstruct([data.coffee()], output="numpy")
+    got = (
+        TiTokPipeline(tiny_tokenizer())
+        .compile("default")
+        .reconstruct([data.coffee()], output="numpy")
+    )
+    assert np.abs(np.asarray(want).astype(int) - np.asarray(got).astype(int)).max() <= 1

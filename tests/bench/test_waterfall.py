@@ -1,0 +1,608 @@
+"""The waterfall: techniques out and in give the same pictures, rows, ratios, record, picture."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from math import log10
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.bench_scripts import BENCH, add_tiny, scripts
+from support.tiny_models import (
+    TINY_VQGAN,
+    CountingForwards,
+    rebuilt,
+    relative,
+    tiny_generator,
+    tiny_tokenizer_config,
+)
+from torch import Tensor
+
+from titok_fast import (
+    PRESETS,
+    GeneratorConfig,
+    SamplingConfig,
+    TiTok,
+    TiTokPipeline,
+    TokenizerConfig,
+)
+from titok_fast.models import vqgan as maskgit_vqgan
+from titok_fast.presets import Preset
+from titok_fast.sampling import unmask as sampling
+
+options, sampler_variants, techniques, waterfall = scripts(
+    "lib.options", "lib.variants", "lib.techniques", "waterfall"
+)
+quality, rows_of = scripts("lib.waterfall_quality", "lib.waterfall_rows")
+
+CPU = torch.device("cpu")
+UPSTREAM = os.environ.get("TITOK_UPSTREAM")
+LINEAR = SamplingConfig(4, 4.5, "linear", 3.0, 9.5, True)
+SETTINGS = {
+    "linear": LINEAR,
+    "constant": SamplingConfig(3, 2.0, "constant", 3.0, 2.0),
+    "power-cosine": SamplingConfig(4, 6.9, "power-cosine", 3.0, 2.8, True),
+    "maskgit": SamplingConfig(4, 2.0, "linear", schedule="cosine", confidence="probability"),
+}
+BUILT_IN, EXPERIMENTS = techniques.BUILT_IN, techniques.EXPERIMENTS
+# what each variant has: all but one, none, all and one more
+VARIANTS = {
+    "none": (),
+    **{f"no {name}": tuple(n for n in BUILT_IN if n != name) for name in BUILT_IN},
+    **{name: (*BUILT_IN, name) for name in EXPERIMENTS},
+    "last-layer": (*BUILT_IN, "masked-rows", "last-layer"),
+    "all": (*BUILT_IN, *EXPERIMENTS),
+}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_tiny(monkeypatch, options, LINEAR)
+    monkeypatch.setattr(waterfall, "matmul_peak", lambda device, dtype: 2e12)
+    # the tiny decoder's largest level to be upsampled is 16 x 16
+    monkeypatch.setattr(maskgit_vqgan, "PHASES_FROM_PIXELS", 16 * 16)
+
+
+def pipeline(model_type: str = "ViT") -> TiTokPipeline:
+    """Its pixel decoder begins with 128 channels: narrower ones are not laid out channels-last."""
+    config = replace(tiny_tokenizer_config(), pixel=replace(TINY_VQGAN, hidden_channels=64))
+    return TiTokPipeline(rebuilt(TiTok(config)), tiny_generator(model_type), LINEAR)
+
+
+@pytest.fixture(scope="module", params=["ViT", "UViT"])
+def pipe(request: pytest.FixtureRequest) -> TiTokPipeline:
+    return pipeline(request.param)
+
+
+@torch.no_grad()
+def drawn(pipe: TiTokPipeline, config: SamplingConfig, B: int = 4) -> tuple[Tensor, Tensor]:
+    """Ids of a batch that has a class twice, and their pixels."""
+    labels = torch.tensor([7, 300, 7, 12])[:B]
+    ids = sampling.sample(pipe.generator, labels, sampling.sample_seeds(5, B), config)
+    return ids, pipe.tokenizer.decode_tokens(ids)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pictures_are_the_same_with_and_without(
+    pipe: TiTokPipeline, variant: str, settings: str
+) -> None:
+    ids, pixels = drawn(pipe, SETTINGS[settings])
+    with techniques.applied(VARIANTS[variant]):
+        got_ids, got_pixels = drawn(pipe, SETTINGS[settings])
+    assert torch.equal(got_ids, ids)
+    # float32 sums in another order; folding two kernels into one costs the most
+    assert relative(got_pixels, pixels) < 2e-5
+    assert len(ids.unique()) > 4
+
+
+def test_kept_tokens_stay_and_images_may_differ_in_their_number(pipe: TiTokPipeline) -> None:
+    tokens = torch.full((3, 8), 64)
+    tokens[0, :5], tokens[1, 2] = torch.arange(5), 9
+    run = (torch.tensor([1, 2, 3]), sampling.sample_seeds(0, 3), LINEAR, tokens)
+    want = sampling.sample(pipe.generator, *run)
+    for variant in ("none", "masked-rows", "last-layer", "step0-once", "all"):
+        with techniques.applied(VARIANTS[variant]):
+            assert torch.equal(sampling.sample(pipe.generator, *run), want), variant
+
+
+@contextmanager
+def spied(owner: Any, name: str) -> Iterator[list[tuple[Any, ...]]]:
+    """The positional arguments of each call of a function or module."""
+    calls: list[tuple[Any, ...]] = []
+    before = getattr(owner, name)
+    if isinstance(before, torch.nn.Module):
+        handle = before.register_forward_pre_hook(lambda module, args: calls.append(args))
+        try:
+            yield calls
+        finally:
+            handle.remove()
+        return
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return before(*args, **kwargs)
+
+    setattr(owner, name, recorded)
+    try:
+        yield calls
+    finally:
+        setattr(owner, name, before)
+
+
+def _trunk_rows(pipe: TiTokPipeline, config: SamplingConfig = LINEAR) -> list[int]:
+    with CountingForwards(pipe.generator) as passes:
+        drawn(pipe, config)
+    return passes.rows
+
+
+def _batches(pipe: TiTokPipeline) -> list[int]:
+    with spied(pipe.tokenizer.pixel_decoder, "conv_in") as calls:
+        drawn(pipe, LINEAR)
+    return [len(args[0]) for args in calls]
+
+
+def _widths(owner: Any, name: str, pipe: TiTokPipeline) -> list[int]:
+    """Rows in each call of a layer."""
+    with spied(owner, name) as calls:
+        drawn(pipe, LINEAR)
+    return [args[0].flatten(0, -2).shape[0] for args in calls]
+
+
+def _count(owner: Any, name: str, pipe: TiTokPipeline) -> int:
+    with spied(owner, name) as calls:
+        drawn(pipe, LINEAR)
+    return len(calls)
+
+
+def _layout(pipe: TiTokPipeline) -> bool:
+    with spied(pipe.tokenizer.pixel_decoder.mid[0], "conv2") as calls:
+        drawn(pipe, LINEAR)
+    return calls[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+# what shows that a technique is there: what is seen with it, and without
+SEEN: dict[str, tuple[Callable[[TiTokPipeline], object], object, object]] = {
+    "one-batch": (_trunk_rows, [4, 8, 8, 8], [4] * 7),
+    "skip-zero": (lambda p: _trunk_rows(p, SETTINGS["power-cosine"]), [4, 8, 8, 8], [8] * 4),
+    "mixed-hidden": (lambda p: _widths(p.generator, "lm_head", p), [], [32] * 7),
+    "fused-qkv": (lambda p: _count(p.generator.blocks[0].attn, "qkv", p), 4, 0),
+    "channels-last": (_layout, True, False),
+    "phases": (lambda p: _count(maskgit_vqgan, "interleave_phases", p), 4, 0),
+    "folded-shortcut": (
+        lambda p: _count(p.tokenizer.pixel_decoder.up[0].block[0], "nin_shortcut", p), 0, 4,
+    ),
+    "fused-norm": (lambda p: _count(maskgit_vqgan, "group_norm_silu", p), 4 * 7, 0),
+    "one-image": (_batches, [1] * 4, [4]),
+    # 29 of the 32 positions of each image would be those of 8 in L-32
+    "masked-rows": (
+        lambda p: _masked(p), [4 * n for n in (8, 6, 5, 3)], [],
+    ),
+    "last-layer": (
+        lambda p: _widths(p.tokenizer.decoder.transformer[-1], "mlp", p), [4 * 256], [4 * 265],
+    ),
+    "step0-once": (_trunk_rows, [3, 8, 8, 8], [4, 8, 8, 8]),
+}  # fmt: skip
+
+
+def _masked(pipe: TiTokPipeline) -> list[int]:
+    """Rows that the loop with switches draws for; none if it did not run."""
+    seen: list[int] = []
+    draw = sampler_variants.lm_head_sample
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        seen.append(len(kwargs["seeds"]))
+        return draw(*args, **kwargs)
+
+    sampler_variants.lm_head_sample = recorded
+    try:
+        drawn(pipe, LINEAR)
+    finally:
+        sampler_variants.lm_head_sample = draw
+    return seen
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_technique_is_in_or_out(name: str) -> None:
+    pipe = pipeline()
+    look, there, absent = SEEN[name]
+    outside = [n for n in BUILT_IN if n != name]
+    for names, want in ((outside, absent), ([*outside, name], there)):
+        extra = ["masked-rows"] if name == "last-layer" else []
+        with techniques.applied([*names, *extra]):
+            assert look(pipe) == want
+    assert look(pipe) == (there if name in BUILT_IN else absent)
+
+
+def test_shared_rows_of_the_first_block_are_computed_once() -> None:
+    pipe = pipeline()
+    first = pipe.tokenizer.decoder.transformer[0].attn
+    with techniques.applied([*BUILT_IN, "first-layer"]):
+        assert _widths(first, "qkv", pipe) == [257, 4 * 8]
+        assert _widths(first, "qkv", pipe) == [4 * 8]
+    assert _widths(first, "qkv", pipe) == [4 * 265]
+
+
+def test_the_last_blocks_read_what_is_drawn() -> None:
+    pipe = pipeline()
+    with techniques.applied(VARIANTS["last-layer"]):
+        widths = _widths(pipe.generator.blocks[-1], "mlp", pipe)
+    # the second half of a guided batch follows the first; none of the classes' rows
+    assert widths == [4 * 8, 8 * 6, 8 * 5, 8 * 3]
+
+
+def test_everything_is_put_back() -> None:
+    def state() -> list[object]:
+        found: list[object] = [sampling.unmask, techniques.TiTokDecoder.forward]
+        return found + [vars(o)[name] for o, name, _ in techniques._PLAIN.values()]
+
+    before = state()
+    with techniques.applied(["first-layer"]):
+        assert all(a is not b for a, b in zip(before, state(), strict=True))
+    with pytest.raises(ZeroDivisionError), techniques.applied([]):
+        raise ZeroDivisionError
+    assert all(a is b for a, b in zip(before, state(), strict=True))
+    with techniques.applied(BUILT_IN):  # then the loop is the one that ships
+        assert sampling.unmask is before[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["faster"], "unknown technique faster; known: bf16, skip-zero"),
+        (["masked-rows"], "masked_rows wants mixed"),
+        ([*BUILT_IN, "last-layer"], "read_rows wants masked_rows"),
+    ],
+)
+def test_techniques_that_do_not_go_together_are_refused(names: list[str], message: str) -> None:
+    before = sampling.unmask
+    with pytest.raises(ValueError, match=message), techniques.applied(names):
+        pass
+    assert sampling.unmask is before
+
+
+def test_rows_are_cumulative() -> None:
+    made = {r.name: r for r in rows_of.rows(PRESETS["titok-s-128"], "cpu", 8)}
+    assert list(made) == rows_of.names()
+    trunk = [r for r in made.values() if not (r.aside or r.upstream or r.not_measured)]
+    assert [r.name for r in trunk] == [
+        "plain", "bf16", "skip-zero", "one-batch", "mixed-hidden", "channels-last", "phases",
+        "folded-shortcut", "fused-norm", "one-image", "packed", "products", "int8",
+    ]  # fmt: skip
+    for before, row in pairwise(trunk):
+        assert row.parent == before.name
+        assert set(before.techniques) < set(row.techniques)
+    assert {n for n in trunk[-1].techniques if n in BUILT_IN} == set(BUILT_IN)  # fused-qkv too
+    for name in EXPERIMENTS:
+        assert made[name].aside
+        assert name not in trunk[-1].techniques
+    assert made["masked-rows"].parent == "one-image"
+    assert made["last-layer"].parent == "masked-rows"
+    assert made["inductor"].aside
+    assert made["inductor"].techniques[-2:] == ("one-image", "inductor")
+    assert [r.name for r in made.values() if not r.exact] == [
+        "upstream-autocast", "upstream-compiled", "bf16", "guidance-interval", "int8",
+    ]  # fmt: skip
+
+
+def test_rows_that_have_nothing_to_show_say_why() -> None:
+    def reasons(model: str, device: str, batch: int, **options: str) -> dict[str, str]:
+        found = rows_of.rows(PRESETS[model], device, batch, **options)
+        return {r.name: r.not_measured for r in found if r.not_measured}
+
+    l32 = reasons("titok-l-32", "cpu", 8)
+    assert set(l32) == {"skip-zero", "graph"}
+    assert l32["skip-zero"] == "under linear guidance upstream does without it as well"
+    assert set(reasons("titok-l-32", "cpu", 1)) == {*l32, "one-image", "step0-once"}
+    assert set(reasons("titok-s-128", "cpu", 8)) == {"fused-qkv", "graph"}
+    none = reasons("titok-l-32", "cpu", 8, upstream="no --upstream")
+    assert set(none) - set(l32) == {r.name for r in rows_of.UPSTREAM}
+    cuda = reasons("titok-l-32", "cuda", 8)
+    assert cuda["packed"] == cuda["products"] == cuda["int8"] == cuda["one-image"] == "only on cpu"
+    assert "inductor" not in cuda
+
+
+def test_groups_hold_three_sets_of_weights_and_share_a_row() -> None:
+    def sets(group: list[Any]) -> set[str]:
+        return set().union(*(row.sets for row in group))
+
+    waiting = [r for r in rows_of.rows(PRESETS["titok-l-32"], "cpu", 8) if not r.not_measured]
+    order, groups, anchor = list(waiting), [], None
+    while waiting:
+        group = rows_of.next_group(waiting, anchor)
+        assert len(sets(group)) <= rows_of.ALIVE
+        if anchor is not None:
+            assert group[0] is anchor
+        waiting = [r for r in waiting if r not in group]
+        anchor = [r for r in group if not r.aside][-1]
+        groups.append([r.name for r in group])
+    firsts = [*groups[0], *(name for group in groups[1:] for name in group[1:])]
+    assert firsts == [r.name for r in order]  # each row once, in order
+    assert groups[0][:5] == [
+        "upstream-fp32",
+        "upstream-autocast",
+        "upstream-compiled",
+        "plain",
+        "bf16",
+    ]
+    assert groups[-1][-1] == "int8"
+
+
+def case(row: str, group: int, rate: float, parent: str | None = None) -> dict[str, Any]:
+    return {"row": row, "group": group, "parent": parent, "images_per_s": {"median": rate}}
+
+
+def test_ratios_go_through_the_common_row() -> None:
+    record = {
+        "gflop_per_image": {"generator": 100.0, "vit_decoder": 200.0},
+        "matmul_flop_per_s": {"fp32-ieee": 1e11, "bf16": 6e11},
+        "groups": [
+            {"anchor": None, "images_per_s": None},
+            {"anchor": "a", "images_per_s": {"median": 0.5}},  # the clock has fallen by half
+            {"anchor": "b", "images_per_s": {"median": 1.5}},
+        ],
+        "cases": [
+            case("upstream-fp32", 0, 0.25),
+            case("upstream-autocast", 0, 0.5),
+            case("a", 0, 1.0, "plain"),
+            case("b", 1, 1.0, "a"),
+            case("c", 2, 3.0, "b"),
+            {"row": "d", "parent": "c", "group": 2, "error": "RuntimeError"},
+            {"row": "e", "parent": "c", "not_measured": "no"},
+        ],
+    }
+    waterfall.compare_rates(record)
+    assert [g["factor"] for g in record["groups"]] == [1.0, 2.0, pytest.approx(4 / 3)]
+    found = {c["row"]: c for c in record["cases"]}
+    assert [found[n]["x_upstream_fp32"] for n in "abc"] == pytest.approx([4, 8, 16])
+    assert [found[n]["x_upstream_autocast"] for n in "abc"] == pytest.approx([2, 4, 8])
+    assert found["a"]["x_parent"] is None  # "plain" was not measured
+    assert [found[n]["x_parent"] for n in "bc"] == pytest.approx([2, 2])
+    # 300 GFLOP a picture, as measured: 1/s is half of 600 GFLOP/s
+    assert [found[n]["of_bf16_peak"] for n in "abc"] == pytest.approx([0.5, 0.5, 1.5])
+    assert "x_parent" not in found["d"]
+    record["groups"][1]["images_per_s"] = None  # the common row failed there
+    waterfall.compare_rates(record)
+    assert record["groups"][1]["factor"] is None
+    assert found["b"]["x_upstream_fp32"] is None
+
+
+def test_quality_is_counted_from_what_differs() -> None:
+    wanted = {
+        "step1": torch.arange(8).view(2, 4),
+        "final": torch.arange(8).view(2, 4),
+        "logits": torch.full((2, 4, 3), 2.0),
+        "pixels": torch.full((2, 3, 2, 2), 0.5),
+    }
+    got = {name: t.clone() for name, t in wanted.items()}
+    same = quality.compare(got, wanted)
+    assert same == {
+        "step1_ids_equal": 1.0, "final_ids_equal": 1.0, "logit_error": 0.0, "pixel_rms": 0.0,
+        "psnr_db": None,
+    }  # fmt: skip
+    got["step1"][0, 0], got["final"][:, :2] = 99, 99
+    got["logits"] *= 1.01
+    got["pixels"] += 0.01
+    found = quality.compare(got, wanted)
+    assert (found["step1_ids_equal"], found["final_ids_equal"]) == (7 / 8, 0.5)
+    assert found["logit_error"] == pytest.approx(0.01, rel=1e-3)
+    assert found["psnr_db"] == pytest.approx(-20 * log10(0.01), abs=1e-3)
+    del got["step1"]  # upstream's
+    assert quality.compare(got, wanted)["step1_ids_equal"] is None
+
+
+def test_answers_do_not_depend_on_the_batch() -> None:
+    pipe = pipeline()
+    whole = quality.answers(pipe, pipe, quality.IMAGES, LINEAR)
+    one = quality.answers(pipe, pipe, 1, LINEAR)
+    assert {name: len(t) for name, t in whole.items()} == dict.fromkeys(whole, quality.IMAGES)
+    assert {name: len(t) for name, t in one.items()} == {
+        "logits": 1, "pixels": 1, "final": quality.IMAGES, "step1": quality.IMAGES,
+    }  # fmt: skip
+    assert relative(one["pixels"], whole["pixels"][:1]) < 1e-5
+    assert torch.equal(one["step1"], whole["step1"])
+    assert torch.equal(one["final"], whole["final"])
+    # what the first step draws is no mask, and most of it is drawn again
+    assert whole["step1"].max() < 64
+    assert 0.05 < (whole["step1"] == whole["final"]).float().mean() < 0.9
+    short = quality.answers(pipe, pipe, 8, LINEAR.updated(num_sample_steps=1))
+    assert torch.equal(short["step1"], short["final"])
+
+
+def run(path: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    small = ("--device", "cpu", "--model", "tiny", "--batch-size", "2", "--repeats", "2")
+    status = waterfall.main([*small, "--json", str(path), *words])
+    return status, json.loads(path.read_text())
+
+
+FIELDS = {
+    "row", "text", "parent", "aside", "exact", "techniques", "implementation", "sampling", "dtype",
+    "mode", "group", "seconds", "images_per_s", "stages_s", "prepare_s", "first_call_s",
+    "weight_bytes", "peak_bytes", "x_upstream_fp32", "x_upstream_autocast", "x_parent",
+    "of_bf16_peak", "quality",
+}  # fmt: skip
+QUALITY = {"step1_ids_equal", "final_ids_equal", "logit_error", "pixel_rms", "psnr_db"}
+
+
+def test_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(BENCH))  # the plot is imported late
+    path = tmp_path / "r.json"
+    left = ("inductor", "int8")  # they want a compiler: see the slow tests
+    chosen = [name for name in rows_of.names() if name not in left]
+    status, record = run(path, "--rows", ",".join(chosen))
+    assert status == 0
+    assert (record["benchmark"], record["model"], record["batch"]) == ("waterfall", "tiny", 2)
+    assert record["protocol"]["weights"] == "random"
+    assert "Random weights" in record["protocol"]["quality"]
+    assert record["matmul_flop_per_s"] == {"fp32-ieee": 2e12, "bf16": 2e12}  # the better of two
+    cases = {c["row"]: c for c in record["cases"]}
+    assert list(cases) == chosen
+    measured = {name: c for name, c in cases.items() if "images_per_s" in c}
+    assert set(cases) - set(measured) == {
+        "upstream-fp32", "upstream-autocast", "upstream-compiled", "skip-zero", "graph",
+    }  # fmt: skip
+    assert cases["upstream-fp32"]["not_measured"] == "no --upstream"
+    for name, c in measured.items():
+        assert set(c) == FIELDS, name
+        assert set(c["quality"]) == QUALITY
+        assert len(c["seconds"]) == 2
+        assert c["x_upstream_fp32"] is None
+        assert c["dtype"] == ("fp32-ieee" if name == "plain" else "bf16")
+        assert (c["x_parent"] is None) == (name == "plain")
+    # exact in float32; in bfloat16 they round as their parents do
+    assert measured["plain"]["quality"]["final_ids_equal"] == 1.0
+    assert measured["plain"]["quality"]["logit_error"] < 1e-5
+    # these weights are badly conditioned: float32 itself is 6e-5 from float64
+    assert measured["plain"]["quality"]["pixel_rms"] < 1e-4
+    assert 1e-4 < measured["bf16"]["quality"]["logit_error"] < 0.1
+    assert measured["bf16"]["weight_bytes"] < 0.7 * measured["plain"]["weight_bytes"]
+    assert measured["packed"]["prepare_s"] > 0
+    packed, before = (measured[n]["weight_bytes"] for n in ("packed", "bf16"))
+    assert before < packed < 1.3 * before  # phase kernels are 16/9 of what they come from, kept
+    assert measured["guidance-interval"]["sampling"]["guidance_interval"] == [0.5, 1.0]
+    assert (
+        measured["int8" if "int8" in measured else "bf16"]["sampling"]["guidance_interval"][0] == 0
+    )
+    assert [g["anchor"] for g in record["groups"]] == [None, "packed"]
+    rates = [c["images_per_s"]["median"] for c in (cases["products"], cases["packed"])]
+    want = record["groups"][1]["factor"] * rates[0] / rates[1]
+    assert cases["products"]["x_parent"] == pytest.approx(want)
+    out = capsys.readouterr().out
+    assert "| + masked-rows " in out
+    assert "not measured: no --upstream" in out
+    assert "GFLOP per picture" in out
+    drawing = path.with_suffix(".svg").read_text()
+    assert "samples/s, ratio to the official code" in drawing
+    for c in measured.values():
+        assert c["text"] in drawing
+    assert str(tmp_path) not in path.read_text() + drawing
+
+
+def test_a_row_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise ValueError("no such layout")
+
+    def exhaust(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(TiTokPipeline, "compile", fail)
+    monkeypatch.setitem(
+        techniques._PLAIN, "fused-norm", (*techniques._PLAIN["fused-norm"][:2], exhaust)
+    )
+    status, record = run(tmp_path / "r.json", "--rows", "plain,bf16,one-image,packed,products")
+    assert status == 1
+    found = {c["row"]: c.get("error") for c in record["cases"]}
+    assert found == {
+        "plain": "MemoryError", "bf16": "MemoryError", "one-image": None,
+        "packed": "ValueError", "products": "ValueError",
+    }  # fmt: skip
+    assert record["cases"][2]["x_parent"] is None
+
+
+@pytest.mark.slow
+def test_compiled_rows(tmp_path: Path) -> None:
+    status, record = run(tmp_path / "r.json", "--rows", "one-image,inductor,products,int8")
+    assert status == 0
+    eager, compiled, plain, whole = record["cases"]
+    assert compiled["first_call_s"] > 10 * min(compiled["seconds"])
+    for c in record["cases"]:
+        assert 1e-4 < c["quality"]["logit_error"] < 0.03
+    # residual sums round as much as 8 bits in so small a generator; the pixel decoder shows them
+    eight, *sixteen = (c["quality"]["pixel_rms"] for c in (whole, eager, compiled, plain))
+    assert 1.5 * max(sixteen) < eight < 0.05
+    assert [g["anchor"] for g in record["groups"]] == [None, "products"]
+
+
+@pytest.fixture
+def official_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest that upstream's classes can be: 64 px, small ViT, and its one pixel decoder."""
+    tokenizer = TokenizerConfig(
+        num_latent_tokens=8, vit_enc_model_size="small", vit_dec_model_size="small", crop_size=64
+    )
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    generator = GeneratorConfig(intermediate_size=128, image_seq_len=8, **shape)
+    monkeypatch.setitem(PRESETS, "tiny", Preset(tokenizer, generator, LINEAR))
+
+
+@pytest.mark.skipif(UPSTREAM is None, reason="TITOK_UPSTREAM names no checkout")
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+def test_upstream_is_side_by_side(official_size: None, tmp_path: Path, compiled: bool) -> None:
+    names = [
+        "upstream-fp32",
+        "upstream-autocast",
+        "plain",
+        "bf16",
+        *["upstream-compiled"] * compiled,
+    ]
+    words = ("--rows", ",".join(names), "--upstream", UPSTREAM)
+    status, record = run(tmp_path / "r.json", *words)
+    assert status == 0
+    assert UPSTREAM not in (tmp_path / "r.json").read_text()
+    assert len(record["upstream_commit"]) == 40
+    cases = {c["row"]: c for c in record["cases"]}
+    shipped, mixed = cases["upstream-fp32"], cases["upstream-autocast"]
+    assert (shipped["implementation"], shipped["dtype"], mixed["dtype"]) == (
+        "upstream", "fp32-ieee", "bf16",
+    )  # fmt: skip
+    # the same weights and, for ids, torch's global seeds
+    assert shipped["quality"]["final_ids_equal"] == 1.0
+    assert shipped["quality"]["logit_error"] < 1e-5
+    assert shipped["quality"]["pixel_rms"] < 1e-5
+    assert shipped["quality"]["step1_ids_equal"] is None
+    assert 1e-4 < mixed["quality"]["logit_error"] < 0.1
+    assert mixed["weight_bytes"] == shipped["weight_bytes"]  # autocast keeps float32 weights
+    rates = {name: c["images_per_s"]["median"] for name, c in cases.items()}
+    for name, c in cases.items():
+        assert c["x_upstream_fp32"] == pytest.approx(rates[name] / rates["upstream-fp32"])
+        assert c["x_upstream_autocast"] == pytest.approx(rates[name] / rates["upstream-autocast"])
+    if compiled:
+        fast = cases["upstream-compiled"]
+        assert (fast["mode"], fast["dtype"]) == ("compiled", "bf16")
+        assert fast["first_call_s"] > 10 * min(fast["seconds"])
+        assert fast["quality"]["logit_error"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "titok-xl"], "--model wants a preset with a generator; got titok-xl"),
+        (["--model", "titok-bl-64-vq8k"], "got titok-bl-64-vq8k; known: titok-l-32, titok-b-64"),
+        (["--rows", "plain,int4"], "--rows: unknown int4; known: upstream-fp32"),
+        (["--batch-size", "0"], "--batch-size wants at least 1; got 0"),
+        (["--repeats", "0"], "--repeats wants at least 1; got 0"),
+        (["--upstream", "/nowhere"], "modeling/titok.py"),
+    ],
+)
+def test_options_are_refused_before_any_work(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        waterfall.main(["--device", "cpu", *words])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_picture_wants_a_measured_waterfall(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(BENCH))
+    plot = importlib.import_module("lib.waterfall_plot")
+    path = tmp_path / "r.json"
+    for record in ({"benchmark": "sampling"}, {"benchmark": "waterfall"}):
+        path.write_text(json.dumps(record | {"cases": [{"row": "plain", "error": "RuntimeError"}]}))
+        with pytest.raises(SystemExit):
+            plot.main([str(path)])
+        assert "with measured rows; got" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]

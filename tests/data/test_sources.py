@@ -1,0 +1,405 @@
+"""Sources of training records: what they read, what they refuse, what identifies them."""
+
+import gzip
+import json
+import os
+import pickle
+import re
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.records import encoded, pixels, write_fashion, write_idx, write_shards, write_tar
+
+from titok_fast.data.sources import (
+    FASHION_MNIST,
+    ArraySource,
+    BadRecord,
+    FolderSource,
+    Source,
+    check_same_data,
+    fashion_mnist,
+)
+from titok_fast.data.webdataset import WebDatasetSource, expand
+from titok_fast.io.images import load_image
+
+
+def test_patterns_count_up_keep_zeros_and_multiply() -> None:
+    assert expand("a/b.tar") == [Path("a/b.tar")]
+    names = expand("imagenet-train-{0000..0252}.tar")
+    assert (len(names), names[0].name, names[-1].name) == (
+        253, "imagenet-train-0000.tar", "imagenet-train-0252.tar",
+    )  # fmt: skip
+    assert [p.as_posix() for p in expand("{8..10}/x{0..1}.tar")] == [
+        "8/x0.tar", "8/x1.tar", "9/x0.tar", "9/x1.tar", "10/x0.tar", "10/x1.tar",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("pipe:cat x.tar", "not through 'pipe:'"),
+        ("https://host/x-{0..3}.tar", "not through 'https:'"),
+        ("s3://bucket/x.tar", "not through 's3:'"),
+        ("file:/data/x.tar", "not through 'file:'"),
+        ("x-{3..1}.tar", "3..1 runs backwards"),
+        ("x-{a..c}.tar", "braces want two numbers"),
+        ("x-{0,1}.tar", "braces want two numbers"),
+        ("x-{0..1.tar", "braces want two numbers"),
+        ("x-{0..999999999999}.tar", "more than 1000000 shards"),
+    ],
+)
+def test_patterns_that_are_refused(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        expand(pattern)
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_records_of_all_formats_of_tar_and_picture(tmp_path: Path, kind: int) -> None:
+    long = "orange-" * 20 + "/1"  # over the 100 bytes of a plain header
+    members = [
+        ("a.json", b"{}"),  # neither picture nor class
+        ("a.cls", b"3\n"),  # any order
+        ("a.png", encoded(pixels(0))),
+        ("b.jpg", encoded(pixels(1), "JPEG")),
+        ("b.cls", b"0"),
+        ("c.JPEG", encoded(pixels(2), "PNG")),  # ImageNet has a PNG of that name
+        ("c.seg.png", b"of another suffix"),
+        ("c.cls", b"999"),
+        (f"{long}.webp", encoded(pixels(3), "WEBP")),
+        (f"{long}.cls", b"7"),
+        ("only.txt", b"no record"),
+    ]
+    path = write_tar(tmp_path / "x.tar", members, kind)
+    source = WebDatasetSource(str(path))
+    assert len(source) == 4
+    records = [source.read(i) for i in range(4)]
+    assert [record.label for record in records] == [3, 0, 999, 7]
+    for index in (0, 2, 3):
+        assert np.array_equal(records[index].image, pixels(index))
+    (tmp_path / "b.jpg").write_bytes(members[3][1])
+    assert np.array_equal(records[1].image, np.asarray(load_image(tmp_path / "b.jpg")))
+    assert source.name(3) == f"x.tar:{long}"
+    with pytest.raises(IndexError):
+        source.read(4)
+
+
+def test_indices_run_on_over_shards(tmp_path: Path) -> None:
+    source = WebDatasetSource(write_shards(tmp_path, [3, 1, 4]))
+    assert len(source) == 8
+    for index in range(8):
+        assert np.array_equal(source.read(index).image, pixels(index))
+    assert source.name(3) == "train-001.tar:00000003"
+    copy = pickle.loads(pickle.dumps(source))  # as a spawned worker gets it
+    assert np.array_equal(copy.read(7).image, pixels(7))
+
+
+class _Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_is_unpickled_or_extracted(tmp_path: Path) -> None:
+    trap = pickle.dumps(_Trap(tmp_path / "sprung"))
+    members = [("0.png", encoded(pixels(0))), ("0.cls", b"1")]
+    members += [(f"0.{suffix}", trap) for suffix in ("pkl", "pickle", "pth", "pyd", "npy")]
+    write_tar(tmp_path / "x.tar", [*members, ("../1.png", b"x"), ("/abs/2.cls", b"1")])
+    source = WebDatasetSource(str(tmp_path / "x.tar"))
+    assert source.read(0).label == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+    pickle.loads(trap)  # the trap works
+    assert (tmp_path / "sprung").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("0.jpg", b"garbage"), ("0.cls", b"1")], "not readable as a jpg, png or webp"),
+        ([("0.jpg", b""), ("0.cls", b"1")], "it is empty"),
+        ([("0.jpg", encoded(pixels(0), "JPEG")[:400]), ("0.cls", b"1")], "OSError: "),
+        ([("0.jpg", encoded(pixels(0), "BMP")), ("0.cls", b"1")], "UnidentifiedImageError"),
+        ([("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("0.cls", b"1")],
+         "UnidentifiedImageError"),
+        ([("0.png", encoded(pixels(0)))], "it has no cls"),
+        ([("0.cls", b"1")], "it has no picture"),
+        ([("0.png", encoded(pixels(0))), ("0.cls", b"dog")], "got 'dog'"),
+        ([("0.png", encoded(pixels(0))), ("0.cls", b"-1")], "got '-1'"),
+        ([("0.png", encoded(pixels(0))), ("0.cls", b"")], "got ''"),
+        ([("0.png", encoded(pixels(0))), ("0.cls", b"1" * 17)], "got 17 bytes"),
+        ([("0.png", encoded(pixels(0))), ("0.cls", b"10")], r"a class in 0..9; got 10"),
+    ],
+)  # fmt: skip
+def test_damaged_records(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+    sound = [("1.png", encoded(pixels(1))), ("1.cls", b"9")]
+    source = WebDatasetSource(str(write_tar(tmp_path / "x.tar", [*members, *sound])), classes=10)
+    with pytest.raises(BadRecord, match=re.escape(message)):
+        source.read(0)
+    assert source.name(0) == "x.tar:0"
+    assert np.array_equal(source.read(1).image, pixels(1))
+
+
+def test_oversized_picture_is_one_damaged_record(tmp_path: Path) -> None:
+    bomb = encoded(np.zeros((20000, 10000, 3), np.uint8))  # over twice Pillow's limit
+    source = WebDatasetSource(
+        str(write_tar(tmp_path / "x.tar", [("0.png", bomb), ("0.cls", b"1")]))
+    )
+    with pytest.raises(BadRecord, match="DecompressionBombError"):
+        source.read(0)
+
+
+def member_offsets(path: Path) -> list[int]:
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+def test_truncated_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path, [4])
+    whole, path = (tmp_path / "train-000.tar").read_bytes(), tmp_path / "cut.tar"
+    border = member_offsets(tmp_path / "train-000.tar")[4]
+    end = whole.rstrip(b"\0")
+    # nothing, a header, a border between members, in a header, in a picture, at the last byte
+    for size in (0, 512, border, border + 100, border + 1600, len(end)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"shard .*cut\.tar is truncated, damaged or compr"):
+            WebDatasetSource(str(path))
+    path.write_bytes(whole)
+    assert len(WebDatasetSource(str(path))) == 4
+
+
+def test_damaged_header_inside_a_shard(tmp_path: Path) -> None:
+    write_shards(tmp_path, [4])
+    path = tmp_path / "train-000.tar"
+    content = bytearray(path.read_bytes())
+    content[member_offsets(path)[4] + 5] ^= 0xFF  # in a name: the check sum is wrong
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is truncated, damaged or compressed: no end mark"):
+        WebDatasetSource(str(path))
+
+
+def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [1, 1, 1])
+    packed = tmp_path / "packed.tar"
+    packed.write_bytes(gzip.compress((tmp_path / "train-000.tar").read_bytes()))
+    write_tar(tmp_path / "empty.tar", [])
+    write_tar(tmp_path / "texts.tar", [("0.txt", b"x")])
+    write_tar(tmp_path / "twice.tar", [("0.cls", b"1"), ("0.cls", b"2")])
+    for name, message in (
+        ("packed", "unpacked if it was compressed"),
+        ("empty", "wants records with jpg, png, jpeg, webp and cls; got none"),
+        ("texts", "wants records with jpg, png, jpeg, webp and cls; got none"),
+        ("twice", "holds 0.cls twice"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            WebDatasetSource(str(tmp_path / f"{name}.tar"))
+    (tmp_path / "train-001.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 3 shards .*/train-001\.tar first"):
+        WebDatasetSource(pattern)
+
+
+def test_pictures_in_a_shard_that_shrank_or_went(tmp_path: Path) -> None:
+    source = WebDatasetSource(write_shards(tmp_path, [4]))
+    path = tmp_path / "train-000.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BadRecord):
+        source.read(3)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        source.read(0)
+
+
+def saved(source: Source) -> dict[str, Any]:
+    return json.loads(json.dumps(source.describe()))
+
+
+def test_shards_are_known_by_content_and_not_by_place(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    before = saved(WebDatasetSource(write_shards(tmp_path / "a", [2, 3, 2])))
+    assert before["count"] == 7
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    pattern = f"{tmp_path}/b/train-{{000..002}}.tar"
+    check_same_data(before, saved(WebDatasetSource(pattern)))
+
+    fewer = saved(WebDatasetSource(f"{tmp_path}/b/train-{{000..001}}.tar"))
+    with pytest.raises(ValueError, match=r"there were 3 shards, now 2; count was 7, now 5;"):
+        check_same_data(before, fewer)
+    members = [("x.png", encoded(pixels(9))), ("x.cls", b"1")]
+    write_tar(tmp_path / "b/train-001.tar", [*members, ("y.cls", b"7" * 30000)])
+    with pytest.raises(ValueError, match=r"shards\.train-001\.tar was \d+, now \d+"):
+        check_same_data(before, saved(WebDatasetSource(pattern)))
+
+
+@pytest.mark.parametrize("names", ["ab", ("00000000", "00000001")])
+def test_same_sizes_and_other_records_are_other_data(tmp_path: Path, names: str) -> None:
+    before = saved(WebDatasetSource(write_shards(tmp_path, [2])))
+    members = []
+    for index, name in enumerate(names):  # as before, but for the names or for a byte at the end
+        members += [(f"{name}.png", encoded(pixels(index)) + b"x" * (len(name) > 1))]
+        members += [(f"{name}.cls", str(index).encode())]
+    write_tar(tmp_path / "train-000.tar", members)
+    now = saved(WebDatasetSource(f"{tmp_path}/train-000.tar"))
+    assert (before["count"], before["shards"]) == (now["count"], now["shards"])  # tar pads
+    with pytest.raises(ValueError, match=r"index_sha256 was .*\. Give it the same files"):
+        check_same_data(before, now)
+
+
+def test_long_lists_of_changes_are_cut_short(tmp_path: Path) -> None:
+    before = {"kind": "webdataset", "shards": {f"{i}.tar": 1 for i in range(9)}}
+    after = {"kind": "webdataset", "shards": {f"{i}.tar": 2 for i in range(9)}}
+    with pytest.raises(ValueError, match=r"3\.tar was 1, now 2; and 5 more"):
+        check_same_data(before, after)
+    with pytest.raises(ValueError, match="kind was 'webdataset', now 'tokens'"):
+        check_same_data(before, {"kind": "tokens", "shards": 3})
+
+
+def image_folder(folder: Path) -> Path:
+    for name in ("n02", "n01/deep", "n10"):
+        (folder / name).mkdir(parents=True)
+    for index, name in enumerate(["n01/deep/a.png", "n01/z.png", "n02/b.png", "n10/c.png"]):
+        (folder / name).write_bytes(encoded(pixels(index)))
+    (folder / "readme.txt").write_text("no class")
+    (folder / ".cache").mkdir()
+    return folder
+
+
+def test_folder(tmp_path: Path) -> None:
+    source = FolderSource(image_folder(tmp_path), classes=3)
+    assert [source.name(i) for i in range(4)] == [
+        "n01/deep/a.png", "n01/z.png", "n02/b.png", "n10/c.png",
+    ]  # fmt: skip
+    assert [source.read(i).label for i in range(4)] == [0, 0, 1, 2]
+    assert all(np.array_equal(source.read(i).image, pixels(i)) for i in range(4))
+    before = saved(source)
+    assert (before["count"], before["classes"]) == (4, 3)
+    (tmp_path / "n02/b.png").write_bytes(encoded(pixels(7, 11, 13)))
+    with pytest.raises(ValueError, match="names_and_sizes_sha256 was"):
+        check_same_data(before, saved(FolderSource(tmp_path)))
+
+
+def test_folder_faults(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder of pictures"):
+        FolderSource(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="one or more sub-folders, one a class; got 0"):
+        FolderSource(tmp_path)
+    source = FolderSource(image_folder(tmp_path))
+    with pytest.raises(ValueError, match="wants 1 to 2 sub-folders, one a class; got 3"):
+        FolderSource(tmp_path, classes=2)
+    (tmp_path / "n01/z.png").write_bytes(b"<html>404</html>")
+    (tmp_path / "n02/b.png").unlink()
+    with pytest.raises(BadRecord, match="not readable as a jpg, png or webp picture"):
+        source.read(1)
+    with pytest.raises(FileNotFoundError):
+        source.read(2)
+    with pytest.raises(ValueError, match="n02"):  # a class without a picture
+        FolderSource(tmp_path)
+
+
+def test_fashion_mnist_is_padded_with_black(tmp_path: Path) -> None:
+    write_fashion(tmp_path)
+    for split, count in (("train", 24), ("eval", 12)):
+        source = fashion_mnist(split, tmp_path)
+        assert len(source) == count
+        assert source.images.shape == (count, 32, 32)
+        record = source.read(11)
+        assert (record.image.shape, record.label) == ((32, 32, 3), 1)
+        assert np.array_equal(record.image[:, :, 0], record.image[:, :, 2])
+        assert not record.image[:2].any()
+        assert not record.image[:, 30:].any()
+    raw = gzip.decompress((tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes())
+    images = np.frombuffer(raw[16:], np.uint8).reshape(12, 28, 28)
+    assert np.array_equal(source.images[:, 2:30, 2:30], images)
+    assert source.describe()["kind"] == "fashion-mnist"
+
+
+def _ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (_ones(24, 28, 28), _ones(23), "got (24, 28, 28) and 23 labels"),
+        (_ones(24, 14, 28), _ones(24), "got (24, 14, 28) and 24 labels"),
+        (_ones(24, 28, 28), 10 * _ones(24), "wants labels 0..9; got 10"),
+        (_ones(24, 28), _ones(24), "wants an idx file that starts 00 00 08 03; got 00 00 08 02"),
+        (_ones(24, 28, 28), _ones(24, 1), "starts 00 00 08 01; got 00 00 08 02"),
+        (_ones(0, 28, 28), _ones(0), "wants at least one picture"),
+    ],
+)
+def test_fashion_files_that_do_not_fit(
+    tmp_path: Path, images: np.ndarray, labels: np.ndarray, message: str
+) -> None:
+    write_fashion(tmp_path)
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fashion_mnist("train", tmp_path)
+
+
+def test_damaged_fashion_files(tmp_path: Path) -> None:
+    write_fashion(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    raw = gzip.decompress(whole)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for content, message in (
+        (whole[:-100], "is damaged: Compressed file ended"),
+        (bytes(flipped), "is damaged: "),
+        (raw, "is damaged: Not a gzipped file"),
+        (gzip.compress(raw[:-1]), "wants 18816 values, as its header says; got 18815 bytes"),
+        (gzip.compress(raw + b"x"), "got 18817 bytes"),
+        (gzip.compress(b""), "starts 00 00 08 03; got nothing"),
+        (gzip.compress(raw[:10]), "wants an idx file"),
+        (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12 + raw[16:]), "values, as its header says"),
+        (gzip.compress(b"\0\0\x0d\x03" + raw[4:]), "got 00 00 0d 03"),  # floats
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fashion_mnist("train", tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="install Debian's package dataset-fashion-mnist"):
+        fashion_mnist("train", tmp_path)
+    with pytest.raises(ValueError, match="splits train and eval; got 'test'"):
+        fashion_mnist("test", tmp_path)
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="wants Debian's dataset-fashion-mnist")
+def test_the_real_fashion_mnist() -> None:
+    source = fashion_mnist("eval")
+    assert len(source) == 10_000
+    assert np.array_equal(np.bincount(source.labels), np.full(10, 1000))
+    assert source.labels[:5].tolist() == [9, 2, 1, 1, 6]
+    assert source.describe()["sha256"] == fashion_mnist("eval").describe()["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((2, 8, 8, 3)), np.zeros(2, int), "got (2, 8, 8, 3) float64"),
+        (np.zeros((2, 8, 8, 4), np.uint8), np.zeros(2, int), "got (2, 8, 8, 4) uint8"),
+        (np.zeros((2, 3, 8, 8), np.uint8), np.zeros(2, int), "got (2, 3, 8, 8) uint8"),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(3, int), "wants labels (2,) integers; got (3,)"),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(2), "got (2,) float64"),
+        (np.zeros((2, 8, 8), np.uint8), np.array([0, -1]), "labels of 0 or more; got -1"),
+        (np.zeros((0, 8, 8), np.uint8), np.zeros(0, int), "at least one picture"),
+    ],
+)
+def test_arrays_that_are_refused(images: np.ndarray, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ArraySource(images, labels)
+
+
+def test_arrays_are_known_by_content() -> None:
+    images, labels = np.stack([pixels(i) for i in range(3)]), np.arange(3)
+    before = ArraySource(images, labels).describe()
+    check_same_data(before, ArraySource(images.copy(), labels.astype(np.uint8)).describe())
+    for other in (ArraySource(images[::-1], labels), ArraySource(images, labels[::-1])):
+        with pytest.raises(ValueError, match="sha256 was"):
+            check_same_data(before, other.describe())
+    assert ArraySource(images, labels).name(2) == "array[2]"

@@ -1,0 +1,55 @@
+"""Scripts of bench/ for their tests: that folder is no package, its files are neighbours."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.tiny_models import tiny_generator_config, tiny_tokenizer_config
+
+from titok_fast import PRESETS, SamplingConfig
+from titok_fast.presets import Preset
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+SETTINGS = SamplingConfig(3, 4.5, "linear", 3.0, 9.5, True)
+
+
+def scripts(*names: str) -> list[ModuleType]:
+    """The scripts of these names, as they import each other."""
+    with _neighbours():
+        return [importlib.import_module(name) for name in names]
+
+
+def script_apart(name: str) -> ModuleType:
+    """A script under a name of its own, `bench_<name>`, and apart from what others import."""
+    spec = importlib.util.spec_from_file_location(
+        f"bench_{name}", BENCH / f"{name.replace('.', '/')}.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with _neighbours():
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _neighbours() -> Iterator[None]:
+    sys.path.insert(0, str(BENCH))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(BENCH))
+
+
+def add_tiny(
+    monkeypatch: pytest.MonkeyPatch, options: ModuleType, sampling: SamplingConfig = SETTINGS
+) -> None:
+    """A preset "tiny" for a test, and a device whose peak rate is known without measuring it."""
+    tiny = Preset(tiny_tokenizer_config(), tiny_generator_config(), sampling)
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    monkeypatch.setattr(options, "matmul_peak", lambda device, dtype: 1e12)

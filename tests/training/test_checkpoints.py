@@ -1,0 +1,341 @@
+"""Checkpoints: whole or absent, whatever kills the writer; damage is seen and gone round."""
+
+import errno
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from titok_fast.distributed import Ranks
+from titok_fast.training import checkpoints as state
+from titok_fast.training.optim import build_optimizer
+from titok_fast.training.recipe.recipe import OptimizerConfig, Recipe
+from titok_fast.training.resume import (
+    check_same_recipe,
+    optimizer_steps,
+    optimizer_tensors,
+    restore_optimizer,
+    room_for,
+)
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def tensors(step: int) -> dict[str, Tensor]:
+    """Of all kinds a run has; every value tells the step."""
+    base = torch.arange(12.0) + 100 * step
+    return {
+        "model/weight": base.view(3, 4),
+        "model/half": base.bfloat16(),
+        "optimizer/weight/step": torch.tensor(float(step)),
+        "codes": torch.full((5,), step),
+    }
+
+
+def save(output: Path, step: int, keep: int = 0) -> Path:
+    return state.write(output, step, tensors(step), {"step": step}, ranks=ALONE, keep=keep)
+
+
+def check(output: Path, step: int) -> None:
+    """The newest valid checkpoint is that of `step`, to the last bit."""
+    found = state.newest(output)
+    assert found is not None
+    assert (found.step, found.state) == (step, {"step": step})
+    wanted = tensors(step)
+    assert found.shapes() == {name: t.shape for name, t in wanted.items()}
+    got = {name: torch.zeros_like(t) for name, t in wanted.items()}
+    found.load(got, ALONE)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_round_trip_and_names(tmp_path: Path) -> None:
+    assert state.newest(tmp_path) is None
+    folder = save(tmp_path, 7)
+    assert folder == tmp_path / "checkpoint-7"
+    check(tmp_path, 7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-7", "latest"]
+    assert (tmp_path / "latest").read_text() == "checkpoint-7"
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".safetensors"}
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert listed.keys() == {p.name for p in folder.iterdir()} - {"manifest.json"}
+
+
+def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path) -> None:
+    for step in (2, 9, 10, 11):
+        save(tmp_path, step, keep=2)
+    assert [step for step, _ in state.found(tmp_path)] == [11, 10]
+    assert not list(tmp_path.glob(".*"))
+    save(tmp_path, 12)
+    assert len(state.found(tmp_path)) == 3
+
+
+def test_written_twice_is_written_once(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    before = (folder / "manifest.json").stat()
+    save(tmp_path, 3)
+    assert (folder / "manifest.json").stat().st_ino == before.st_ino
+    next(folder.glob("*.safetensors")).write_bytes(b"")
+    save(tmp_path, 3)
+    check(tmp_path, 3)
+
+
+def damage_byte(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def damage_length(folder: Path) -> None:
+    os.truncate(next(folder.glob("*.safetensors")), 100)
+
+
+def damage_state(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (damage_byte, r"content of shard.* has changed \(SHA-256\)"),
+        (damage_length, "has 100 bytes, not"),
+        (damage_state, r"state\.json is missing"),
+        (damage_manifest, r"no readable manifest\.json"),
+    ],
+)
+def test_damage_is_named_and_gone_round(tmp_path: Path, damage: Any, told: str) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    damage(tmp_path / "checkpoint-2")
+    with pytest.warns(UserWarning, match=rf"checkpoint-2 is damaged: .*{told}"):
+        check(tmp_path, 1)
+    damage_byte(tmp_path / "checkpoint-1")
+    with (
+        pytest.warns(UserWarning, match="checkpoint-1 is damaged"),
+        pytest.raises(ValueError, match=r"all 2 checkpoints in .* are damaged: move them away"),
+    ):
+        state.newest(tmp_path)
+
+
+def test_latest_counts_before_the_number(tmp_path: Path) -> None:
+    for step in (5, 6):
+        save(tmp_path, step)
+    (tmp_path / "latest").write_text("checkpoint-5")  # as if killed before the name was written
+    check(tmp_path, 5)
+    (tmp_path / "latest").unlink()
+    check(tmp_path, 6)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    found = state.newest(tmp_path)
+    assert found is not None
+    with pytest.raises(ValueError, match=r"checkpoint-1 does not fit this run: .*model/bias"):
+        found.load({"model/bias": torch.zeros(3)}, ALONE)
+    with pytest.raises(ValueError, match=r"Size mismatch .*model/weight"):
+        found.load({"model/weight": torch.zeros(4, 4)}, ALONE)
+
+
+PATCHED = (
+    *((os, name) for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "chmod")),
+    *((Path, name) for name in ("write_text", "write_bytes")),
+    (safetensors.torch, "save"),
+)
+
+
+def write_and_die(output: Path, deadly: int, told: int) -> None:
+    """In a process of its own: save until the `deadly`-th call of what changes files, and die.
+
+    Args:
+        output: folder of the run, which has checkpoint 1.
+        deadly: 0 lives.
+        told: file descriptor for the steps saved, and at last the number of calls.
+    """
+    calls = 0
+
+    def deadly_call(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    for owner, name in PATCHED:
+        setattr(owner, name, deadly_call(getattr(owner, name)))
+    for step in (2, 3, 4):
+        save(output, step, keep=2)
+        os.write(told, f"{step}\n".encode())
+    os.write(told, f"{calls}\n".encode())
+
+
+def child(output: Path, deadly: int) -> tuple[int | None, list[int]]:
+    """Exit status of `write_and_die`, and what it told."""
+    output.mkdir()
+    save(output, 1, keep=2)
+    reader, writer = os.pipe()
+    # a fork is at work at once, where a new interpreter would import torch for seconds
+    process = get_context("fork").Process(target=write_and_die, args=(output, deadly, writer))
+    process.start()
+    process.join()
+    os.close(writer)
+    with open(reader) as told:
+        return process.exitcode, [int(line) for line in told]
+
+
+def survives(output: Path, deadly: int) -> None:
+    """Kill the writer at a point; what is there must be whole, and the run must go on."""
+    status, told = child(output, deadly)
+    assert status == -signal.SIGKILL
+    found = state.newest(output)  # a warning of damage would be an error here
+    assert found is not None
+    assert found.step >= max(told, default=1)
+    check(output, found.step)
+    save(output, 9, keep=2)
+    check(output, 9)
+    assert not list(output.glob(".*"))
+
+
+def count_calls(output: Path) -> int:
+    status, told = child(output, 0)
+    assert status == 0
+    assert told[:3] == [2, 3, 4]
+    return told[3]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_killed_while_writing(tmp_path: Path) -> None:
+    calls = count_calls(tmp_path / "count")
+    for deadly in random.Random(0).sample(range(1, calls + 1), 8):
+        survives(tmp_path / str(deadly), deadly)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_killed_while_writing_at_a_hundred_points(tmp_path: Path) -> None:
+    calls = count_calls(tmp_path / "count")
+    points = random.Random(1)
+    for i in range(100):
+        survives(tmp_path / str(i), points.randint(1, calls))
+
+
+def test_full_disk_ends_clearly_and_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 1)
+    for owner, name in ((safetensors.torch, "save"), (Path, "write_text"), (os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(OSError, match="checkpoint-2 was not written: No space") as error:
+                save(tmp_path, 2)
+        assert error.value.errno == errno.ENOSPC
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "latest"]
+        check(tmp_path, 1)
+    save(tmp_path, 2)
+    check(tmp_path, 2)
+
+
+def test_folder_is_tried_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / ".checkpoint-4.part").mkdir(parents=True)  # of a killed run
+    state.check_writable(tmp_path / "run", 1000)
+    assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(OSError, match=r"has room for \d+ MiB, a checkpoint takes \d{10,} MiB"):
+        state.check_writable(tmp_path / "run", 1 << 60)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write checkpoints to .*output_dir"):
+        state.check_writable(tmp_path / "file" / "run", 1000)
+
+    def read_only(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)  # root may write where the mode forbids it
+    with pytest.raises(OSError, match=r"Read-only file system.*make this one writable"):
+        state.check_writable(tmp_path / "run", 1000)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_state_by_name(tmp_path: Path, fused: bool) -> None:
+    def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        groups = [{"params": model[1].parameters()}, {"params": model[0].parameters()}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=fused)
+        advance(model, optimizer, range(steps))
+        return model, optimizer
+
+    def advance(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for i in steps:
+            model(torch.full((2, 3), float(i))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = trained(3)
+    saved = {**model.state_dict(), **optimizer_tensors(optimizer, model)}
+    assert "1.bias/exp_avg_sq" in saved
+    state.write(tmp_path, 3, saved, {"steps": optimizer_steps(optimizer)}, ranks=ALONE)
+
+    found = state.newest(tmp_path)
+    assert found is not None
+    fresh, other = trained(0)
+    shapes = {k: v for k, v in found.shapes().items() if "/" in k}
+    room = room_for(shapes, other, fresh)
+    found.load({**fresh.state_dict(), **room}, ALONE)
+    restore_optimizer(other, fresh, room, found.state["steps"])
+    advance(model, optimizer, range(3, 6))
+    advance(fresh, other, range(3, 6))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def test_optimizer_state_that_is_there_is_loaded_in_place() -> None:
+    model = nn.Linear(3, 4)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    own = optimizer_tensors(optimizer, model)
+    assert own.keys() == {
+        f"{p}/{k}" for p in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")
+    }
+    room = room_for({name: value.shape for name, value in own.items()}, optimizer, model)
+    restore_optimizer(optimizer, model, room, optimizer_steps(optimizer))
+    now = optimizer_tensors(optimizer, model)
+    assert all(room[name] is value and now[name] is value for name, value in own.items())
+
+
+def test_changed_recipe_is_listed(tmp_path: Path) -> None:
+    import dataclasses
+
+    from titok_fast import TokenizerConfig
+
+    recipe = Recipe(stage="stage1", tokenizer=TokenizerConfig(finetune_decoder=False))
+    saved = json.loads(json.dumps(recipe.to_official()))
+    check_same_recipe(saved, recipe)
+    longer = dataclasses.replace(recipe.training, max_train_steps=5, per_gpu_batch_size=1)
+    other_log = dataclasses.replace(recipe.experiment, log_every=7, output_dir="elsewhere")
+    check_same_recipe(saved, dataclasses.replace(recipe, training=longer, experiment=other_log))
+    changed = dataclasses.replace(
+        recipe,
+        training=dataclasses.replace(longer, seed=1),
+        optimizer=dataclasses.replace(recipe.optimizer, beta2=0.95),
+    )
+    with pytest.raises(ValueError, match="differs") as error:
+        check_same_recipe(saved, changed)
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert lines == ["optimizer.params.beta2: 0.99 -> 0.95", "training.seed: 42 -> 1"]

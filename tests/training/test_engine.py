@@ -1,0 +1,329 @@
+"""Ranks: two do what one does with the same global batch, and all notice when one is gone."""
+
+import hashlib
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tiny_runs import (
+    ALONE,
+    GENERATOR,
+    KINDS,
+    PROCESSES,
+    but,
+    make_weights,
+    recipe_of,
+    source_of,
+)
+from torch import Tensor
+
+from titok_fast.distributed import RankLostError, Ranks, join, rank_mean
+from titok_fast.training import checkpoints as state
+from titok_fast.training import loop
+from titok_fast.training.engine import whole
+from titok_fast.training.logs import read_log
+from titok_fast.training.recipe.recipe import Recipe
+from titok_fast.training.update import Learner
+
+BATCH = 8
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the ranks have
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("weights"))
+
+
+def start(
+    rank: int,
+    size: int,
+    port: int,
+    patience: float,
+    work: Callable[..., Any],
+    told: Any,
+    args: Any,
+) -> None:
+    """One rank of `together`."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("MASTER_PORT", port)):
+        os.environ[name] = str(value)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    try:
+        with join("cpu", patience_s=patience) as ranks:
+            result = work(ranks, *args)
+    except RankLostError as error:
+        told.put(str(error))
+        os._exit(3)
+    told.put((rank, result))
+
+
+def run_together(
+    work: Callable[..., Any], args: Any, size: int = 2, patience: float = 60.0
+) -> tuple[list[Any], list[ForkServerProcess]]:
+    """What `size` ranks told, and the ended processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told: SimpleQueue = PROCESSES.SimpleQueue()
+    processes = [
+        PROCESSES.Process(target=start, args=(rank, size, port, patience, work, told, args))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=150 if process is processes[0] else 20)
+        process.kill()  # what a test has stopped
+        process.join()
+    messages = []
+    while not told.empty():
+        messages.append(told.get())
+    return messages, processes
+
+
+def together(work: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+    """What `work(ranks, *args)` returned on each of `size` ranks."""
+    messages, processes = run_together(work, args, size)
+    assert [process.exitcode for process in processes] == [0] * size, messages
+    return [result for _, result in sorted(messages, key=lambda message: message[0])]
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Of names and bits; every rank must call it."""
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        hashed.update(name.encode() + whole(tensors[name]).contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def train_all(ranks: Ranks, recipes: list[Recipe]) -> list[str]:
+    """Train each; digests of everything a checkpoint holds."""
+    found = []
+    for recipe in recipes:
+        run = loop._Run(recipe, ranks, (source_of(recipe), source_of(recipe)))
+        run.run(bar=False)
+        found.append(digest(run.learner.tensors()))
+    return found
+
+
+def losses(output: Path) -> dict[str, list[float]]:
+    """Every logged loss and norm by name."""
+    found: dict[str, list[float]] = {}
+    for line in read_log(output / "log.jsonl"):
+        for name, value in line.items():
+            if "loss" in name or "norm" in name or "accuracy" in name or "codes" in name:
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def comparable(kind: str, weights: Path, output: Path, steps: int, **training: Any) -> Recipe:
+    """Without dropout, which each rank draws for itself; with the published warm-up.
+
+    The adversary makes a run chaotic: on one rank, changing the first weights by 1e-7 changes the
+    50th loss by 1e-3 at full rate (1e-4), though only by rounding while the rate warms up. Wrong
+    gradients show in their norm, whatever the rate.
+    """
+    recipe = recipe_of(kind, weights, output, steps, **training)
+    recipe = but(
+        recipe, experiment={"eval_every": steps, "save_every": 0},
+        lr_scheduler={"warmup_steps": 5000},
+        optimizer={"learning_rate": 1e-4},
+    )  # fmt: skip
+    if kind == "generator":
+        recipe = replace(recipe, generator=replace(GENERATOR, dropout=0.0, attn_drop=0.0))
+    return recipe
+
+
+def agree(kinds: tuple[str, ...], steps: int, weights: Path, folder: Path) -> None:
+    """One rank, and two in all the ways they can share the work."""
+    many: list[Recipe] = []
+    for kind in kinds:
+        revives = kind in ("stage1", "vqgan")
+        ways: dict[str, dict[str, Any]] = {"ddp": {"per_gpu_batch_size": BATCH // 2}}
+        if kind in ("stage1", "generator", "classifier"):  # LeCam sees the mean of each part
+            ways["parts"] = {
+                "per_gpu_batch_size": BATCH // 4,
+                "gradient_accumulation_steps": 2,
+                "activation_checkpointing": True,
+            }
+        for way in ways.values():
+            way["clustering_vq"] = revives
+        if not revives:
+            ways["fsdp2"] = {"per_gpu_batch_size": BATCH // 2, "parallel": "fsdp2"}
+        train_all(
+            ALONE,
+            [comparable(kind, weights, folder / f"{kind}-one", steps, clustering_vq=revives)],
+        )
+        many += [
+            comparable(kind, weights, folder / f"{kind}-{name}", steps, **way)
+            for name, way in ways.items()
+        ]
+    first, second = together(train_all, many)
+    assert first == second  # equal bits on both ranks
+    for recipe in many:
+        output = Path(recipe.experiment.output_dir)
+        want, got = losses(folder / f"{recipe.experiment.name}-one"), losses(output)
+        assert want.keys() == got.keys()
+        for name, values in want.items():
+            # a gradient's length moves more than the loss where a unit crosses its kink, and the
+            # adversary's term is a mean of logits of either sign
+            rel, floor = (1e-4 if "norm" in name else 1e-5), (1e-6 if "gan" in name else 1e-7)
+            assert got[name] == pytest.approx(values, rel=rel, abs=floor), f"{output.name} {name}"
+
+
+def test_two_ranks_do_what_one_does(weights: Path, tmp_path: Path) -> None:
+    agree(("stage2", "stage1", "generator"), 5, weights, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_do_what_one_does_for_50_updates(
+    weights: Path, tmp_path: Path, kind: str
+) -> None:
+    agree((kind,), 50, weights, tmp_path)
+
+
+def train_in_turn(ranks: Ranks, recipe: Recipe, ends: list[int]) -> None:
+    """Train to each of the ends, building everything anew from the checkpoint."""
+    for end in ends:
+        run = loop._Run(recipe, ranks, (source_of(recipe), None))
+        run.last = end
+        run.run(bar=False)
+
+
+def saved(output: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint, whole, whoever wrote which part."""
+    found = state.newest(output)
+    assert found is not None
+    room = {name: torch.zeros(shape) for name, shape in found.shapes().items()}
+    found.load(room, ALONE)
+    return room
+
+
+def test_resuming_shards_is_exact_and_other_ways_of_sharing_may_go_on(
+    weights: Path, tmp_path: Path
+) -> None:
+    outputs = [tmp_path / name for name in ("whole", "parts", "moved")]
+    whole_run, parts, moved = (
+        recipe_of("stage2", weights, output, 4, per_gpu_batch_size=BATCH // 2, parallel="fsdp2")
+        for output in outputs
+    )
+    jobs = [(whole_run, [4]), (parts, [1, 2, 4]), (moved, [2])]
+    together(train_many_in_turn, *jobs)
+    want = saved(outputs[0])
+    got = saved(outputs[1])
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+    final = [load_file(output / "final" / "model.safetensors") for output in outputs[:2]]
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+    alone = but(moved, training={"per_gpu_batch_size": BATCH, "parallel": "ddp"})
+    train_in_turn(ALONE, alone, [4])
+    for name, tensor in want.items():
+        if name.startswith("model/"):
+            assert torch.allclose(saved(outputs[2])[name], tensor, atol=1e-4), name
+    too_large = but(moved, training={"per_gpu_batch_size": 2 * BATCH})
+    with pytest.raises(ValueError, match="began with 8 samples per update, now there are 16"):
+        train_in_turn(ALONE, too_large, [4])
+
+
+def train_many_in_turn(ranks: Ranks, *jobs: tuple[Recipe, list[int]]) -> None:
+    for recipe, ends in jobs:
+        train_in_turn(ranks, recipe, ends)
+
+
+def loses_a_rank(ranks: Ranks, recipe: Recipe, kill: int, how: signal.Signals) -> str:
+    """Rank 1 goes in the middle of update `kill`."""
+    step = Learner.apply
+
+    def apply(learner: Learner) -> None:
+        if ranks.rank == 1 and learner.step == kill:
+            os.kill(os.getpid(), how)
+        step(learner)
+
+    Learner.apply = apply  # type: ignore[method-assign]
+    loop.train(recipe, ranks, (source_of(recipe), None), bar=False)
+    return "never"
+
+
+@pytest.mark.parametrize(
+    ("how", "patience"),
+    [
+        (signal.SIGKILL, 60.0),
+        pytest.param(signal.SIGSTOP, 5.0, marks=pytest.mark.slow),  # there, but does not answer
+    ],
+)
+def test_lost_rank_ends_the_others(
+    weights: Path,
+    tmp_path: Path,
+    how: signal.Signals,
+    patience: float,
+) -> None:
+    recipe = recipe_of("stage1", weights, tmp_path, 500, per_gpu_batch_size=BATCH // 2)
+    told, (first, _) = run_together(loses_a_rank, (recipe, 5, how), patience=patience)
+    assert first.exitcode == 3
+    (message,) = told
+    wanted = f"another rank is gone, or has not answered for {patience:g} s: "
+    assert message.startswith(wanted)
+    found = state.newest(tmp_path)
+    assert found is not None
+    assert found.step == 4
+
+
+def agreements(ranks: Ranks) -> None:
+    def fails() -> None:
+        raise OSError(28, "No space left on device")
+
+    assert ranks.agree(lambda: ranks.rank + 10) == 10
+    with pytest.raises(OSError, match="No space left"):
+        ranks.agree(fails)
+    assert ranks.any(ranks.rank == 1, False) == [True, False]
+    x = torch.tensor(1.0 + ranks.rank, requires_grad=True)
+    loss = rank_mean(x).square()  # (3 / 2)**2, and a derivative of 2 * 3 / 2 on each rank
+    loss.backward()
+    assert (loss.item(), x.grad) == (2.25, torch.tensor(3.0))
+    assert ranks.sum(torch.tensor([1.0, ranks.rank])).tolist() == [2.0, 1.0]
+
+
+def test_ranks_agree() -> None:
+    together(agreements)
+
+
+def test_alone_and_wrong_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    with join("cpu") as ranks:
+        assert (ranks.rank, ranks.size) == (0, 1)
+        assert rank_mean(torch.ones(())) == 1
+        with pytest.raises(OSError, match="as it is"):
+            ranks.agree(lambda: (_ for _ in ()).throw(OSError("as it is")))
+    with (
+        pytest.raises(ValueError, match="--device wants cpu, cuda or cuda:1; got 'gpu7'"),
+        join("gpu7"),
+    ):
+        pass
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="MASTER_ADDR"), join("cpu"):
+        pass
+
+
+def test_sharing_refuses_what_reads_whole_weights(weights: Path, tmp_path: Path) -> None:
+    two = Ranks(0, 2, torch.device("cpu"))
+    recipe = recipe_of("stage1", weights, tmp_path, parallel="fsdp2", clustering_vq=True)
+    with pytest.raises(ValueError, match=r"clustering_vq reads whole weights.*use ddp"):
+        Learner(recipe, two)
+    recipe = recipe_of("stage2", weights, tmp_path, parallel="fsdp2")
+    recipe = but(recipe, losses={"adaptive_discriminator_weight": True})
+    with pytest.raises(ValueError, match=r"adaptive_discriminator_weight reads whole weights"):
+        Learner(recipe, two)

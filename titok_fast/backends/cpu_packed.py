@@ -1,0 +1,194 @@
+"""Networks prepared for inference on a CPU: weights in oneDNN's own layout, folds made once.
+
+`pack` replaces the layers of a model in place. What it makes has no parameters: it cannot be
+trained, saved or moved. float32 and bfloat16; int8.py has the same layers in 8 bits.
+Why not torch.compile with frozen weights: it packs the same way, but needs half a minute for each
+shape, and measured slower on these networks (README, waterfall).
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titok_fast.models.blocks import Attention, Mlp, PostNormBlock, PreNormBlock
+from titok_fast.models.vqgan import (
+    Level,
+    NormSiLU,
+    PixelDecoder,
+    ResnetBlock,
+    fold_phases,
+    fold_shortcut,
+    interleave_phases,
+    uses_phases,
+)
+from titok_fast.models.weights import PretrainedModel
+
+_ROWS = 512  # a hint for the choice of layout; every number of rows is right
+
+
+class PackedLinear(nn.Module):
+    """A Linear layer, with exact GELU after it where asked."""
+
+    def __init__(self, layer: nn.Linear, *, gelu: bool = False) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        # no buffers: neither state dicts nor casts know this layout
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+        self._bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.packed_bytes = weight.nbytes
+        self._after: tuple[str, list[Any], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., E), dtype of the weights."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._after)
+
+
+class PackedMlp(nn.Module):
+    """An Mlp whose GELU is applied while the product's results are still in registers."""
+
+    def __init__(self, mlp: Mlp) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = PackedLinear(mlp.fc1, gelu=True), PackedLinear(mlp.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.fc2(self.fc1(x))
+
+
+class PackedConv(nn.Module):
+    """A convolution with stride 1, channels-last, and the NormSiLU before it where one is given."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, padding: int, *, norm: NormSiLU | None = None
+    ) -> None:
+        super().__init__()
+        self._weight = weight.detach().contiguous(memory_format=torch.channels_last)
+        self._bias, self.padding = None if bias is None else bias.detach().clone(), padding
+        self.packed_bytes = weight.nbytes
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, O, H', W')."""
+        return F.conv2d(self.norm(x), self._weight, self._bias, padding=self.padding)
+
+
+class PackedResnetBlock(nn.Module):
+    """A ResnetBlock whose shortcut is folded into its second kernel once and for all."""
+
+    def __init__(self, block: ResnetBlock, layers: "Layers") -> None:
+        super().__init__()
+        self.adds_input = block.nin_shortcut is None
+        kernel = block.conv2.weight
+        if block.nin_shortcut is not None:
+            kernel = fold_shortcut(kernel, block.nin_shortcut.weight)
+        self.conv1 = layers.conv(block.conv1.weight, None, 1, norm=block.norm1)
+        self.conv2 = layers.conv(kernel, None, 1, norm=block.norm2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, H, W)."""
+        h = self.conv2(self.conv1(x))
+        return h.add_(x) if self.adds_input else h
+
+
+class PackedUpsample(nn.Module):
+    """Nearest x2 upsampling and its 3x3 convolution; the phase kernels are made once."""
+
+    def __init__(self, conv: nn.Conv2d, layers: "Layers") -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.phases = layers.conv(fold_phases(conv.weight), conv.bias.repeat(4), 1)
+        # for small pictures: both are kept, which costs under 1 % of a published model's memory
+        self.whole = layers.conv(conv.weight, conv.bias, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, O, 2H, 2W)."""
+        if uses_phases(x):
+            return interleave_phases(self.phases(x))
+        return self.whole(F.interpolate(x, scale_factor=2.0))
+
+
+class PackedLevel(nn.Module):
+    """A Level of packed blocks."""
+
+    def __init__(self, level: Level, layers: "Layers") -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            PackedResnetBlock(b, layers) for b in level.block if isinstance(b, ResnetBlock)
+        )
+        conv = level.upsample_conv
+        self.upsample = None if conv is None else PackedUpsample(conv, layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, H, W), twice the size where the level upsamples."""
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Layers(Protocol):
+    """What a number format has to offer."""
+
+    def linear(self, layer: nn.Linear) -> nn.Module:
+        """In place of a Linear layer."""
+
+    def mlp(self, mlp: Mlp) -> nn.Module:
+        """In place of an Mlp."""
+
+    def conv(
+        self, weight: Tensor, bias: Tensor | None, padding: int, *, norm: NormSiLU | None = None
+    ) -> nn.Module:
+        """In place of a convolution with stride 1: (O, C, k, k), (O,) or None."""
+
+
+class PackedLayers:
+    """The layers of this file."""
+
+    linear = staticmethod(PackedLinear)
+    mlp = staticmethod(PackedMlp)
+    conv = staticmethod(PackedConv)
+
+
+@torch.no_grad()
+def pack(model: nn.Module, layers: Layers) -> None:
+    """Replace the layers of all transformer blocks and pixel decoders inside `model`, in place.
+
+    Args:
+        model: on the CPU, float32 or bfloat16.
+        layers: the number format.
+
+    Raises:
+        ValueError: the model is not on the CPU, or of another dtype.
+    """
+    first = next(model.parameters(), None)
+    if first is None:
+        return
+    if first.device.type != "cpu" or first.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            "packed layers want a float32 or bfloat16 model on the CPU; got "
+            f"{first.dtype} on {first.device}"
+        )
+    for part in list(model.modules()):
+        changed: Any = part  # in the types of its layers
+        if isinstance(part, Attention):
+            changed.qkv, changed.proj = layers.linear(part.qkv), layers.linear(part.proj)
+        elif isinstance(part, PreNormBlock | PostNormBlock):
+            changed.mlp = layers.mlp(part.mlp)
+            if isinstance(part, PreNormBlock) and part.skip_linear is not None:
+                changed.skip_linear = layers.linear(part.skip_linear)
+        elif isinstance(part, PixelDecoder):
+            changed.mid = nn.ModuleList(_block(b, layers) for b in part.mid)
+            changed.up = nn.ModuleList(_level(level, layers) for level in part.up)
+        elif isinstance(part, PretrainedModel):
+            part.packed = True
+
+
+def _block(block: nn.Module, layers: Layers) -> PackedResnetBlock:
+    assert isinstance(block, ResnetBlock)
+    return PackedResnetBlock(block, layers)
+
+
+def _level(level: nn.Module, layers: Layers) -> PackedLevel:
+    assert isinstance(level, Level)
+    return PackedLevel(level, layers)

@@ -1,0 +1,188 @@
+"""Drawing as one CUDA graph for each batch size: labels and seeds in, bytes of pictures out.
+
+A draw is some thousands of small kernels, and launching them one by one costs more than most of
+them take. Recorded once and replayed with one call, the host is out of the way: the sampling loop
+and the decoder have static shapes and never wait for the device (tests/test_fast_graphs.py).
+
+Not yet run on a GPU. Without one the tests prove that what is recorded asks the device for nothing,
+and, with a stand-in for the recorder, that the pictures are those of the plain pipeline; the tests
+marked `gpu` do the same with the real one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from titok_fast.config import SamplingConfig
+from titok_fast.models.generator import MaskedGenerator
+from titok_fast.sampling.unmask import unmask
+
+MAX_GRAPHS = 64  # a sweep over settings would fill the memory: each graph has kernels and a result
+_WARMUPS = 3  # compile and tune at the first call, settle the libraries' choices at the others
+
+
+class Capture(Protocol):
+    """What records work on tensors that stay where they are."""
+
+    def __call__(
+        self, work: Callable[..., Tensor], inputs: Sequence[Tensor]
+    ) -> Callable[[], Tensor]:
+        """Record `work(*inputs)`.
+
+        Returns:
+            Runs the work again on what the inputs hold by then. Every call returns the same tensor,
+            valid until any other recording of this object runs.
+        """
+
+
+class CudaCapture:
+    """Records CUDA graphs that share one private memory pool.
+
+    They may share it because none runs while another's result is still wanted.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        # one stream for all: blocks of the pool are only reused on the stream that had them
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(
+        self, work: Callable[..., Tensor], inputs: Sequence[Tensor]
+    ) -> Callable[[], Tensor]:
+        """See Capture. The first recording compiles whatever the work compiles.
+
+        Raises:
+            torch.OutOfMemoryError: the device is too small for this batch.
+            RuntimeError: the work does something that a graph cannot hold.
+        """
+        with torch.cuda.device(self._stream.device):
+            before = torch.cuda.current_stream()
+            self._stream.wait_stream(before)
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARMUPS):
+                    work(*inputs)
+            before.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # thread_local: another thread may write pictures or load data meanwhile
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    result = work(*inputs)
+            except RuntimeError as error:
+                # what went wrong first is the context of what ending the capture complains of
+                cause = error.__context__ or error
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
+                raise RuntimeError(
+                    f"technique 'graph' cannot record these networks: {cause}; compile without "
+                    "it, as in pipe.compile(['inductor'])"
+                ) from error
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+@dataclass(frozen=True)
+class _Recording:
+    inputs: tuple[Tensor, ...]  # (B, K) ids, (B,) class ids, (B,) seeds, all int64
+    replay: Callable[[], Tensor]
+
+
+class GraphDraw:
+    """Draws batches by replaying recordings, one for each bucket and SamplingConfig.
+
+    For one stream at a time: a call reuses the memory of the one before.
+
+    Args:
+        generator: in eval mode.
+        pictures: (B, K) ids to (B, S, S, 3) uint8, without a wait for the device.
+        capture: what records; by default CUDA graphs on the generator's device.
+    """
+
+    def __init__(
+        self,
+        generator: MaskedGenerator,
+        pictures: Callable[[Tensor], Tensor],
+        capture: Capture | None = None,
+    ) -> None:
+        self._generator, self._pictures = generator, pictures
+        self._device = generator.lm_head.weight.device
+        self._capture = capture or CudaCapture(self._device)
+        self._recordings: OrderedDict[tuple[int, SamplingConfig], _Recording] = OrderedDict()
+        self._lock = Lock()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        ids: Tensor,
+        class_ids: Tensor,
+        seeds: Tensor,
+        config: SamplingConfig,
+        *,
+        batch_size: int,
+    ) -> Tensor:
+        """Draw a batch; its first call for a bucket and settings records, which takes a while.
+
+        Args:
+            ids: (B, K) int64, the mask id where a token is to be drawn; checked by the caller.
+            class_ids: (B,) int64 in token space.
+            seeds: (B,) int64, one per picture, so a picture does not depend on the bucket.
+            config: settings.
+            batch_size: largest B to come; the last bucket is as large.
+
+        Returns:
+            (B, S, S, 3) uint8 on the device, the caller's own.
+        """
+        count = len(ids)
+        with self._lock:
+            recording = self._recording(bucket(count, batch_size), config)
+            for buffer, values in zip(recording.inputs, (ids, class_ids, seeds), strict=True):
+                buffer[:count].copy_(values)  # the rows behind keep what an earlier call had
+            return recording.replay()[:count].clone()
+
+    def _recording(self, size: int, config: SamplingConfig) -> _Recording:
+        key = size, config
+        if key not in self._recordings:
+            while len(self._recordings) >= MAX_GRAPHS:
+                self._recordings.popitem(last=False)
+            inputs = self._buffers(size)
+            self._recordings[key] = _Recording(inputs, self._capture(self._work(config), inputs))
+        self._recordings.move_to_end(key)
+        return self._recordings[key]
+
+    def _buffers(self, size: int) -> tuple[Tensor, ...]:
+        """Inputs of a valid draw: all masked, no class."""
+        cfg = self._generator.config
+        return (
+            torch.full((size, cfg.image_seq_len), cfg.mask_token_id, device=self._device),
+            torch.full((size,), cfg.no_class_id, device=self._device),
+            torch.zeros(size, dtype=torch.int64, device=self._device),
+        )
+
+    def _work(self, config: SamplingConfig) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def draw(ids: Tensor, class_ids: Tensor, seeds: Tensor) -> Tensor:
+            return self._pictures(unmask(self._generator, ids, class_ids, seeds, config))
+
+        return draw
+
+
+def bucket(count: int, batch_size: int) -> int:
+    """Rows of the recording for `count` pictures: the next power of two, at most `batch_size`.
+
+    Args:
+        count: 0..batch_size; none take the smallest recording.
+        batch_size: the most pictures at once, which need not be a power of two.
+    """
+    return min(1 << (max(count, 1) - 1).bit_length(), batch_size)

@@ -1,0 +1,132 @@
+"""The fast mode: which techniques there are, which work together, and which are on by default.
+
+Each changes the networks of a pipeline in place, and none changes what is sampled beyond rounding:
+`python bench/waterfall.py` has a row of speed and quality for each. "graph" changes no network:
+graphs.py records the whole draw.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from titok_fast.backends.cpu_int8 import Int8Layers
+from titok_fast.backends.cpu_packed import PackedLayers, pack
+from titok_fast.models.blocks import set_attention
+from titok_fast.models.generator import MaskedGenerator
+from titok_fast.models.tokenizer import TiTok
+
+TECHNIQUES = {
+    "packed": "CPU: weights in oneDNN's layout, GELU in the product, kernels folded once",
+    "products": "CPU: attention as plain matrix products",
+    "int8": "CPU: products in 8-bit integers, scales per token and per output channel",
+    "inductor": "torch.compile of each network",
+    "graph": "CUDA: the whole draw recorded once for each batch size, then replayed",
+}
+DEFAULTS = {"cpu": ("packed", "products"), "cuda": ("inductor", "graph")}
+MODES = ("default", "int8")  # names for what most callers want
+# B and 2B rows for each batch size. Beyond torch's limit of 8 shapes it runs the plain network
+_SHAPES = 64
+_RECORDING_MODES = ("reduce-overhead", "max-autotune")
+
+
+def resolve_fast(fast: bool | str | Collection[str] | None, device_type: str) -> tuple[str, ...]:
+    """The techniques that a caller means.
+
+    Args:
+        fast: True, None or "default" for the device's defaults, "int8" for the fastest on a CPU,
+            names of techniques, or False for none.
+        device_type: of torch.device.
+
+    Raises:
+        ValueError: another name of a mode.
+    """
+    if fast is False:
+        return ()
+    if fast is None or fast is True or fast == "default":
+        return DEFAULTS.get(device_type, ("inductor",))
+    if fast == "int8":
+        return ("products", "int8")
+    if isinstance(fast, str):
+        modes = ", ".join(MODES)
+        raise ValueError(f"fast wants {modes}, or a list of techniques; got {fast!r}")
+    return tuple(fast)
+
+
+def check_techniques(
+    techniques: Collection[str],
+    device_type: str,
+    dtype: torch.dtype,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse what cannot work, before anything is changed.
+
+    Args:
+        techniques: of one pipeline.
+        device_type: of torch.device.
+        dtype: of the weights.
+        options: of torch.compile.
+
+    Raises:
+        ValueError: an unknown technique, one for another device or dtype, two that exclude each
+            other, or options that no technique takes.
+    """
+    unknown = set(techniques) - TECHNIQUES.keys()
+    if unknown:
+        known = ", ".join(TECHNIQUES)
+        raise ValueError(f"unknown techniques {sorted(unknown)}; known: {known}")
+    for name in ("packed", "products", "int8"):
+        if name in techniques and device_type != "cpu":
+            raise ValueError(f"technique {name!r} is for the CPU; the pipeline is on {device_type}")
+    for name in ("packed", "int8"):
+        if name in techniques and dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"technique {name!r} wants float32 or bfloat16; got {dtype}")
+        if name in techniques and "inductor" in techniques:
+            raise ValueError(f"{name!r} and 'inductor' both replace the layers: choose one")
+    if "graph" in techniques and device_type != "cuda":
+        raise ValueError(
+            f"technique 'graph' wants a CUDA pipeline; the pipeline is on {device_type}: call `to` "
+            "before, or leave it out"
+        )
+    if options and "inductor" not in techniques:
+        raise ValueError(f"{sorted(options)} are for technique 'inductor', which is not asked for")
+    if options and "graph" in techniques and options.get("mode") in _RECORDING_MODES:
+        raise ValueError(
+            f"mode {options['mode']!r} records CUDA graphs, and so does technique 'graph': leave "
+            "one out, or take mode 'max-autotune-no-cudagraphs'"
+        )
+
+
+def apply_techniques(networks: Collection[nn.Module], techniques: Collection[str]) -> None:
+    """Change the networks in place; `check_techniques` has been asked."""
+    for network in networks:
+        if "products" in techniques:
+            set_attention(network, "products")
+        if "int8" in techniques:
+            pack(network, Int8Layers())
+        elif "packed" in techniques:
+            pack(network, PackedLayers())
+
+
+def compile_networks(
+    tokenizer: TiTok, generator: MaskedGenerator | None, options: Mapping[str, Any]
+) -> None:
+    """The technique "inductor", in place.
+
+    Args:
+        tokenizer: on its device.
+        generator: likewise.
+        options: of torch.compile.
+    """
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _SHAPES)
+    given: dict[str, Any] = {"dynamic": False} | dict(options)
+    if tokenizer.latent_tokens.device.type == "cpu":  # weights become constants, packed for oneDNN
+        given.setdefault("options", {"freezing": True})
+    tokenizer.encoder.compile(**given)
+    tokenizer.decoder.compile(**given)
+    if tokenizer.config.finetune_decoder:
+        tokenizer.pixel_decoder.compile(**given)
+    if generator is not None:
+        generator.compile(**given)

@@ -1,0 +1,217 @@
+"""Crops and flips of training pictures, and the fixed views that pre-tokenisation takes.
+
+Every random number belongs to a position of the run, not to a process: whichever rank, worker or
+batch a position falls to, its picture is cut and mirrored the same way.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from titok_fast.data.sources import BadRecord
+
+# views of one picture, in the order of their rows
+VIEWS = {
+    "center": ("center",),
+    "center_flip": ("center", "mirrored center"),
+    "ten_crop": tuple(
+        f"{mirror}{place}"
+        for mirror in ("", "mirrored ")
+        for place in ("top left", "top right", "bottom left", "bottom right", "center")
+    ),
+}
+_WORD = 2**64
+_DRAWS = 4  # 64-bit words of one Philox counter value, which is what a position gets
+_MAX_ASPECT = 100  # as in images.py: a thin strip would become gigapixels
+
+
+def philox(seed: int, stream: int, counter: int = 0) -> np.random.Philox:
+    """A bit generator whose raw words are the same on any machine and numpy.
+
+    Args:
+        seed: of the run, any integer.
+        stream: what the words are for, 0 or more.
+        counter: where to start; each step is four words.
+    """
+    return np.random.Philox(key=np.array([seed % _WORD, stream], np.uint64), counter=counter)
+
+
+def uniforms(seed: int, first: int, count: int) -> np.ndarray:
+    """The random numbers of positions first..first+count-1.
+
+    Args:
+        seed: of the run, any integer.
+        first: a position of the run, 0 or more.
+        count: positions.
+
+    Returns:
+        (count, 3) float64 in [0, 1): top, left and flip of each.
+    """
+    words = np.asarray(philox(seed, 0, first).random_raw(count * _DRAWS), np.uint64)
+    return (words.reshape(count, _DRAWS)[:, :3] >> np.uint64(11)) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Resize of the shorter edge (bicubic, antialiased), square crop, mirroring.
+
+    Evaluation is `Cut(S, S, False, False)`. Source: spec of the official data reader.
+
+    Attributes:
+        size: S, side of the result in pixels.
+        shorter_edge: pixels of the shorter edge before the crop, S or more.
+        random_crop: anywhere, each place alike; else the center.
+        random_flip: mirror half of the pictures.
+    """
+
+    size: int
+    shorter_edge: int
+    random_crop: bool
+    random_flip: bool
+
+    def __post_init__(self) -> None:
+        if self.shorter_edge < self.size:
+            raise ValueError(
+                f"resize_shorter_edge wants crop_size {self.size} or more; got {self.shorter_edge}"
+            )
+
+    def place(
+        self, draws: np.ndarray, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where to cut pictures of one size.
+
+        Args:
+            draws: (B, 3) as `uniforms` gives them.
+            height: of the resized pictures.
+            width: the same.
+
+        Returns:
+            Top and left, (B,) int64 in pixels, and which to mirror, (B,) bool.
+        """
+        room = np.array([height, width]) - self.size
+        if self.random_crop:
+            corner = np.floor(draws[:, :2] * (room + 1)).astype(np.int64)
+        else:  # half to even, as torchvision
+            corner = np.tile(np.rint(room / 2).astype(np.int64), (len(draws), 1))
+        return corner[:, 0], corner[:, 1], (draws[:, 2] < 0.5) & self.random_flip
+
+    def one(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Resize and cut a picture of any size.
+
+        Args:
+            image: (H, W, 3) uint8.
+            draws: (3,), a row of `uniforms`.
+
+        Returns:
+            (S, S, 3) uint8.
+
+        Raises:
+            BadRecord: no pixels, or one side over 100 times the other.
+        """
+        resized = resize_shorter_edge(image, self.shorter_edge)
+        top, left, flip = (int(x[0]) for x in self.place(draws[None], *resized.shape[:2]))
+        crop = resized[top : top + self.size, left : left + self.size]
+        return crop[:, ::-1] if flip else crop
+
+    def many(self, images: np.ndarray, indices: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Cut pictures of an array whose shorter edge needs no resize; as `one` for each.
+
+        Args:
+            images: (M, H, W) or (M, H, W, 3) uint8.
+            indices: (B,) which of them.
+            draws: (B, 3).
+
+        Returns:
+            (B, S, S) or (B, S, S, 3) uint8, in new memory.
+        """
+        S, (H, W) = self.size, images.shape[1:3]
+        top, left, flip = self.place(draws, H, W)
+        if (H, W) == (S, S):
+            crops = images[indices]
+        else:
+            rows, columns = top[:, None] + np.arange(S), left[:, None] + np.arange(S)
+            crops = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+        crops[flip] = crops[flip, :, ::-1]
+        return crops
+
+
+def resize_shorter_edge(image: np.ndarray, edge: int) -> np.ndarray:
+    """Resize so that the shorter edge has `edge` pixels; pixel for pixel as torchvision.
+
+    Args:
+        image: (H, W, 3) uint8.
+        edge: pixels.
+
+    Returns:
+        (H', W', 3) uint8; the same array if it fits already.
+
+    Raises:
+        BadRecord: no pixels, or one side over 100 times the other.
+    """
+    height, width = image.shape[:2]
+    _check_sides(height, width)
+    short, long = min(height, width), max(height, width)
+    if short == edge:
+        return image
+    new_long = int(edge * long / short)  # torchvision truncates here
+    size = (edge, new_long) if width <= height else (new_long, edge)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def _check_sides(height: int, width: int) -> None:
+    if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
+        wanted = f"sides above zero and at most {_MAX_ASPECT} times each other"
+        raise BadRecord(f"wants {wanted}; got {width} x {height}")
+
+
+def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """ADM's square: halved by boxes while twice too large, bicubic to the size, center.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size: side S of the result in pixels.
+
+    Returns:
+        (S, S, 3) uint8.
+
+    Raises:
+        BadRecord: no pixels, or one side over 100 times the other.
+    """
+    _check_sides(*image.shape[:2])
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        half = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(half, Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    fitted = (round(picture.width * scale), round(picture.height * scale))
+    pixels = np.asarray(picture.resize(fitted, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def views(image: np.ndarray, size: int, augmentation: str) -> np.ndarray:
+    """The fixed views of a picture that are tokenised.
+
+    Args:
+        image: (H, W, 3) uint8 of any size.
+        size: side S of a view in pixels.
+        augmentation: "center": ADM's center crop; "center_flip": that and its mirror image;
+            "ten_crop": ADM's crop at 1.1 S, its four corners and center, then those of its mirror
+            image.
+
+    Returns:
+        (A, S, S, 3) uint8, A = 1, 2 or 10, in the order of `VIEWS`.
+
+    Raises:
+        BadRecord: no pixels, or one side over 100 times the other.
+    """
+    if augmentation != "ten_crop":
+        crop = adm_center_crop(image, size)
+        return np.stack([crop, crop[:, ::-1]][: len(VIEWS[augmentation])])
+    square = adm_center_crop(image, int(size * 1.1))
+    room = len(square) - size
+    middle = round(room / 2)  # half to even, as torchvision
+    corners = ((0, 0), (0, room), (room, 0), (room, room), (middle, middle))
+    sides = (square, square[:, ::-1])
+    return np.stack([side[t : t + size, l : l + size] for side in sides for t, l in corners])

@@ -1,0 +1,181 @@
+"""Batches whose content is a function of source, seed and step alone.
+
+Position p = step * batch_size + j of a run lies in epoch p // usable; the record there is entry
+p % usable of that epoch's order. Ranks take contiguous parts of each global batch, so a run can
+stop at any step, and go on with any number of ranks and workers.
+"""
+
+import signal
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from titok_fast.data.config import DataConfig
+from titok_fast.data.crops import Cut
+from titok_fast.data.reader import BadRecords, Order, Part, Reader
+from titok_fast.data.sources import FolderSource, Source, fashion_mnist
+from titok_fast.data.token_shards import TokenSource
+from titok_fast.data.webdataset import WebDatasetSource
+from titok_fast.io.images import to_tensor
+
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # launchers send them to all processes of a run
+_GRACE_S = 30  # torchrun and Slurm kill for good after as long
+
+
+def open_source(data: DataConfig, split: str, classes: int | None = None) -> Source:
+    """The records of one split.
+
+    Args:
+        data: kind and places.
+        split: "train" or "eval".
+        classes: number of classes of the model; None takes any label.
+
+    Returns:
+        ArraySource, WebDatasetSource, FolderSource or TokenSource.
+
+    Raises:
+        FileNotFoundError: files are missing; the message names them.
+        ValueError: another split, no path, damaged files, or labels outside `classes`.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"data have the splits train and eval; got {split!r}")
+    path = data.train if split == "train" else data.eval
+    if data.kind == "fashion-mnist":
+        source = fashion_mnist(split, path or None)
+        if classes is not None and int(source.labels.max()) >= classes:
+            raise ValueError(f"Fashion-MNIST has 10 classes, the model {classes}")
+        return source
+    if not path:
+        raise ValueError(f"data of kind {data.kind} want a path for {split}; got none")
+    if data.kind == "webdataset":
+        return WebDatasetSource(path, classes)
+    return FolderSource(path, classes) if data.kind == "folder" else TokenSource(path, classes)
+
+
+class Batches:
+    """One rank's share of the global batches of a run, from a step on.
+
+    Iterating yields dictionaries of CPU tensors: `labels` (b,) int64 with `images` (b, 3, S, S)
+    float32 in [0, 1], or with `tokens` (b, K) int64. In training b = batch_size / world, for ever.
+    In evaluation every record comes once, in the order of the source, uncut by chance: damaged
+    records are left out, the last batch is smaller, and ranks may get none of it.
+
+    Args:
+        source: of the records.
+        data: how pictures are cut, how many workers read, and how many records may be damaged.
+        batch_size: of all ranks together.
+        seed: of the run, any integer.
+        train: see above.
+        rank: 0..world-1.
+        world: ranks; divides batch_size.
+        start_step: the step whose batch comes first.
+
+    Attributes:
+        steps: batches of one epoch.
+        bad: of the records this rank has read: `count`, `names` (with reasons), `seen`.
+
+    Raises:
+        ValueError: batch_size, rank and world do not fit each other or the source, or the crop is
+            larger than the picture.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        train: bool,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        if batch_size < 1 or world < 1 or batch_size % world:
+            raise ValueError(
+                f"batch_size wants a multiple of the {world} ranks, above 0; got {batch_size}"
+            )
+        if not 0 <= rank < world or start_step < 0:
+            raise ValueError(
+                f"wants rank in 0..{world - 1}, start_step of 0 or more; got {rank}, {start_step}"
+            )
+        S, edge = data.crop_size, data.resize_shorter_edge or data.crop_size
+        cut = Cut(S, edge, data.random_crop, data.random_flip) if train else Cut(S, S, False, False)
+        order = Order(len(source), batch_size, seed, shuffle=train)
+        self._reader = Reader(source, cut, order, seed, replace=train)
+        self._workers, self._train, self._batch_size = data.workers, train, batch_size
+        self._rank, self._world, self._start_step = rank, world, start_step
+        self.steps = -(-order.usable // batch_size)
+        self.bad = BadRecords(data.max_bad_share, len(source))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for part in self._parts():
+            self.bad.add(part.seen, part.bad)
+            if self._train and len(part.labels) < self._batch_size // self._world:
+                name, reason = part.bad[-1]
+                raise ValueError(f"no readable record in a row of them, up to {name}: {reason}")
+            if len(part.labels):
+                yield self._batch(part)
+
+    def _parts(self) -> Iterator[Part]:
+        if not self._workers or self._reader.in_memory:
+            return map(self._reader.__getitems__, self._spans())
+        loader: Any = DataLoader(
+            self._reader,  # type: ignore[arg-type]  # of a data set only __getitems__ is called
+            batch_sampler=self._spans(),  # type: ignore[arg-type]  # a range for a list
+            num_workers=self._workers,
+            collate_fn=_as_is,
+            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),  # else it takes a number from the run's own generator
+        )
+        # held back until a worker has its own handlers: one that is told to end before would
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _spans(self) -> Iterator[range]:
+        """This rank's positions, step by step."""
+        usable = self._reader.order.usable
+        for step in count(self._start_step) if self._train else range(self._start_step, self.steps):
+            first = step * self._batch_size
+            size = self._batch_size if self._train else min(self._batch_size, usable - first)
+            start, stop = (first + size * r // self._world for r in (self._rank, self._rank + 1))
+            if start < stop:
+                yield range(start, stop)
+
+    def _batch(self, part: Part) -> dict[str, Tensor]:
+        labels, values = torch.from_numpy(part.labels), torch.from_numpy(part.values)
+        if values.ndim == 2:
+            return {"tokens": values, "labels": labels}
+        if values.ndim == 3:  # grey: a third of the divisions
+            grey = values[:, None].to(torch.float32).div_(255)
+            return {"images": grey.expand(-1, 3, -1, -1).contiguous(), "labels": labels}
+        images = to_tensor(values.permute(0, 3, 1, 2), self._reader.cut.size)
+        return {"images": images, "labels": labels}
+
+
+def _as_is(part: Any) -> Any:
+    """What `__getitems__` returns is a batch already."""
+    return part
+
+
+def _outlive_signals(worker: int) -> None:
+    """Launchers and terminals signal a whole process group, and the parent still wants batches.
+
+    It saves at the end of its step; workers end when it does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
+
+
+def _end_later(number: int, frame: object) -> None:
+    """Not never: the parent, too, ends a worker by this signal, should all else fail."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(_GRACE_S)

@@ -1,0 +1,173 @@
+"""Reading the records of a step: their order in the run, and what happens to damaged ones."""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+
+from titok_fast.data.crops import Cut, philox, uniforms
+from titok_fast.data.sources import ArraySource, BadRecord, Record, Source
+from titok_fast.data.token_shards import TokenSource
+
+_log = logging.getLogger(__name__)
+_MAX_TRIES = 16  # in a row: by then it is the disk that is gone, not a record
+_EARLY = 1000  # records before which a share says little
+
+
+class Order:
+    """Which record a position of the run reads.
+
+    Args:
+        records: number of records.
+        batch_size: of all ranks together; an epoch drops the records that fill no batch.
+        seed: of the run.
+        shuffle: another order each epoch; else the records as they lie.
+
+    Raises:
+        ValueError: no batch can be filled.
+    """
+
+    def __init__(self, records: int, batch_size: int, seed: int, shuffle: bool) -> None:
+        self.records, self.seed, self.shuffle = records, seed, shuffle
+        self.usable = records // batch_size * batch_size if shuffle else records
+        if not self.usable:
+            raise ValueError(
+                f"{records} records fill no batch of {batch_size}: make the batch smaller"
+            )
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def index(self, position: int, ahead: int = 0) -> int:
+        """Record at a position, or `ahead` places further in the order of its epoch."""
+        epoch, place = divmod(position, self.usable)
+        return int(self.of_epoch(epoch)[(place + ahead) % self.records])
+
+    def indices(self, positions: range) -> np.ndarray:
+        """(B,) records of consecutive positions inside one epoch."""
+        epoch, place = divmod(positions.start, self.usable)
+        return self.of_epoch(epoch)[place : place + len(positions)]
+
+    def of_epoch(self, epoch: int) -> np.ndarray:
+        """(M,) all records in the order of an epoch."""
+        if not self.shuffle:
+            epoch = 0
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.arange(self.records)
+            if self.shuffle:
+                # raw words, as numpy may change what its shuffle makes of them
+                words = philox(self.seed, 1 + epoch).random_raw(self.records)
+                self._order = np.argsort(words, kind="stable")
+        return self._order
+
+
+class BadRecords:
+    """Counts damaged records, names each once in the log, and stops the run above a share.
+
+    Args:
+        max_share: of the records read, or of the first 1000 (fewer in a smaller source).
+        records: number of records in the source.
+    """
+
+    def __init__(self, max_share: float, records: int) -> None:
+        self.max_share, self._least = max_share, min(_EARLY, records)
+        self.seen, self.count = 0, 0
+        self.names: dict[str, str] = {}  # with the reason
+
+    def add(self, seen: int, bad: list[tuple[str, str]]) -> None:
+        """Take note of `seen` more records, among them `bad` with names and reasons.
+
+        Raises:
+            ValueError: too many are damaged.
+        """
+        self.seen += seen
+        self.count += len(bad)
+        for name, reason in bad:
+            if name not in self.names:
+                _log.warning("left out the record %s: %s", name, reason)
+                self.names[name] = reason
+        if self.count > self.max_share * max(self.seen, self._least):
+            worst = [f"{name} ({reason})" for name, reason in list(self.names.items())[:3]]
+            raise ValueError(
+                f"{self.count} of {self.seen} records read are damaged, more than max_bad_share "
+                f"{self.max_share:g}: {'; '.join(worst)}. Mend the data, or raise max_bad_share"
+            )
+
+
+class Part(NamedTuple):
+    """What one rank reads for one step, as it leaves a worker.
+
+    Arrays and not tensors: those travel through /dev/shm, which containers keep small.
+
+    Attributes:
+        values: (b, S, S, 3) uint8 pixels, (b, S, S) if all are grey, or (b, K) int64 tokens.
+        labels: (b,) int64.
+        seen: records read.
+        bad: name and reason of the damaged among them.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    seen: int
+    bad: list[tuple[str, str]]
+
+
+class Reader:
+    """Positions to records; the data set of a DataLoader, which calls it in its workers.
+
+    Args:
+        source: of the records.
+        cut: of pictures.
+        order: of the run.
+        seed: of the run.
+        replace: read the next record in the order for a damaged one; else leave a gap.
+    """
+
+    def __init__(self, source: Source, cut: Cut, order: Order, seed: int, replace: bool) -> None:
+        self.source, self.cut, self.order = source, cut, order
+        self.seed, self.replace = seed, replace
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a batch is a few array operations, with no work for other processes."""
+        if isinstance(self.source, ArraySource):
+            return min(self.source.images.shape[1:3]) == self.cut.shorter_edge
+        return isinstance(self.source, TokenSource)
+
+    def __getitems__(self, positions: range) -> Part:
+        """Read consecutive positions of one epoch.
+
+        Where 16 records in a row are damaged the part ends. An error raised here would have to
+        leave a worker, and its traceback would keep the loader's processes alive.
+        """
+        if not self.in_memory:
+            return self._one_by_one(positions)
+        indices, source = self.order.indices(positions), self.source
+        if isinstance(source, TokenSource):
+            values = source.tokens[indices].astype(np.int64)
+        else:
+            assert isinstance(source, ArraySource)
+            draws = uniforms(self.seed, positions.start, len(positions))
+            values = self.cut.many(source.images, indices, draws)
+        labels = source.labels[indices].astype(np.int64)
+        return Part(values, labels, len(indices), [])
+
+    def _one_by_one(self, positions: range) -> Part:
+        draws = uniforms(self.seed, positions.start, len(positions))
+        S, bad = self.cut.size, list[tuple[str, str]]()
+        pixels, labels = np.empty((len(positions), S, S, 3), np.uint8), list[int]()
+        for position, row in zip(positions, draws, strict=True):
+            for ahead in range(_MAX_TRIES if self.replace else 1):
+                index = self.order.index(position, ahead)
+                try:
+                    record = self.source.read(index)
+                    assert isinstance(record, Record)
+                    pixels[len(labels)] = self.cut.one(record.image, row)
+                except (BadRecord, OSError) as error:
+                    bad.append((self.source.name(index), str(error)))
+                    continue
+                labels.append(record.label)
+                break
+            else:
+                if self.replace:
+                    break
+        kept, seen = len(labels), len(labels) + len(bad)
+        return Part(pixels[:kept], np.array(labels, np.int64), seen, bad)

@@ -1,0 +1,58 @@
+"""How much of a codebook is in use, counted over batches and ranks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titok_fast.distributed import sum_over_ranks
+from titok_fast.kernels.nearest_code_stats import count_codes
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """Use of a codebook over the ids seen.
+
+    Attributes:
+        tokens: ids seen.
+        dead: codes never used.
+        usage: share of codes used at least once, 0..1.
+        entropy_bits: of the codes' frequencies; log2(N) if all are used alike.
+    """
+
+    tokens: int
+    dead: int
+    usage: float
+    entropy_bits: float
+
+
+class CodeUsage:
+    """Counts ids over steps; the report counts those of all ranks.
+
+    Args:
+        N: codebook size.
+        device: of the ids.
+    """
+
+    def __init__(self, N: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(N, dtype=torch.int64, device=device)
+
+    def update(self, ids: Tensor) -> None:
+        """Count int64 ids in [0, N) of any shape. No host wait."""
+        self.counts += count_codes(ids, len(self.counts))
+
+    def report(self) -> UsageReport:
+        """Use since the last reset, summed over ranks: every rank must call it."""
+        counts = sum_over_ranks(self.counts.clone())
+        tokens, used = int(counts.sum()), int((counts > 0).sum())
+        share = counts[counts > 0].double() / max(tokens, 1)
+        return UsageReport(
+            tokens=tokens,
+            dead=len(counts) - used,
+            usage=used / len(counts),
+            entropy_bits=abs(float((share * share.log2()).sum())),
+        )
+
+    def reset(self) -> None:
+        """Set the counts to zero."""
+        self.counts.zero_()

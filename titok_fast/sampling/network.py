@@ -1,0 +1,40 @@
+"""What a sampler needs of a generator, so that models may import the samplers."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from titok_fast.config import GeneratorConfig
+
+
+class Generator(Protocol):
+    """A masked generator in eval mode, such as `ImageBert` or `UViTBert`."""
+
+    config: GeneratorConfig
+    lm_head: nn.Linear
+
+    def hidden(self, ids: Tensor, class_ids: Tensor) -> Tensor:
+        """(B, K) ids with masks and (B,) class ids in token space -> (B, K, D) hidden states."""
+
+    def class_ids(self, labels: Tensor) -> Tensor:
+        """(B,) labels -> (B,) class ids in token space."""
+
+    def __call__(self, input_ids: Tensor, condition: Tensor, cond_drop_prob: float) -> Tensor:
+        """(B, K) ids with masks and (B,) labels -> (B, K, N) logits."""
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no class.
+
+    Raises:
+        ValueError: not one integer per sample, or outside 0..classes-1.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels want shape (B,), integers; got {tuple(labels.shape)} {labels.dtype}"
+        )
+    if labels.numel() and not torch.compiler.is_compiling():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels lie in 0..{classes - 1}; got {low}..{high}")

@@ -1,0 +1,250 @@
+"""Labels to tokens, fast: the loop of iterative unmasking without a host wait.
+
+The distribution is the reference sampler's (reference.py). What differs: guidance is one doubled
+batch, and none where its weight is 0; the two halves are mixed in the last hidden state, which is
+exact because the head is linear; noise is a function of (seed, step, position, code), so a sample
+does not depend on its batch, its place in it, or its rank.
+"""
+
+from collections.abc import Callable, Sequence
+from math import floor
+
+import torch
+from torch import Tensor
+
+from titok_fast.config import SamplingConfig
+from titok_fast.kernels.lm_head_sample import lm_head_sample
+from titok_fast.kernels.remask import remask
+from titok_fast.sampling.network import Generator, check_labels
+from titok_fast.sampling.schedules import Step, steps
+
+_MASK64 = (1 << 64) - 1
+
+
+def sample_seeds(seed: int, count: int, first: int = 0) -> Tensor:
+    """Seeds of samples first .. first+count-1 of the run called `seed`.
+
+    SplitMix64 of (seed, index), so neighbouring runs share nothing, and sample i has the same seed
+    whatever batch or rank draws it.
+
+    Args:
+        seed: any integer.
+        count: number of samples.
+        first: index of the first one in the whole run.
+
+    Returns:
+        (count,) int64.
+    """
+    start = _mix(seed & _MASK64)
+    values = [
+        _mix((start + (i + 1) * 0x9E3779B97F4A7C15) & _MASK64) for i in range(first, first + count)
+    ]
+    return torch.tensor([v - (1 << 64) if v >> 63 else v for v in values], dtype=torch.int64)
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+@torch.no_grad()
+def sample(
+    generator: Generator,
+    labels: Tensor | Sequence[int],
+    seeds: Tensor,
+    config: SamplingConfig | None = None,
+    tokens: Tensor | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Draw the tokens of a batch.
+
+    Args:
+        generator: a generator in eval mode.
+        labels: (B,) integers 0..classes-1.
+        seeds: (B,) int64, one per sample.
+        config: settings; upstream's defaults if absent.
+        tokens: (B, K) int64 tokens to keep, the mask id where one is to be drawn; samples may
+            differ in how many. All masked if absent.
+        on_step: called after each step, for progress bars.
+
+    Returns:
+        (B, K) int64 ids in [0, N); empty for an empty batch.
+
+    Raises:
+        ValueError: a label, seed or token of wrong shape, type or range.
+    """
+    given = draw_inputs(generator, torch.as_tensor(labels), seeds, tokens)
+    return unmask(generator, *given, config or SamplingConfig(), on_step)
+
+
+def draw_inputs(
+    generator: Generator, labels: Tensor, seeds: Tensor, tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `unmask` takes, on the generator's device: (B, K) ids, (B,) class ids, (B,) seeds.
+
+    Arguments and errors as in `sample`.
+    """
+    cfg, device = generator.config, generator.lm_head.weight.device
+    labels = labels.long() if labels.numel() == 0 else labels
+    check_labels(labels, cfg.condition_num_classes)
+    B, K = labels.shape[0], cfg.image_seq_len
+    if seeds.shape != (B,) or seeds.dtype != torch.int64:
+        raise ValueError(
+            f"seeds want shape ({B},) int64, one per label; got {tuple(seeds.shape)} {seeds.dtype}"
+        )
+    if tokens is None:
+        ids = torch.full((B, K), cfg.mask_token_id, device=device)
+    else:
+        ids = _check_tokens(tokens, B, K, cfg.mask_token_id).to(device)
+    return ids, generator.class_ids(labels.to(device)), seeds.to(device)
+
+
+def _check_tokens(tokens: Tensor, B: int, K: int, mask_id: int) -> Tensor:
+    if tokens.shape != (B, K) or tokens.is_floating_point():
+        raise ValueError(
+            f"tokens want shape ({B}, {K}), integers; got {tuple(tokens.shape)} {tokens.dtype}"
+        )
+    if tokens.numel():
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high > mask_id:
+            raise ValueError(
+                f"tokens lie in 0..{mask_id - 1}, or {mask_id} where one is to be drawn; "
+                f"got {low}..{high}"
+            )
+    return tokens.long()
+
+
+def unmask(
+    generator: Generator,
+    ids: Tensor,
+    class_ids: Tensor,
+    seeds: Tensor,
+    config: SamplingConfig,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """The loop. Shapes are static and nothing waits for the device: one graph can hold it.
+
+    Args:
+        generator: a generator in eval mode.
+        ids: (B, K) int64, mask id where a token is to be drawn.
+        class_ids: (B,) int64 in token space (`generator.class_ids(labels)`).
+        seeds: (B,) int64.
+        config: settings.
+        on_step: called after each step.
+
+    Returns:
+        (B, K) int64 ids in [0, N).
+    """
+    cfg = generator.config
+    no_class = torch.full_like(class_ids, cfg.no_class_id)
+    both = torch.cat([class_ids, no_class])
+    B, K = ids.shape
+    row_seeds = seeds.repeat_interleave(K)
+    row_positions = torch.arange(K, device=ids.device).repeat(B)
+    base = maskable(ids, config, cfg.mask_token_id)
+
+    for step in steps(config):
+        if step.guidance == 0:
+            cond, uncond = generator.hidden(ids, class_ids).flatten(0, 1), None
+        else:
+            cond, uncond = generator.hidden(ids.repeat(2, 1), both).flatten(0, 1).chunk(2)
+        candidates, scores = lm_head_sample(
+            cond,  # (B*K, D)
+            uncond,
+            generator.lm_head.weight,
+            generator.lm_head.bias,
+            seeds=row_seeds,
+            positions=row_positions,
+            step=step.index,
+            guidance=step.guidance,
+            softmax_temperature=step.softmax_temperature,
+            noise_temperature=step.token_noise,
+            rule=config.confidence,
+        )
+        ids = end_step(
+            ids,
+            candidates.view(B, K),
+            scores.view(B, K),
+            step,
+            base,
+            mask_id=cfg.mask_token_id,
+            seeds=seeds,
+            rule=config.confidence,
+        )
+        if on_step is not None:
+            on_step()
+    return ids
+
+
+def maskable(ids: Tensor, config: SamplingConfig, mask_id: int) -> int | Tensor:
+    """What the mask ratio counts from: all K tokens by TiTok's rule, by MaskGIT's the unknown.
+
+    Args:
+        ids: (B, K) int64, mask id where a token is to be drawn.
+        config: settings.
+        mask_id: N.
+
+    Returns:
+        K, or (B,) int64.
+    """
+    return ids.shape[1] if config.confidence == "logit" else (ids == mask_id).sum(dim=1)
+
+
+def end_step(
+    ids: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    step: Step,
+    base: int | Tensor,
+    *,
+    mask_id: int,
+    seeds: Tensor,
+    rule: str,
+) -> Tensor:
+    """Tokens after a step: known ones stay, and of the drawn the least confident are masked again.
+
+    Args:
+        ids: (B, K) int64 before the step.
+        candidates: (B, K) int64 in [0, N), drawn for all positions.
+        scores: (B, K) float32, their confidence.
+        step: this step; the last masks nothing again.
+        base: of `maskable`, at the start of the run.
+        mask_id: N.
+        seeds: (B,) int64.
+        rule: "logit" or "probability".
+
+    Returns:
+        (B, K) int64 ids.
+    """
+    mask = ids == mask_id
+    candidates = torch.where(mask, candidates, ids)
+    if step.last:
+        return candidates
+    return remask(
+        candidates,
+        scores.masked_fill(~mask, float("inf")),
+        num_masked(mask, base, step.mask_ratio),
+        mask_id=mask_id,
+        seeds=seeds,
+        step=step.index,
+        noise_temperature=step.remask_noise,
+        rule=rule,
+    )
+
+
+def num_masked(mask: Tensor, base: int | Tensor, mask_ratio: float) -> Tensor:
+    """How many tokens of each image stay masked after a step: fewer than before, at least one.
+
+    Args:
+        mask: (B, K) bool, masked before the step.
+        base: tokens that the ratio counts from, of `maskable`.
+        mask_ratio: share of them that the schedule leaves masked.
+
+    Returns:
+        (B,) int64.
+    """
+    most = mask.sum(dim=1).sub_(1)
+    if isinstance(base, int):
+        return most.clamp_(1, max(1, floor(base * mask_ratio)))
+    return torch.minimum(most, (base.double() * mask_ratio).floor().long()).clamp(min=1)

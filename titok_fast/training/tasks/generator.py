@@ -1,0 +1,126 @@
+"""The stage that trains a masked generator, on tokens made on the fly or read from files."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titok_fast.io.images import to_uint8
+from titok_fast.models.generator import MaskedGenerator, generator_class
+from titok_fast.models.tokenizer import TiTok
+from titok_fast.sampling.masking import (
+    Noise,
+    draw_noise,
+    drop_labels,
+    mask_counts,
+    mask_tokens,
+    masked_accuracy,
+    masked_token_loss,
+)
+from titok_fast.sampling.unmask import sample, sample_seeds
+from titok_fast.training.engine import Engine
+from titok_fast.training.recipe.recipe import Recipe
+from titok_fast.training.tasks.base import Batch, Draws, Outcome, Task, required
+
+
+class GeneratorTask(Task):
+    """Masked tokens, from the others and the class."""
+
+    model: MaskedGenerator
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        super().__init__(recipe, device)
+        config = recipe.generator
+        assert config is not None
+        kind = generator_class(config)
+        model = kind(config)
+        if recipe.experiment.init_weight:
+            start = kind.from_pretrained(recipe.experiment.init_weight, config=config)
+            model.load_state_dict(start.state_dict())
+        self.model, self.config = model.to(device).train(), config
+        self.tokenizer = self._load_tokenizer()
+
+    def _load_tokenizer(self) -> TiTok | None:
+        recipe = self.recipe
+        weights = recipe.experiment.tokenizer_checkpoint
+        if recipe.tokenizer is None or (recipe.data.kind == "tokens" and not weights):
+            return None
+        weights = required(weights, "experiment.tokenizer_checkpoint", "the tokenizer's weights")
+        tokenizer = TiTok.from_pretrained(weights, config=recipe.tokenizer, device=self.device)
+        return tokenizer.requires_grad_(False)
+
+    def draws(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """See Task: uniforms, and every sample's share of the batch's weights.
+
+        Ranks draw for the whole batch, so each knows the sum of all weights without asking.
+        """
+        K, losses = self.config.image_seq_len, self.recipe.losses
+        noise = draw_noise(B, K, generator)
+        masked = mask_counts(noise.ratio, K, losses.mask_schedule_strategy)
+        weights = masked + (K - masked) * losses.loss_weight_unmasked_token
+        return {**noise._asdict(), "weight": weights.mean().expand(B)}
+
+    def _tokens(self, batch: Batch) -> Tensor:
+        """(B, K) int64 ids in [0, N)."""
+        if "tokens" in batch:
+            return batch["tokens"]
+        assert self.tokenizer is not None
+        with torch.no_grad():  # in float32: bfloat16 would pick other codes
+            return self.tokenizer.encode(batch["images"])[1]["min_encoding_indices"].flatten(1)
+
+    def _predict(
+        self, engine: Engine, batch: Batch, draws: Draws, drop: float, detailed: bool
+    ) -> dict[str, Tensor]:
+        losses, config = self.recipe.losses, self.config
+        noise = Noise(draws["ratio"], draws["order"], draws["drop"])
+        ids = self._tokens(batch)
+        masked, mask = mask_tokens(ids, noise, config.mask_token_id, losses.mask_schedule_strategy)
+        classes = self.model.class_ids(batch["labels"])
+        classes = drop_labels(classes, noise, config.no_class_id, drop)
+
+        def work(model: Any) -> dict[str, Tensor]:
+            hidden = model.hidden(masked, classes)
+            found = {
+                "loss": masked_token_loss(
+                    hidden,
+                    model.lm_head,
+                    ids,
+                    mask,
+                    label_smoothing=losses.label_smoothing,
+                    unmasked_weight=losses.loss_weight_unmasked_token,
+                    total_weight=draws["weight"].sum(),
+                )
+            }
+            if detailed:
+                found["accuracy"] = masked_accuracy(hidden, model.lm_head, ids, mask)
+            return found
+
+        return engine(work)
+
+    def learn(
+        self, engine: Engine, batch: Batch, draws: Draws, step: int, detailed: bool
+    ) -> Outcome:
+        """See Task."""
+        drop = self.config.class_label_dropout
+        found = self._predict(engine, batch, draws, drop, detailed)
+        return Outcome(found["loss"], {name: value.detach() for name, value in found.items()})
+
+    def measure(self, engine: Engine, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """See Task: loss and accuracy with all labels; the batch's mean for each sample."""
+        found = self._predict(engine, batch, draws, 0.0, True)
+        return {name: value.expand(len(batch["labels"])) for name, value in found.items()}
+
+    def show(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """See Task: pictures of the first classes, in turn, with the same seeds every time."""
+        if self.tokenizer is None:
+            return {}
+        count = len(batch["labels"])
+        labels = torch.arange(count) % self.config.condition_num_classes
+        seeds = sample_seeds(self.recipe.training.seed, count)
+
+        def work(model: Any) -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                return sample(model, labels, seeds, self.recipe.sampling)
+
+        pixels = to_uint8(self.tokenizer.decode_tokens(engine(work)))
+        return {"samples": pixels.permute(0, 3, 1, 2).float() / 255}
