@@ -19,6 +19,7 @@ VIT_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16
 SCHEDULES = ("arccos", "cosine", "linear", "sqrt")
 GUIDANCE_DECAYS = ("constant", "linear", "power-cosine")
 MAX_STEPS = 1024
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")  # of weights, by torch's names
 
 ViTSize = str | tuple[int, int, int]
 
@@ -233,6 +234,20 @@ class TokenizerConfig:
             "dataset": {"preprocessing": {"crop_size": crop_size}},
         }
 
+    def check_has_ids(self) -> None:
+        """Raise ValueError for a VAE: its tokens are continuous."""
+        if self.quantize_mode != "vq":
+            raise ValueError(
+                "a VAE tokenizer has no token ids: use tokenizer.encode and decode, or reconstruct"
+            )
+
+    def check_has_pixels(self) -> None:
+        """Raise ValueError for a stage-1 tokenizer: its decoder predicts proxy codes."""
+        if self.is_legacy and not self.finetune_decoder:
+            raise ValueError(
+                "a stage-1 tokenizer predicts proxy codes, not pixels: use MaskGitVQGAN.decode"
+            )
+
     @property
     def encoder_size(self) -> tuple[int, int, int]:
         """(width, layers, heads) of the encoder."""
@@ -420,7 +435,7 @@ class SamplingConfig:
         return cls(softmax_temperature_annealing=True, **known)
 
     def updated(self, **changes: Any) -> "SamplingConfig":
-        """A copy with some settings changed; None leaves a setting as it is."""
+        """A copy with changed settings; None leaves a setting as it is."""
         changes = {k: v for k, v in changes.items() if v is not None}
         unknown = set(changes) - {f.name for f in fields(self)}
         _require(

@@ -3,10 +3,11 @@
 Seeds, batches and the fast mode come together here; the models stay thin.
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,27 +20,31 @@ from titok_fast.backends.techniques import (
     compile_networks,
     resolve_fast,
 )
-from titok_fast.batches import Pictures, Progress, check_output, present
-from titok_fast.coder import Coder, pixels
-from titok_fast.config import SamplingConfig
+from titok_fast.config import FLOAT_DTYPES, SamplingConfig
+from titok_fast.io.batches import Images, Progress, as_output, check_output
 from titok_fast.io.images import to_uint8
-from titok_fast.loading import load_models, random_models
+from titok_fast.loading import Sources, load, resolve
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.tokenizer import TiTok
-from titok_fast.presets import check_classes, preset
+from titok_fast.sampling.network import check_labels
 from titok_fast.sampling.unmask import draw_inputs, sample, sample_seeds
+from titok_fast.tokenizer_pipeline import TokenizerPipeline, decode_pixels
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Fast = bool | Literal["int8"]
+_log = logging.getLogger(__name__)
 
 
-class TiTokPipeline(Coder):
+class TiTokPipeline(TokenizerPipeline):
     """A tokenizer and, for drawing, its generator.
 
     Args:
         tokenizer: TiTok.
         generator: ImageBert or UViTBert for the same tokens; None for a tokenizer alone.
-        sampling: settings used where a call gives none.
+        sampling: settings used where a call names none.
         classes: names of the generator's classes in order, if they are known.
+
+    Attributes:
+        techniques: what `compile` chose; empty before.
 
     Raises:
         ValueError: the two disagree on tokens per image or on the codebook.
@@ -56,13 +61,12 @@ class TiTokPipeline(Coder):
         self.generator = generator.eval() if generator is not None else None
         self.sampling = sampling or SamplingConfig()
         self.classes = tuple(classes)
-        self.techniques: tuple[str, ...] = ()  # of the fast mode, once `compile` was called
+        self.techniques: tuple[str, ...] = ()
         self._graphs: GraphDraw | None = None  # with technique "graph"
         if generator is None:
             return
         t, g = tokenizer.config, generator.config
-        if t.quantize_mode != "vq":
-            raise ValueError("a VAE tokenizer has no token ids, so no generator can draw them")
+        t.check_has_ids()
         if (t.num_latent_tokens, t.codebook_size) != (g.image_seq_len, g.codebook_size):
             raise ValueError(
                 f"tokenizer has {t.num_latent_tokens} tokens of {t.codebook_size} codes, "
@@ -76,7 +80,7 @@ class TiTokPipeline(Coder):
         *,
         tokenizer: str | None = None,
         generator: str | None = None,
-        fast: bool | str | Collection[str] = False,
+        fast: Fast = False,
         **options: Any,
     ) -> "TiTokPipeline":
         """Load published or local weights.
@@ -86,27 +90,20 @@ class TiTokPipeline(Coder):
                 the two below do not say otherwise.
             tokenizer: directory, weight file or hub repository.
             generator: the same.
-            fast: True for `compile()` after loading, or what `compile` is to be given.
+            fast: True for `compile()` after loading, "int8" for 8-bit integers on a CPU.
             **options: `device`, `dtype`, `attention`, `revision` of `TiTok.from_pretrained`.
 
         Raises:
             ValueError: unknown preset, or neither a preset nor a tokenizer; see also `compile`.
             FileNotFoundError: see `TiTok.from_pretrained`; also a preset that was never published.
         """
-        place, dtype = torch.device(options.get("device") or "cpu").type, options.get("dtype")
-        check_techniques(
-            resolve_fast(fast, place), place, dtype or torch.float32
-        )  # before a download
-        return cls(*load_models(name, tokenizer, generator, options))._made(fast)
+        _check_fast(fast, **options)  # before a download
+        sources = resolve(name, tokenizer, generator, revision=options.get("revision"))
+        return cls.from_sources(sources, fast=fast, **options)
 
     @classmethod
     def random(
-        cls,
-        name: str,
-        *,
-        seed: int = 0,
-        fast: bool | str | Collection[str] = False,
-        **options: Any,
+        cls, name: str, *, seed: int = 0, fast: Fast = False, **options: Any
     ) -> "TiTokPipeline":
         """A published architecture with random weights: for tests and timing.
 
@@ -116,11 +113,18 @@ class TiTokPipeline(Coder):
             fast: as in `from_pretrained`.
             **options: `device`, `dtype` as in `to`; `attention`.
         """
-        models = random_models(preset(name), seed, options.pop("attention", None))
-        return cls(*models).to(**options)._made(fast)
+        return cls.from_sources(resolve(name, random_weights=True), fast=fast, seed=seed, **options)
 
-    def _made(self, fast: bool | str | Collection[str]) -> "TiTokPipeline":
-        return self.compile(resolve_fast(fast, self.device.type)) if fast else self
+    @classmethod
+    def from_sources(
+        cls, sources: Sources, *, fast: Fast = False, **options: Any
+    ) -> "TiTokPipeline":
+        """Load what `loading.resolve` found; arguments as in `from_pretrained`."""
+        _check_fast(fast, **options)
+        if "dtype" in options:
+            options["dtype"] = _float_dtype(options["dtype"] or torch.float32)
+        pipe = cls(*load(sources, **{k: v for k, v in options.items() if v is not None}))
+        return pipe.compile(resolve_fast(fast, pipe.device.type)) if fast else pipe
 
     def to(
         self,
@@ -140,12 +144,9 @@ class TiTokPipeline(Coder):
             if dtype is not None:
                 raise ValueError(f"`to` wants one dtype; got {device} and {dtype}")
             device, dtype = None, device
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, dtype)
         if self.techniques:
             raise ValueError("a compiled pipeline stays where and what it is: call `to` before")
-        if dtype is not None and dtype not in _FLOATS:
-            raise ValueError(f"dtype wants float32, bfloat16 or float16; got {dtype}")
+        dtype = None if dtype is None else _float_dtype(dtype)
         for model in (self.tokenizer, self.generator):
             if model is not None:
                 model.to(device=device, dtype=dtype)
@@ -153,7 +154,7 @@ class TiTokPipeline(Coder):
 
     def compile(
         self,
-        techniques: str | Collection[str] | None = None,
+        techniques: Collection[str] | None = None,
         *,
         cache_dir: str | Path | None = None,
         **options: Any,
@@ -161,33 +162,38 @@ class TiTokPipeline(Coder):
         """Make the networks fast, in place and for good: call it last, after `to`.
 
         A compiled pipeline draws and tokenizes; it cannot be cast, moved, trained or saved.
+        `techniques` then says what was chosen, and so does the log.
 
         Args:
-            techniques: names from backends.techniques.TECHNIQUES, or a mode: "default" is "packed"
-                and "products" on a CPU, which keep the dtype, and "inductor" and "graph" on CUDA;
-                "int8", the fastest on a CPU with VNNI, loses a little precision.
+            techniques: names from backends.techniques.TECHNIQUES. By default "packed" and
+                "products" on a CPU, which keep the dtype, and "inductor" and "graph" on CUDA.
+                `["products", "int8"]`, the fastest on a CPU with VNNI, loses a little precision.
             cache_dir: where "inductor" and "int8" keep compiled code for later processes; by
                 default titok_fast/inductor in the user's cache folder. TORCHINDUCTOR_CACHE_DIR
-                wins, and so does a folder that this process has used before: see warm.py.
+                wins, and so does a folder that this process has used before: see
+                backends/compile_cache.py.
             **options: of torch.compile, for "inductor"; the first call of each shape is slow.
 
         Raises:
             ValueError: unknown techniques, ones that do not fit the device, the dtype, the options
                 or each other, or a pipeline that is compiled already.
         """
-        techniques = resolve_fast(techniques, self.device.type)
+        if isinstance(techniques, str):
+            raise ValueError(f"compile wants a list of techniques; got {techniques!r}")
+        names = resolve_fast(True, self.device.type) if techniques is None else tuple(techniques)
         if self.techniques:
             raise ValueError(f"this pipeline is compiled already: {', '.join(self.techniques)}")
-        check_techniques(techniques, self.device.type, self.tokenizer.dtype, options)
-        if "inductor" in techniques or "int8" in techniques:
+        check_techniques(names, self.device.type, self.tokenizer.dtype, options)
+        if "inductor" in names or "int8" in names:
             keep_compiled(cache_dir)
         networks = [self.tokenizer, *([] if self.generator is None else [self.generator])]
-        apply_techniques(networks, techniques)
-        if "inductor" in techniques:
+        apply_techniques(networks, names)
+        if "inductor" in names:
             compile_networks(self.tokenizer, self.generator, options)
-        if "graph" in techniques and self.generator is not None:
+        if "graph" in names and self.generator is not None:
             self._graphs = GraphDraw(self.generator, partial(_pictures, self.tokenizer))
-        self.techniques = techniques
+        self.techniques = names
+        _log.info("compiled for %s: %s", self.device, ", ".join(names))
         return self
 
     def __call__(
@@ -201,17 +207,17 @@ class TiTokPipeline(Coder):
         output: str = "pil",
         progress: Progress | None = None,
         **settings: Any,
-    ) -> Pictures:
-        """Draw one picture per label.
+    ) -> Images:
+        """Draw one image per label.
 
         Args:
             labels: (B,) classes, 0..999 of ImageNet.
-            seed: of the run; picture i depends on (seed, i), its label and the settings only.
-            seeds: (B,) int64 instead, one per picture.
+            seed: of the run; image i depends on (seed, i), its label and the settings only.
+            seeds: (B,) int64 instead, one per image.
             tokens: (B, K) tokens to keep, the mask id where one is to be drawn.
-            batch_size: pictures at once; by default 8 on a CPU, 128 on a GPU.
+            batch_size: images at once; by default 8 on a CPU, 128 on a GPU.
             output: "pil" list, "numpy" or "tensor" (B, S, S, 3) uint8.
-            progress: called with the number of pictures finished since the last call.
+            progress: called with the number of images finished since the last call.
             **settings: fields of SamplingConfig to change for this call.
 
         Raises:
@@ -222,21 +228,20 @@ class TiTokPipeline(Coder):
         config = self.sampling.updated(**settings)
         generator = self._generator()
         labels = torch.as_tensor(labels)
-        if self.classes:
-            check_classes(labels.flatten().tolist(), len(self.classes), self.classes)
+        if self.classes and labels.numel():
+            check_labels(labels, len(self.classes), self.classes)
         seeds = sample_seeds(seed, len(labels)) if seeds is None else seeds
         size = self.default_batch_size if batch_size is None else batch_size
 
         def draw(part: slice) -> Tensor:
             kept = tokens[part] if tokens is not None else None
             if self._graphs is not None:
-                given = draw_inputs(generator, labels[part], seeds[part], kept)
-                return self._graphs(*given, config, batch_size=size)
-            return _pictures(
-                self.tokenizer, sample(generator, labels[part], seeds[part], config, kept)
-            )
+                inputs = draw_inputs(generator, labels[part], seeds[part], kept)
+                return self._graphs(*inputs, config, batch_size=size)
+            ids = sample(generator, labels[part], seeds[part], config, kept)
+            return _pictures(self.tokenizer, ids)
 
-        return present(self._in_batches(len(labels), size, draw, progress), output)
+        return as_output(self._in_batches(len(labels), size, draw, progress), output)
 
     def sample_tokens(
         self, labels: Sequence[int] | Tensor, *, seed: int = 0, **settings: Any
@@ -252,6 +257,21 @@ class TiTokPipeline(Coder):
         return self.generator
 
 
+def _check_fast(
+    fast: Fast, device: Any = None, dtype: str | torch.dtype | None = None, **_: Any
+) -> None:
+    kind = torch.device(device or "cpu").type
+    check_techniques(resolve_fast(fast, kind), kind, _float_dtype(dtype or torch.float32))
+
+
+def _float_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    named = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if named not in [getattr(torch, name) for name in FLOAT_DTYPES]:
+        raise ValueError(f"dtype wants float32, bfloat16 or float16; got {dtype}")
+    assert isinstance(named, torch.dtype)
+    return named
+
+
 def _pictures(tokenizer: TiTok, ids: Tensor) -> Tensor:
     """(B, K) drawn ids -> (B, S, S, 3) uint8."""
-    return to_uint8(pixels(tokenizer, tokenizer.lookup(ids)), rounding="truncate")
+    return to_uint8(decode_pixels(tokenizer, tokenizer.lookup(ids)), rounding="truncate")

@@ -4,7 +4,6 @@ Numbers: upstream's configs/infer/TiTok and, for 512 px, appendix A of the paper
 comes with this package, recipes/fashion.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,14 +45,26 @@ class Preset:
         return str(self.folder / "generator") if self.folder else self.generator_hub
 
 
+def _sampling(
+    steps: int, scale: float, temperature: float, decay: str = "linear"
+) -> SamplingConfig:
+    return SamplingConfig(
+        num_sample_steps=steps,
+        guidance_scale=scale,
+        guidance_decay=decay,
+        randomize_temperature=temperature,
+        softmax_temperature_annealing=True,
+    )
+
+
 def _two_stage(size: str, K: int, sampling: SamplingConfig, generator: GeneratorConfig) -> Preset:
     letter = size[0]
     return Preset(
         TokenizerConfig(num_latent_tokens=K, vit_enc_model_size=size, vit_dec_model_size=size),
         replace(generator, image_seq_len=K),
         sampling,
-        f"yucornetto/tokenizer_titok_{letter}{K}_imagenet",
-        f"yucornetto/generator_titok_{letter}{K}_imagenet",
+        tokenizer_hub=f"yucornetto/tokenizer_titok_{letter}{K}_imagenet",
+        generator_hub=f"yucornetto/generator_titok_{letter}{K}_imagenet",
     )
 
 
@@ -75,7 +86,7 @@ def _single_stage(encoder: str, K: int, *, vae: bool = False) -> Preset:
     )
 
 
-def _at_512(size: str, K: int, steps: int, scale: float, temperature: float) -> Preset:
+def _at_512(size: str, K: int, *, steps: int, scale: float, temperature: float) -> Preset:
     """Never released. Patch 32 is the paper's; the head that fits it is ours (decoder.py)."""
     tokenizer = TokenizerConfig(
         num_latent_tokens=K,
@@ -86,8 +97,13 @@ def _at_512(size: str, K: int, steps: int, scale: float, temperature: float) -> 
         crop_size=512,
     )
     # the paper gives scale and temperature; the rest is as in the 256 px configs
-    sampling = SamplingConfig(steps, scale, "linear", 3.0, temperature, True)
+    sampling = _sampling(steps, scale, temperature)
     return Preset(tokenizer, GeneratorConfig(image_seq_len=K), sampling)
+
+
+_FASHION_CLASSES = (
+    "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
+)
 
 
 def _fashion(K: int) -> Preset:
@@ -101,7 +117,13 @@ def _fashion(K: int) -> Preset:
         vit_enc_patch_size=8,
         vit_dec_patch_size=8,
         crop_size=32,
-        pixel=VQGANConfig(32, (1, 2, 2), num_res_blocks=1, z_channels=64, codebook_size=256),
+        pixel=VQGANConfig(
+            hidden_channels=32,
+            channel_mult=(1, 2, 2),
+            num_res_blocks=1,
+            z_channels=64,
+            codebook_size=256,
+        ),
     )
     generator = GeneratorConfig(
         hidden_size=192,
@@ -115,23 +137,29 @@ def _fashion(K: int) -> Preset:
     return Preset(
         tokenizer,
         generator,
-        SamplingConfig(8, 3.0, "linear", 3.0, 3.0, True),
+        _sampling(steps=8, scale=3.0, temperature=3.0),
         folder=SHIPPED / f"fashion-{K}",
-        classes=(
-            "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-        ),
-    )  # fmt: skip
+        classes=tuple(_FASHION_CLASSES.split(", ")),
+    )
 
 
 _VIT = GeneratorConfig()
-_UVIT = GeneratorConfig("UViT", hidden_size=1024, num_hidden_layers=20, intermediate_size=4096)
+_UVIT = GeneratorConfig(
+    model_type="UViT", hidden_size=1024, num_hidden_layers=20, intermediate_size=4096
+)
 
 PRESETS: dict[str, Preset] = {
-    "titok-l-32": _two_stage("large", 32, SamplingConfig(8, 4.5, "linear", 3.0, 9.5, True), _VIT),
-    "titok-b-64": _two_stage("base", 64, SamplingConfig(8, 3.0, "linear", 3.0, 11.0, True), _VIT),
+    "titok-l-32": _two_stage(
+        "large", 32, _sampling(steps=8, scale=4.5, temperature=9.5), generator=_VIT
+    ),
+    "titok-b-64": _two_stage(
+        "base", 64, _sampling(steps=8, scale=3.0, temperature=11.0), generator=_VIT
+    ),
     "titok-s-128": _two_stage(
-        "small", 128, SamplingConfig(64, 6.9, "power-cosine", 3.0, 2.8, True), _UVIT
+        "small",
+        128,
+        _sampling(steps=64, scale=6.9, temperature=2.8, decay="power-cosine"),
+        generator=_UVIT,
     ),
     "titok-bl-64-vq8k": _single_stage("base", 64),
     "titok-bl-128-vq8k": _single_stage("base", 128),
@@ -139,8 +167,8 @@ PRESETS: dict[str, Preset] = {
     "titok-ll-32-vae": _single_stage("large", 32, vae=True),
     "titok-bl-64-vae": _single_stage("base", 64, vae=True),
     "titok-bl-128-vae": _single_stage("base", 128, vae=True),
-    "titok-l-64-512": _at_512("large", 64, 8, 2.0, 7.5),
-    "titok-b-128-512": _at_512("base", 128, 64, 2.5, 6.5),
+    "titok-l-64-512": _at_512("large", 64, steps=8, scale=2.0, temperature=7.5),
+    "titok-b-128-512": _at_512("base", 128, steps=64, scale=2.5, temperature=6.5),
     "fashion-16": _fashion(16),
 }
 
@@ -154,21 +182,3 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def check_classes(labels: Sequence[int], count: int, names: Sequence[str] = ()) -> None:
-    """See that labels are classes.
-
-    Args:
-        labels: to look at.
-        count: number of classes.
-        names: of the classes, for the message; may be empty.
-
-    Raises:
-        ValueError: one is outside 0..count - 1.
-    """
-    outside = [label for label in labels if not 0 <= label < count]
-    if outside:
-        listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        known = f" ({listing})" if names else ""
-        raise ValueError(f"labels lie in 0..{count - 1}{known}; got {outside[0]}")

@@ -103,10 +103,10 @@ def test_only_techniques_that_compile_ask_for_a_folder(
     with pytest.raises(ValueError, match="unknown techniques"):
         pipe().compile(["int8", "fast"], cache_dir=tmp_path / "a")
     assert VARIABLE not in os.environ
-    pipe().compile("int8", cache_dir=tmp_path / "a")
+    pipe().compile(["products", "int8"], cache_dir=tmp_path / "a")
     assert Path(os.environ[VARIABLE]).parent == tmp_path / "a"
     with pytest.warns(UserWarning, match="no effect") as caught:
-        pipe().compile("int8", cache_dir=tmp_path / "b")
+        pipe().compile(["products", "int8"], cache_dir=tmp_path / "b")
     assert [Path(w.filename) for w in caught] == [Path(__file__)]  # it names the caller
 
 
@@ -116,7 +116,8 @@ sys.path.insert(0, {tests!r})
 import json
 from support.tiny_models import tiny_generator, tiny_tokenizer
 from titok_fast import TiTokPipeline
-pipe = TiTokPipeline(tiny_tokenizer(), tiny_generator()).compile("int8", cache_dir=sys.argv[1])
+pipe = TiTokPipeline(tiny_tokenizer(), tiny_generator())
+pipe.compile(["products", "int8"], cache_dir=sys.argv[1])
 ids = pipe.sample_tokens([1, 2, 3], seed=5).tolist()
 print(json.dumps([ids, "torch._dynamo" in sys.modules]))
 """

@@ -19,7 +19,6 @@ from support.tiny_models import (
 from titok_fast import PRESETS, ImageBert, SamplingConfig, TiTokPipeline
 from titok_fast.backends.techniques import resolve_fast
 from titok_fast.cli import main as cli
-from titok_fast.cli.sample import main as sample_many
 from titok_fast.presets import Preset
 
 SETTINGS = SamplingConfig(4, 3.0, "linear", 3.0, 4.5, True)
@@ -32,7 +31,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     given: list[object] = []
     compile_ = TiTokPipeline.compile
 
-    def spy(self: TiTokPipeline, techniques: str, **options: object) -> TiTokPipeline:
+    def spy(
+        self: TiTokPipeline, techniques: tuple[str, ...] | None = None, **options: object
+    ) -> TiTokPipeline:
         given.append(techniques)
         return compile_(self, techniques, **options)
 
@@ -53,12 +54,11 @@ def weights(tmp_path: Path) -> list[str]:
 
 def test_modes_by_name() -> None:
     assert resolve_fast(False, "cpu") == ()
-    for default in (True, None, "default"):
-        assert resolve_fast(default, "cpu") == ("packed", "products")
+    assert resolve_fast(True, "cpu") == ("packed", "products")
     assert resolve_fast("int8", "cpu") == ("products", "int8")
-    assert resolve_fast(["packed"], "cpu") == ("packed",)
-    with pytest.raises(ValueError, match="fast wants default, int8, or a list of techniques; got"):
-        resolve_fast("packed", "cpu")
+    for wrong in ("packed", "default", None, ["packed"]):
+        with pytest.raises(ValueError, match="fast wants True, False or 'int8'; got"):
+            resolve_fast(wrong, "cpu")  # type: ignore[arg-type]
 
 
 def test_fast_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,12 +74,12 @@ def test_fast_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         TiTokPipeline.random("tiny").compile()([1, 2], output="tensor"),
     )
     plain.tokenizer.save_pretrained(str(tmp_path))
-    loaded = TiTokPipeline.from_pretrained(tokenizer=str(tmp_path), fast=["products"])
-    assert loaded.techniques == ("products",)
+    loaded = TiTokPipeline.from_pretrained(tokenizer=str(tmp_path), fast="int8")
+    assert loaded.techniques == ("products", "int8")
     assert TiTokPipeline.from_pretrained(tokenizer=str(tmp_path)).techniques == ()
     missing = str(tmp_path / "missing")  # refused before anything is read
-    with pytest.raises(ValueError, match="fast wants default, int8"):
-        TiTokPipeline.from_pretrained(tokenizer=missing, fast="quick")
+    with pytest.raises(ValueError, match="fast wants True, False or 'int8'; got 'quick'"):
+        TiTokPipeline.from_pretrained(tokenizer=missing, fast="quick")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'products' is for the CPU; the pipeline is on cuda"):
         TiTokPipeline.from_pretrained(tokenizer=missing, fast="int8", device="cuda")
 
@@ -103,7 +103,7 @@ def test_every_command_takes_it(tmp_path: Path, weights: list[str], asked: list[
         ids = tmp_path / "plain.json"
         assert run("detokenize", ids, tokenizer, f"--grid={out}-d.png", *words) == 0
         assert run("reconstruct", photo, tokenizer, f"--grid={out}-r.png", *words) == 0
-    assert asked == ["default"] * 4 + ["int8"] * 4
+    assert asked == [("packed", "products")] * 4 + [("products", "int8")] * 4
     for kind in "sdr":
         plain, fast, int8 = (sheet(tmp_path / f"{name}-{kind}.png") for name in names.values())
         assert np.abs(plain - fast).mean() < 0.5  # of 255; rounding
@@ -116,7 +116,7 @@ def test_every_command_takes_it(tmp_path: Path, weights: list[str], asked: list[
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--fast", "photo.png"], "wants default, int8, or no value; got 'photo.png': does it"),
+        (["--fast", "photo.png"], "wants int8, or no value; got 'photo.png': does it"),
         (["--fast=int8", "--dtype=float16"], "'int8' wants float32 or bfloat16; got torch.float16"),
     ],
 )
@@ -133,12 +133,12 @@ def test_many_pictures(
 ) -> None:
     def draw(name: str, *words: str) -> int:
         common = ["--count=4", "--steps=2", "--device=cpu", "--quiet", f"--out={tmp_path / name}"]
-        return sample_many([*weights, *common, *words])
+        return cli.main(["sample", *weights, *common, *words])
 
     assert draw("plain") == draw("fast", "--fast") == 0
-    assert asked == ["default"]
+    assert asked == [("packed", "products")]
     plain, fast = (
-        np.stack([sheet(tmp_path / name / f"{i:06d}.png") for i in range(4)])
+        np.stack([sheet(tmp_path / name / f"{i:06d}_{i}.png") for i in range(4)])
         for name in ("plain", "fast")
     )
     assert np.abs(plain - fast).mean() < 0.5
@@ -147,10 +147,10 @@ def test_many_pictures(
     before = json.loads((tmp_path / "plain" / "manifest.json").read_text())
     assert manifest | {"fast": []} == before  # the weights as loaded, not as packed
     assert draw("fast", "--fast") == 0
-    assert asked == ["default"]  # nothing to draw, nothing to compile
+    assert asked == [("packed", "products")]  # nothing to draw, nothing to compile
     assert draw("fast", "--fast", "int8") == 2
     assert "fast" in capsys.readouterr().err
-    assert asked == ["default"]
+    assert asked == [("packed", "products")]
     assert draw("new", "--fast=int8", "--dtype=float16") == 2
     assert "'int8' wants float32 or bfloat16" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -161,9 +161,5 @@ def test_rounding_of_fast_modes_is_small(asked: list[object]) -> None:
     torch.manual_seed(0)
     plain = TiTokPipeline(tiny_tokenizer())
     want = plain.reconstruct([data.coffee()], output="numpy")
-    got = (
-        TiTokPipeline(tiny_tokenizer())
-        .compile("default")
-        .reconstruct([data.coffee()], output="numpy")
-    )
+    got = TiTokPipeline(tiny_tokenizer()).compile().reconstruct([data.coffee()], output="numpy")
     assert np.abs(np.asarray(want).astype(int) - np.asarray(got).astype(int)).max() <= 1

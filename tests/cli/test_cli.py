@@ -14,7 +14,6 @@ from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
-from titok_fast.cli import images as cli_commands
 from titok_fast.cli import main as cli
 from titok_fast.cli.info import info
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
@@ -96,18 +95,19 @@ def test_sample_writes_what_the_pipeline_draws(
     places = ["--model=tiny", *both(weights), f"--out={out}", f"--grid={sheet}"]
     assert run("sample", *arguments, *places) == 0
     labels = [3, 3, 1, 1, 7, 7]
-    assert names(out) == [f"{i:06d}_{label}.png" for i, label in enumerate(labels)]
+    files = [f"{i:06d}_{label}.png" for i, label in enumerate(labels)]
+    assert names(out) == [*files, "manifest.json"]
 
     pipe = TiTokPipeline.from_pretrained(
         "tiny", tokenizer=str(weights / "tokenizer"), generator=str(weights / "generator")
     )
     drawn = pipe(labels, seed=5, output="numpy")
-    for name, wanted in zip(names(out), drawn, strict=True):
+    for name, wanted in zip(files, drawn, strict=True):
         assert np.array_equal(pixels(out / name), wanted)
     assert len({picture.tobytes() for picture in drawn}) == 6
     assert pixels(sheet).shape == (2 * 34 + 2, 3 * 34 + 2, 3)  # six pictures, 2 px between
     captured = capsys.readouterr()
-    assert captured.out == f"6 pictures in {out}\nsheet of 6 in {sheet}\n"
+    assert captured.out == f"6 images in {out}\n6 images in {sheet}\n"
     assert captured.err == ""
 
 
@@ -138,9 +138,9 @@ def test_random_weights_say_so(
     places = ["--model=tiny", "--random-weights", f"--out={tmp_path}"]
     assert cli.main(["sample", "--labels=0", *places]) == 0
     err = capsys.readouterr().err
-    assert "random weights, untrained: the pictures are noise" in err
+    assert "random weights, untrained: the images are noise" in err
     assert "1/1" in err  # the progress bar
-    assert names(tmp_path) == ["000000_0.png"]
+    assert names(tmp_path) == ["000000_0.png", "manifest.json"]
 
 
 def test_reconstruct_pairs_and_psnr(
@@ -185,12 +185,6 @@ def test_reconstruct_without_outputs_only_measures(
     assert run("reconstruct", photos, f"--tokenizer={weights / 'vae'}") == 0
     assert len(capsys.readouterr().out.splitlines()) == 5
     assert names(photos) == before
-
-
-def test_psnr_of_equal_pictures() -> None:
-    picture = data.astronaut()
-    assert cli_commands.psnr(picture, picture) == float("inf")
-    assert cli_commands.psnr(picture, picture ^ 1) == pytest.approx(20 * np.log10(255))
 
 
 @pytest.mark.parametrize(("suffix", "dtype"), [("npz", "int16"), ("npz", "int32"), ("json", None)])
@@ -250,7 +244,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TiTok, "from_pretrained", load)
     monkeypatch.setattr(ImageBert, "from_pretrained", load)
-    monkeypatch.setattr(TiTokPipeline, "random", load)
+    monkeypatch.setattr("titok_fast.loading._random", load)
 
 
 DRAW = "sample --labels=1 --out={out}"
@@ -258,10 +252,9 @@ LOCAL = "--tokenizer={weights}/tokenizer --generator={weights}/generator"
 MISTAKES = {
     "": "the following arguments are required: COMMAND",
     "paint": "invalid choice: 'paint'",
-    "sample --labels=1 --model=tiny": "sample wants --out DIR, --grid FILE, or both",
     "sample --labels=1,x --model=tiny": "wants classes separated by commas",
-    f"sample --labels=1,10 --out={{out}} {LOCAL}": "labels lie in 0..9; got 10",
-    f"sample --labels=-1 --out={{out}} {LOCAL}": "labels lie in 0..9; got -1",
+    f"sample --labels=1,10 --out={{out}} {LOCAL}": "labels lie in 0..9; got 1..10",
+    f"sample --labels=-1 --out={{out}} {LOCAL}": "labels lie in 0..9; got -1..-1",
     f"{DRAW} --num=0 {LOCAL}": "wants a whole number of 1 or more; got '0'",
     f"{DRAW} --batch-size=none {LOCAL}": "wants a whole number of 1 or more; got 'none'",
     f"{DRAW} --steps=0 {LOCAL}": "num_sample_steps wants an integer from 1 to 1024; got 0",
@@ -277,17 +270,22 @@ MISTAKES = {
     f"{DRAW} --device=gpu {LOCAL}": "--device wants cpu, cuda or cuda:1; got 'gpu'",
     f"{DRAW} --device=cuda:99 {LOCAL}": "--device cuda:99: torch sees",
     f"{DRAW} --model=titok-x": "invalid choice: 'titok-x'",
-    f"{DRAW}": "name a published model with --model, or weights with --tokenizer",
-    f"{DRAW} --model=tiny": "no weights of tiny were published: pass --tokenizer",
-    f"{DRAW} --model=tiny --tokenizer={{weights}}/tokenizer": "no generator of tiny was published",
+    f"{DRAW} --generator=x": "name a published model (--model), or weights (--tokenizer)",
+    f"{DRAW} --model=tiny": "no tokenizer weights of tiny were published: pass --tokenizer",
+    f"{DRAW} --model=tiny --tokenizer={{weights}}/tokenizer": "no generator weights of tiny were",
     f"{DRAW} --model=tiny-vae --random-weights": "a VAE tokenizer has no token ids",
     f"{DRAW} --tokenizer={{weights}}/vae": "a VAE tokenizer has no token ids",
     f"{DRAW} --tokenizer={{weights}}/tokenizer": "drawing wants a generator: pass --generator",
-    f"{DRAW} --model=tiny --random-weights --generator=x": "exclude each other",
+    f"{DRAW} --model=tiny --random-weights --generator=x": "wants --model, and no weights",
     f"{DRAW} --tokenizer=./nowhere": "./nowhere is neither a directory, nor a file",
     f"{DRAW} --tokenizer={{weights}}/tokenizer/model.safetensors": "has no config.json",
     f"{DRAW} --grid={{out}}/sheet.jpg {LOCAL}": "--grid wants a name ending in .png",
     f"sample --labels=1 --out={{photos}}/coffee.jpg {LOCAL}": "exists: '{photos}/coffee.jpg'",
+    f"{DRAW} --num=2 --count=3 {LOCAL}": "--num is per label and --count in all: pass one",
+    f"{DRAW} --npz={{out}}.zip {LOCAL}": "--npz wants a name ending in .npz",
+    f"sample --npz={{out}}.npz --count=21 {LOCAL}": "a multiple of the 10 classes, such as 30; got",
+    f"sample --npz={{out}}.npz --grid={{out}}.png {LOCAL}": "--grid beside --npz wants --out",
+    f"{DRAW} --patience=nan {LOCAL}": "wants a number of seconds above 0; got 'nan'",
     "reconstruct {photos}/none --tokenizer={weights}/tokenizer": "no file or folder",
     "reconstruct {weights} --tokenizer={weights}/tokenizer": "files; got none in",
     "reconstruct {photos} --tokenizer={weights}/stage1": "predicts proxy codes, not pixels",
@@ -375,10 +373,13 @@ def test_unreadable_picture_is_named(
     assert "torn.jpg as a picture" in capsys.readouterr().err
 
 
+STAY = "images written so far stay; run the same command again to draw the rest"
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "titok-fast: interrupted\n"),
+        (KeyboardInterrupt(), 130, f"titok-fast: interrupted; {STAY}\n"),
         (MemoryError("try batch_size=4"), 2, "titok-fast: error: try batch_size=4\n"),
         (PermissionError(13, "denied", "x"), 2, "titok-fast: error: [Errno 13] denied: 'x'\n"),
     ],
@@ -400,10 +401,10 @@ def test_what_ends_a_run_ends_it_cleanly(
     arguments = ["--labels=1", "--num=4", "--batch-size=1", f"--out={tmp_path}"]
     assert run("sample", *arguments, *both(weights)) == status
     assert capsys.readouterr().err == message
-    assert names(tmp_path) == ["000000_1.png"]
+    assert names(tmp_path) == ["000000_1.png", "manifest.json"]
 
 
-@pytest.mark.parametrize("command", ["", "sample", "reconstruct", "tokenize", "detokenize", "info"])
+@pytest.mark.parametrize("command", ["", *cli._COMMANDS])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
@@ -428,7 +429,7 @@ def test_info_tables(tiny: None) -> None:
 
 def test_installed_command() -> None:
     script = Path(sys.executable).with_name("titok-fast")
-    for command in ([script], [sys.executable, "-m", "titok_fast.cli.main"]):
+    for command in ([script], [sys.executable, "-m", "titok_fast"]):
         done = subprocess.run([*command, "info"], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "titok-l-32" in done.stdout

@@ -1,11 +1,11 @@
-"""Many pictures from one or more processes: the same bytes whoever draws, resumes or dies."""
+"""Many images from one or more processes: the same bytes whoever draws, resumes or dies."""
 
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import zipfile
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from support.tiny_models import (
     rebuilt,
@@ -26,17 +25,20 @@ from support.tiny_models import (
 )
 
 from titok_fast import ImageBert, SamplingConfig, TiTokPipeline
-from titok_fast.cli.sample import follow, lead, main
-from titok_fast.cli.sample_options import build_parser
-from titok_fast.crew import Crew
-from titok_fast.io.sample_folder import PngFiles, RawFiles, write_archive
+from titok_fast.cli import main as cli
+from titok_fast.io.sample_folder import RawFolder, write_archive
 from titok_fast.presets import PRESETS, Preset
 from titok_fast.sampling.unmask import sample_seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread_for_all")  # as torchrun sets it
 NUM, CLASSES = 20, 5
 GENERATOR = replace(tiny_generator_config(), condition_num_classes=CLASSES)
-NAMES = ["manifest.json", *(f"{i:06d}.png" for i in range(NUM))]
+NAMES = [*(f"{i:06d}_{i % CLASSES}.png" for i in range(NUM)), "manifest.json"]
+AGAIN = "images written so far stay; run the same command again to draw the rest"
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(["sample", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +72,16 @@ def options(weights: Path, out: Path, *more: object) -> list[str]:
 
 def torchrun(ranks: int, arguments: list[str]) -> "subprocess.Popen[str]":
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command = [*start, "--standalone", "-m", "titok_fast.cli.sample", *arguments]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return process([*start, "--standalone", "-m", "titok_fast", "sample", *arguments])
+
+
+def process(command: list[str], **environment: str) -> "subprocess.Popen[str]":
+    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**environment, "OMP_NUM_THREADS": "1"}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**own, "OMP_NUM_THREADS": "1", **environment},
     )
 
 
@@ -81,7 +89,7 @@ def pictures(folder: Path) -> np.ndarray:
     """All PNG files of a folder, which must hold them and the manifest and nothing else."""
     names = sorted(path.name for path in folder.iterdir())
     count = len(names) - 1
-    assert names == [*(f"{i:06d}.png" for i in range(count)), "manifest.json"]
+    assert names == [*(f"{i:06d}_{i % CLASSES}.png" for i in range(count)), "manifest.json"]
     return np.stack([np.asarray(Image.open(folder / name)) for name in names[:-1]])
 
 
@@ -95,7 +103,8 @@ def test_two_ranks_and_another_batch_size_give_the_same_bytes(
     tmp_path: Path, weights: Path, wanted: np.ndarray
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    process = torchrun(2, options(weights, two, "--batch-size=3", f"--npz={tmp_path / 'two.npz'}"))
+    more = ["--batch-size=3", f"--npz={tmp_path / 'two.npz'}", f"--grid={tmp_path / 'two.png'}"]
+    process = torchrun(2, options(weights, two, *more))
     assert main(options(weights, one, f"--npz={tmp_path / 'one.npz'}")) == 0
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -103,6 +112,7 @@ def test_two_ranks_and_another_batch_size_give_the_same_bytes(
     for name in NAMES:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    assert np.asarray(Image.open(tmp_path / "two.png")).shape == (4 * 34 + 2, 5 * 34 + 2, 3)
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
@@ -117,13 +127,46 @@ def test_killed_rank_ends_the_run_and_a_rerun_draws_the_rest(tmp_path: Path, wei
     finally:
         process.kill()
     assert process.returncode != 0
-    assert "rank 0: stopped before the end. Pictures written so far stay: run the same" in errors
     before = stamps(out)
-    assert 2 <= len(before) - 1 < 10
+    left = 10 - (len(before) - 1)
+    assert 0 < left <= 8
+    assert "titok-fast: rank 0: interrupted; " in errors
+    assert f"of 10 images are missing in {out}; {AGAIN}" in errors
     assert main(options(weights, out, *slow)) == 0
     assert before.items() <= stamps(out).items()  # nothing was drawn twice
     assert main(options(weights, whole, *slow)) == 0
     assert np.array_equal(pictures(out), pictures(whole))
+
+
+def test_rank_without_a_launcher_that_stops_it_says_what_is_missing(
+    tmp_path: Path, weights: Path
+) -> None:
+    """Such as mpirun without abort: rank 0 finishes its pieces, and names those of the dead."""
+    out = tmp_path / "out"
+    slow = options(weights, out, "--count=10", "--steps=250", "--batch-size=1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "titok_fast", "sample", *slow]
+    ranks = [process(command, RANK=str(rank), **where) for rank in range(2)]
+    try:
+        wait_for(lambda: (out / "000001_1.png").exists(), ranks[1])
+        ranks[1].kill()
+        _, errors = ranks[0].communicate(timeout=120)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 2, errors
+    assert "titok-fast: rank 0: error: another process is gone; " in errors
+    assert f"of 10 images are missing in {out}. {AGAIN}" in errors
+    there = {path.name for path in out.glob("[!.]*.png")}
+    assert {f"{i:06d}_{i % CLASSES}.png" for i in range(0, 10, 2)} <= there
+    before = stamps(out)
+    assert main(slow) == 0
+    assert before.items() <= stamps(out).items()
+    assert len(pictures(out)) == 10
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
@@ -150,8 +193,8 @@ def test_holes_are_filled_and_the_rest_left_alone(
     arguments = options(weights, tmp_path, f"--batch-size={batch}")
     assert main(arguments) == 0
     for i in (0, 4, 5, 19):
-        (tmp_path / f"{i:06d}.png").unlink()
-    (tmp_path / ".000004.png.k1ll3d.png").write_bytes(b"half")  # as a killed writer leaves it
+        (tmp_path / NAMES[i]).unlink()
+    (tmp_path / ".000004_4.png.k1ll3d.png").write_bytes(b"half")  # as a killed writer leaves it
     before = stamps(tmp_path)
     assert main(arguments) == 0
     assert before.items() <= stamps(tmp_path).items()
@@ -171,55 +214,57 @@ def test_nothing_left_to_draw(
     assert main(options(weights, out, f"--npz={npz}")) == 0
     assert (stamps(out), stamps(npz.parent)) == (before, written)
     assert capsys.readouterr().out.splitlines() == [
-        f"{NUM} pictures in {out}, 0 of them from before",
-        f"{NUM} pictures in {out}, {NUM} of them from before",
-        *[f"{NUM} pictures in {out} and {npz}, {NUM} of them from before"] * 2,
+        f"{NUM} images in {out}",
+        f"{NUM} images in {out}, {NUM} of them from before",
+        *[f"{NUM} images in {out} and {npz}, {NUM} of them from before"] * 2,
     ]
 
 
 def test_archive_without_png_files(
     tmp_path: Path, weights: Path, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, npz = tmp_path / "out", tmp_path / "all.npz"
-    arguments = options(weights, out, f"--npz={npz}", "--no-png")
-    write = RawFiles.write
+    npz, parts = tmp_path / "all.npz", tmp_path / "all.npz.parts"
+    arguments = [*options(weights, tmp_path, f"--npz={npz}")]
+    arguments.remove(f"--out={tmp_path}")
+    write = RawFolder.write
 
-    def fail_late(album: RawFiles, indices: np.ndarray, pixels: np.ndarray) -> None:
+    def fail_late(store: RawFolder, indices: np.ndarray, pixels: np.ndarray) -> None:
         if indices[0] >= 12:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(album, indices, pixels)
+        write(store, indices, pixels)
 
-    monkeypatch.setattr(RawFiles, "write", fail_late)
+    monkeypatch.setattr(RawFolder, "write", fail_late)
     assert main([*arguments, "--batch-size=4"]) == 2
-    monkeypatch.setattr(RawFiles, "write", write)
+    monkeypatch.setattr(RawFolder, "write", write)
     runs = ["000000-000004.u8", "000004-000008.u8", "000008-000012.u8"]
-    assert sorted(path.name for path in out.iterdir()) == [*runs, "manifest.json"]
+    assert sorted(path.name for path in parts.iterdir()) == [*runs, "manifest.json"]
     assert not npz.exists()
-    (out / runs[1]).write_bytes(b"cut short by a copy")
+    (parts / runs[1]).write_bytes(b"cut short by a copy")
     assert main([*arguments, "--batch-size=5"]) == 0
     with np.load(npz) as archive:
         assert archive.files == ["arr_0"]
         assert archive["arr_0"].dtype == np.uint8
         assert np.array_equal(archive["arr_0"], wanted)
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["all.npz"]
     before = stamps(tmp_path)
     assert main(arguments) == 0  # the archive itself says that all is done
     assert stamps(tmp_path) == before
-    npz.unlink()
-    assert main(arguments) == 0
+    assert main([*arguments, "--force"]) == 0
+    assert stamps(tmp_path) != before
     assert np.array_equal(np.load(npz)["arr_0"], wanted)
 
 
 def test_raw_runs_that_overlap_count_once(tmp_path: Path) -> None:
-    album, pixels = RawFiles(tmp_path, 2), np.arange(8 * 12, dtype=np.uint8).reshape(8, 2, 2, 3)
+    store = RawFolder(tmp_path, 2, np.zeros(8, np.int64))
+    pixels = np.arange(8 * 12, dtype=np.uint8).reshape(8, 2, 2, 3)
     for indices in ([0, 1, 2, 5], [1, 2, 3], [4, 5, 6, 7]):
-        album.write(np.array(indices), pixels[indices])
-    assert album.done(8).all()
-    assert np.array_equal(np.stack(list(album.read(8))), pixels)
+        store.write(np.array(indices), pixels[indices])
+    assert store.done().all()
+    assert np.array_equal(np.stack(list(store.read())), pixels)
     (tmp_path / "000001-000004.u8").unlink()
-    assert album.done(8).tolist() == [True] * 3 + [False] + [True] * 4
-    with pytest.raises(FileNotFoundError, match="lacks picture 3"):
-        list(album.read(8))
+    assert store.done().tolist() == [True] * 3 + [False] + [True] * 4
+    with pytest.raises(FileNotFoundError, match="lacks image 3"):
+        list(store.read())
 
 
 def test_damaged_picture_is_named_and_leaves_no_archive(
@@ -227,9 +272,9 @@ def test_damaged_picture_is_named_and_leaves_no_archive(
 ) -> None:
     out, npz = tmp_path / "out", tmp_path / "all.npz"
     assert main(options(weights, out)) == 0
-    Image.new("RGB", (16, 16)).save(out / "000003.png")
+    Image.new("RGB", (16, 16)).save(out / NAMES[3])
     assert main(options(weights, out, f"--npz={npz}")) == 2
-    assert "000003.png wants 32 x 32 pixels" in capsys.readouterr().err
+    assert "000003_3.png wants 32 x 32 pixels" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -254,14 +299,14 @@ def test_archive_takes_the_memory_of_a_few_pictures(tmp_path: Path) -> None:
         (["--count=25"], "num was 20, now 25"),
         (["--dtype=bfloat16"], "dtype was 'float32', now 'bfloat16'"),
         (["--generator={other}"], "weights_sha256 was '"),
-        (["--no-png", "--npz={out}.npz"], "files was 'png', now 'raw'"),
+        (["--labels=1,2"], "classes was 5, now None; labels was None, now [1, 2]"),
     ],
 )  # fmt: skip
 def test_other_settings_are_refused_by_name(
     begun: Path, weights: Path, capsys: pytest.CaptureFixture[str], change: list[str], phrase: str
 ) -> None:
     before = stamps(begun)
-    change = [text.format(other=weights / "other", out=begun) for text in change]
+    change = [text.format(other=weights / "other") for text in change]
     assert main(options(weights, begun, *change)) == 2
     message = capsys.readouterr().err
     assert f"{begun} was begun with other settings: " in message
@@ -269,11 +314,28 @@ def test_other_settings_are_refused_by_name(
     assert stamps(begun) == before
 
 
+def test_force_begins_anew(tmp_path: Path, weights: Path) -> None:
+    assert main(options(weights, tmp_path)) == 0
+    first = pictures(tmp_path)
+    assert main(options(weights, tmp_path, "--seed=8", "--count=10", "--force")) == 0
+    assert len(pictures(tmp_path)) == 10
+    assert not np.array_equal(pictures(tmp_path), first[:10])
+
+
+def test_labels_take_turns(tmp_path: Path, weights: Path, wanted: np.ndarray) -> None:
+    assert main(options(weights, tmp_path, "--labels=0,1,2,3,4,0,1", "--count=9")) == 0
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == [f"{i:06d}_{label}.png" for i, label in enumerate([0, 1, 2, 3, 4, 0, 1, 0, 1])]
+    made = np.stack([np.asarray(Image.open(tmp_path / name)) for name in names])
+    assert np.array_equal(made[:7], wanted[:7])
+    assert not np.array_equal(made[7:], wanted[7:9])
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
     out = tmp_path_factory.mktemp("begun")
     assert main(options(weights, out)) == 0
-    (out / "000002.png").unlink()
+    (out / NAMES[2]).unlink()
     return out
 
 
@@ -284,7 +346,7 @@ def test_weights_are_known_by_content_and_not_by_place(
     try:
         assert main(options(weights, begun, f"--generator={tmp_path / 'moved'}")) == 0
     finally:
-        (begun / "000002.png").unlink()
+        (begun / NAMES[2]).unlink()
 
 
 def test_bad_requests(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,22 +356,18 @@ def test_bad_requests(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixtu
     (other / "000000.png").write_text("not ours")
     np.savez(tmp_path / "taken.npz", arr_0=np.zeros(3))
     cases = [
-        (["--count=21"], "--count wants a multiple of the 5 classes, such as 25; got 21"),
         ([f"--out={file}"], "File exists"),
         ([f"--out={file / 'below'}"], "Not a directory"),
         ([f"--out={other}"], "holds 000000.png but no manifest.json of an earlier run"),
         ([f"--npz={tmp_path / 'taken.npz'}"], "taken.npz exists and is not of this run"),
-        (["--npz=pictures.zip"], "--npz wants a name ending in .npz; got pictures.zip"),
-        (["--no-png"], "--no-png wants --npz FILE"),
-        (["--steps=0"], "num_sample_steps wants an integer from 1 to 1024; got 0"),
-        (["--random-weights"], "--random-weights wants --model, and no other place of weights"),
-        (["--generator="], "name a published model with --model, or --tokenizer and --generator"),
+        (["--random-weights"], "--random-weights wants --model, and no weights beside it"),
+        (["--generator="], "drawing wants a generator: pass --generator"),
         ([f"--generator={tmp_path / 'nowhere'}"], "is neither a directory"),
     ]
     for change, message in cases:
         assert main(options(weights, tmp_path / "out", *change)) == 2, change
         error = capsys.readouterr().err
-        assert error.startswith("\nsample_many: rank 0: error: "), error
+        assert error.startswith("titok-fast: error: "), error
         assert message in error
     assert not list((tmp_path / "out").glob("*.png"))
 
@@ -321,14 +379,6 @@ def test_damaged_manifest(
         (tmp_path / "manifest.json").write_text(content)
         assert main(options(weights, tmp_path)) == 2
         assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "option", ["--count=0", "--batch-size=x", "--patience=nan", "--patience=0"]
-)
-def test_numbers_are_checked(option: str) -> None:
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["--out=x", option])
 
 
 def test_random_weights_of_a_published_architecture(
@@ -346,80 +396,17 @@ def test_random_weights_of_a_published_architecture(
 
 
 def test_rank_with_other_weights_is_refused(tmp_path: Path, weights: Path) -> None:
-    store = dist.HashStore()
-    other = options(weights, tmp_path, f"--generator={weights / 'other'}")
-    errors: list[BaseException] = []
-
-    def second() -> None:
-        try:
-            with Crew(store, 1, 2) as crew:
-                follow(build_parser().parse_args(other), crew)
-        except ValueError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    arguments = build_parser().parse_args(options(weights, tmp_path))
-    dead = pytest.raises(ConnectionError, match=r"rank 1 has not answered for 1\.5 s and seems")
-    with dead, Crew(store, 0, 2, patience_s=1.5) as crew:
-        lead(arguments, crew)
-    thread.join()
-    assert "rank 1 differs from rank 0: weights_sha256 was " in str(errors[0])
-    assert len(PngFiles(tmp_path, 32).done(NUM).nonzero()[0]) == NUM  # rank 0 drew its share too
-
-
-def test_claims_are_given_out_once() -> None:
-    store, taken = dist.HashStore(), []
-    crews = [Crew(store, rank, 4) for rank in range(4)]
-
-    def take(crew: Crew) -> None:
-        for _ in range(50):
-            taken.append(crew.claim())
-            crew.report(2)
-
-    threads = [threading.Thread(target=take, args=(crew,)) for crew in crews]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(taken) == list(range(200))
-    assert crews[0].finished() == 400
-
-
-def test_slow_rank_with_a_pulse_is_waited_for() -> None:
-    store, polls = dist.HashStore(), []
-
-    def work() -> None:
-        with Crew(store, 1, 2, patience_s=1) as crew:
-            time.sleep(2.5)
-            crew.leave()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    with Crew(store, 0, 2, patience_s=1) as crew:
-        crew.wait_for_others(lambda: polls.append(0))
-    thread.join()
-    assert len(polls) > 5
-
-
-def test_silent_leader_and_failed_leader_end_the_others() -> None:
-    store = dist.HashStore()
-    crew = Crew(store, 1, 2, patience_s=0.3)
-    with pytest.raises(ConnectionError, match=r"rank 0 has not answered for 0\.3 s"):
-        crew.plan()
-    Crew(store, 0, 2).publish(None)
-    with pytest.raises(ConnectionError, match="rank 0 could not start"):
-        crew.plan()
-
-
-def test_store_that_goes_away() -> None:
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
-    with Crew(client, 1, 2, patience_s=1) as crew:
-        assert crew.claim() == 0
-        del server
-        with pytest.raises(ConnectionError, match="rank 0 or its launcher has gone"):
-            crew.claim()
+    out = tmp_path / "out"
+    (tmp_path / "rank.py").write_text(
+        "import os, sys; from titok_fast.cli.main import main\n"
+        f"other = '--generator={weights / 'other'}'\n"
+        "sys.exit(main(sys.argv[1:] + [other] * int(os.environ['RANK'])))\n"
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    run = process([*start, str(tmp_path / "rank.py"), "sample", *options(weights, out)])
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "rank 1: error: rank 1 differs from rank 0: weights_sha256 was " in errors
 
 
 def test_nobody_to_join(
@@ -428,13 +415,15 @@ def test_nobody_to_join(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    free = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        free = unused.getsockname()[1]
     for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("MASTER_PORT", free)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert main(options(weights, tmp_path, "--patience=1")) == 2
     error = capsys.readouterr().err
-    assert "sample_many: rank 1: error: the other processes cannot be reached" in error
+    assert "titok-fast: rank 1: error: the other processes cannot be reached" in error
     monkeypatch.delenv("MASTER_ADDR")
     assert main(options(weights, tmp_path)) == 2
     assert "MASTER_ADDR" in capsys.readouterr().err

@@ -137,13 +137,13 @@ def test_interval_survives_a_file() -> None:
 
 
 def test_interval_on_the_command_line() -> None:
-    def resolve_fast(*words: str) -> object:
+    def chosen(*words: str) -> object:
         args = build_parser().parse_args(["--out", "x", *words])
         return settings(args)["guidance_interval"]
 
-    assert resolve_fast() is None
-    assert resolve_fast("--guidance-interval", "0.25,0.75") == (0.25, 0.75)
-    assert resolve_fast("--guidance-interval=0.5,1", "--guidance", "3") == (0.5, 1.0)
+    assert chosen() is None
+    assert chosen("--guidance-interval", "0.25,0.75") == (0.25, 0.75)
+    assert chosen("--guidance-interval=0.5,1", "--guidance", "3") == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("text", ["0.5", "0.1,0.2,0.3", "a,b", ""])

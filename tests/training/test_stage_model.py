@@ -176,7 +176,7 @@ def lean(blocks: nn.ModuleList) -> list[bool]:
     return [f is not None and f.__module__ == make_lean.__module__ for f in forwards]
 
 
-def resolve_fast(**settings: object) -> tuple[list[str], list[bool]]:
+def chosen(**settings: object) -> tuple[list[str], list[bool]]:
     """What a narrow and a wide block were told."""
     blocks = model()
     prepare_blocks(blocks, TrainingConfig(**settings))  # type: ignore[arg-type]
@@ -185,11 +185,11 @@ def resolve_fast(**settings: object) -> tuple[list[str], list[bool]]:
 
 def test_choices_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
-    assert resolve_fast() == (["sdpa", "products"], [False, True])
-    assert resolve_fast(mixed_precision="no") == (["sdpa", "sdpa"], [False, True])
-    assert resolve_fast(activation_checkpointing=True) == (["sdpa", "products"], [False, False])
+    assert chosen() == (["sdpa", "products"], [False, True])
+    assert chosen(mixed_precision="no") == (["sdpa", "sdpa"], [False, True])
+    assert chosen(activation_checkpointing=True) == (["sdpa", "products"], [False, False])
     monkeypatch.setenv(ENVIRONMENT, "sdpa")
-    assert resolve_fast() == (["sdpa", "sdpa"], [False, True])
+    assert chosen() == (["sdpa", "sdpa"], [False, True])
 
 
 def test_other_devices_are_left_as_they_are() -> None:

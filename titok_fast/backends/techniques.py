@@ -1,8 +1,8 @@
-"""The fast mode: which techniques there are, which work together, and which are on by default.
+"""The fast mode: which techniques exist, which work together, and which are on by default.
 
 Each changes the networks of a pipeline in place, and none changes what is sampled beyond rounding:
 `python bench/waterfall.py` has a row of speed and quality for each. "graph" changes no network:
-graphs.py records the whole draw.
+cuda_graph.py records the whole draw.
 """
 
 from collections.abc import Collection, Mapping
@@ -18,40 +18,38 @@ from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.tokenizer import TiTok
 
 TECHNIQUES = {
-    "packed": "CPU: weights in oneDNN's layout, GELU in the product, kernels folded once",
-    "products": "CPU: attention as plain matrix products",
-    "int8": "CPU: products in 8-bit integers, scales per token and per output channel",
+    "packed": "CPU: weights in oneDNN's layout, GELU fused into the matmul, kernels folded once",
+    "products": "CPU: attention as plain matmuls",
+    "int8": "CPU: matmuls in 8-bit integers, scales per token and per output channel",
     "inductor": "torch.compile of each network",
     "graph": "CUDA: the whole draw recorded once for each batch size, then replayed",
 }
 DEFAULTS = {"cpu": ("packed", "products"), "cuda": ("inductor", "graph")}
-MODES = ("default", "int8")  # names for what most callers want
 # B and 2B rows for each batch size. Beyond torch's limit of 8 shapes it runs the plain network
 _SHAPES = 64
 _RECORDING_MODES = ("reduce-overhead", "max-autotune")
 
 
-def resolve_fast(fast: bool | str | Collection[str] | None, device_type: str) -> tuple[str, ...]:
-    """The techniques that a caller means.
+def resolve_fast(fast: bool | str, device_type: str) -> tuple[str, ...]:
+    """The techniques behind `fast=` and `--fast`.
 
     Args:
-        fast: True, None or "default" for the device's defaults, "int8" for the fastest on a CPU,
-            names of techniques, or False for none.
+        fast: False for none, True for the device's defaults, which keep the dtype, or "int8", the
+            fastest on a CPU.
         device_type: of torch.device.
 
     Raises:
-        ValueError: another name of a mode.
+        ValueError: another value.
     """
     if fast is False:
         return ()
-    if fast is None or fast is True or fast == "default":
+    if fast is True:
         return DEFAULTS.get(device_type, ("inductor",))
     if fast == "int8":
         return ("products", "int8")
-    if isinstance(fast, str):
-        modes = ", ".join(MODES)
-        raise ValueError(f"fast wants {modes}, or a list of techniques; got {fast!r}")
-    return tuple(fast)
+    raise ValueError(
+        f"fast wants True, False or 'int8'; got {fast!r}: lists of techniques go to compile()"
+    )
 
 
 def check_techniques(
@@ -60,7 +58,7 @@ def check_techniques(
     dtype: torch.dtype,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse what cannot work, before anything is changed.
+    """Refuse what cannot work, before anything changes.
 
     Args:
         techniques: of one pipeline.
@@ -99,7 +97,7 @@ def check_techniques(
 
 
 def apply_techniques(networks: Collection[nn.Module], techniques: Collection[str]) -> None:
-    """Change the networks in place; `check_techniques` has been asked."""
+    """Change the networks in place; call `check_techniques` first."""
     for network in networks:
         if "products" in techniques:
             set_attention(network, "products")

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titok_fast.cli.options import DTYPES
+from titok_fast.config import FLOAT_DTYPES as DTYPES
 from titok_fast.io.files import fetch, read_tensors, write_atomic, write_tensors
-from titok_fast.loading import config_beside
+from titok_fast.loading import generator_config_of
 from titok_fast.models.classifier import FashionClassifier
 from titok_fast.models.generator import generator_class
 from titok_fast.models.tokenizer import TiTok
@@ -99,7 +99,7 @@ def _check(sources: dict[str, Path]) -> None:
     """Load everything the way it will be loaded later: wrong folders show now."""
     generator = None
     if "generator" in sources:
-        config = config_beside(str(sources["generator"]))
+        config = generator_config_of(str(sources["generator"]))
         generator = generator_class(config).from_pretrained(sources["generator"])
     if "tokenizer" in sources:
         TiTokPipeline(TiTok.from_pretrained(sources["tokenizer"]), generator)

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from titok_fast.cli.evaluate_options import add_arguments
-from titok_fast.cli.images import refuse_existing
+from titok_fast.cli.options import check_outputs as refuse_existing
 from titok_fast.config import __version__
 from titok_fast.distributed import Ranks, join
 from titok_fast.evaluation import places

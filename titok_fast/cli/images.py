@@ -1,119 +1,172 @@
-"""The work behind `titok-fast`: each command checks its arguments, loads, works, yields its lines.
+"""`titok-fast tokenize`, `detokenize` and `reconstruct`: images to tokens to images.
 
-Everything that can be refused is refused before weights are read into memory, output folders
-included. Pictures are handled a batch at a time, so that 50,000 of them need no more memory than
-one batch (the sheet of `--grid` excepted).
+Everything that can be refused is refused before weights are read, output folders included. Images
+are handled a batch at a time, so that 50,000 of them need no more memory than one batch (the sheet
+of `--grid` excepted).
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image
 
-from titok_fast.cli.album import Album, refuse_existing
-from titok_fast.cli.models import (
-    check_options,
-    decodes,
-    generator_config,
-    has_tokens,
-    load,
-    tokenizer_config,
+from titok_fast.cli.options import (
+    add_force,
+    add_model,
+    check_outputs,
+    load_pipeline,
+    progress_bar,
+    sources_of,
 )
-from titok_fast.cli.options import settings
-from titok_fast.config import SamplingConfig
-from titok_fast.io.images import list_images, to_pil, to_tensor, to_uint8
+from titok_fast.io.images import grid, list_images, psnr, save_png, to_pil, to_tensor, to_uint8
 from titok_fast.io.token_files import check_suffix, read_ids, write_ids
-from titok_fast.pipeline import TiTokPipeline
-from titok_fast.presets import check_classes, preset
-from titok_fast.sampling.unmask import sample_seeds
-
-_MOST_COLUMNS = 20  # wider sheets do not fit a screen
-
-# evaluation/command.py takes refuse_existing from here
-__all__ = ["detokenize", "psnr", "reconstruct", "refuse_existing", "sample", "tokenize"]
 
 
-def sample(args: argparse.Namespace) -> Iterator[str]:
-    """Draw pictures of classes."""
-    if args.out is None and args.grid is None:
-        raise ValueError("sample wants --out DIR, --grid FILE, or both: where do the pictures go?")
-    changes = settings(args)
-    SamplingConfig().updated(**changes)
-    check_options(args)
-    has_tokens(tokenizer_config(args))
-    labels = _labels(args, generator_config(args).condition_num_classes)
-    names = [f"{i:06d}_{label}.png" for i, label in enumerate(labels)]
-    album = Album(names, args.out, args.grid, force=args.force, columns=_columns(args, labels))
-    pipe = load(args)
-    seeds, size = sample_seeds(args.seed, len(labels)), _batch_size(args, pipe)
-    with _progress(args, len(labels)) as bar:
-        for part in _chunks(len(labels), size):
-            pictures = pipe(labels[part], seeds=seeds[part], batch_size=size, **changes)
-            album.add(pictures)  # type: ignore[arg-type]  # "pil" gives a list
-            bar.update(len(pictures))
-        album.close()
-    yield from _where(args, len(labels))
+class _Outputs:
+    """Where images go: a folder of PNG files, one sheet, both, or nowhere.
+
+    Args:
+        args: with `out`, `grid` and `force`.
+        names: file names in order, one per image.
+
+    Raises:
+        ValueError: the sheet's name does not end in .png.
+        OSError: a file to write exists (without `--force`), or a folder cannot be made.
+    """
+
+    def __init__(self, args: argparse.Namespace, names: Sequence[str]) -> None:
+        self.out, self.sheet, self.names = args.out, args.grid, list(names)
+        self.paths = [args.out / name for name in names] if args.out else []
+        self._drawn: list[Image.Image] = []
+        self._written = 0
+        if args.grid is not None and args.grid.suffix.lower() != ".png":
+            raise ValueError(f"--grid wants a name ending in .png; got {args.grid}")
+        check_outputs([*self.paths, *([args.grid] if args.grid else [])], force=args.force)
+        for folder in (args.out, args.grid and args.grid.parent):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, images: list[Image.Image]) -> None:
+        """Write the next images."""
+        for image in images:
+            if self.paths:
+                save_png(self.paths[self._written], image)
+            if self.sheet is not None:
+                self._drawn.append(image)
+            self._written += 1
+
+    def close(self) -> Iterator[str]:
+        """Write the sheet, if one is wanted, and say where everything is."""
+        if self.out is not None:
+            yield f"{len(self.names)} images in {self.out}"
+        if self.sheet is not None:
+            save_png(self.sheet, grid(self._drawn))
+            yield f"{len(self.names)} images in {self.sheet}"
 
 
-def _labels(args: argparse.Namespace, classes: int) -> list[int]:
-    """What each picture is to show: --num of each label, or the classes in turn."""
-    if args.labels is None:
-        return [i % classes for i in range(args.num or classes)]
-    check_classes(args.labels, classes, preset(args.model).classes if args.model else ())
-    return [label for label in args.labels for _ in range(args.num or 1)]
+def add_reconstruct(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of `reconstruct`."""
+    parser.description = (
+        "Encode images, decode them, and print the PSNR of each. Images are resized and cropped "
+        "to the model's square first; PSNR is measured on that square. Without --out and --grid "
+        "only numbers are printed."
+    )
+    _add_inputs(parser)
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="write input and result next to each other"
+    )
+    _add_outputs(parser)
+    add_model(parser)
 
 
-def _columns(args: argparse.Namespace, labels: list[int]) -> int | None:
-    """Where classes take turns and are few, a column of the sheet for each."""
-    count = len(set(labels))
-    return count if args.labels is None and count <= _MOST_COLUMNS else None
+def add_tokenize(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of `tokenize`."""
+    parser.description = "Turn images into token ids, and write them with the images' names."
+    _add_inputs(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="file to write: .npz or .json"
+    )
+    parser.add_argument(
+        "--id-dtype",
+        choices=("int16", "int32"),
+        help="integer type of the ids in .npz (default: the smallest that holds the codebook)",
+    )
+    add_force(parser)
+    add_model(parser)
+
+
+def add_detokenize(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of `detokenize`."""
+    parser.description = "Turn the ids in a file that `tokenize` wrote into images."
+    parser.add_argument("ids", type=Path, metavar="FILE", help="ids to read: .npz or .json")
+    _add_outputs(parser)
+    add_model(parser)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="image file, or folder that is searched to any depth (jpg, png, webp)",
+    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for PNG files named {index}_{name}.png"
+    )
+    parser.add_argument(
+        "--grid", type=Path, metavar="FILE", help="PNG file that shows all images in rows"
+    )
+    add_force(parser)
 
 
 def reconstruct(args: argparse.Namespace) -> Iterator[str]:
-    """Pictures through the tokenizer and back."""
-    check_options(args)
-    config = decodes(tokenizer_config(args))
-    paths = _pictures(args.inputs)
-    names = [f"{i:06d}_{path.stem}.png" for i, path in enumerate(paths)]
-    album = Album(names, args.out, args.grid, force=args.force)
-    pipe = load(args)
-    size, decibels = _batch_size(args, pipe), []
-    with _progress(args, len(paths)) as bar:
+    """Images through the tokenizer and back."""
+    sources = sources_of(args)
+    config = sources.tokenizer_config
+    config.check_has_pixels()
+    paths = _images(args.inputs)
+    outputs = _Outputs(args, [f"{i:06d}_{path.stem}.png" for i, path in enumerate(paths)])
+    pipe = load_pipeline(args, sources)
+    size, decibels = args.batch_size or pipe.default_batch_size, list[float]()
+    with progress_bar(args, len(paths)) as bar:
         for part in _chunks(len(paths), size):
             batch = to_tensor(paths[part], config.crop_size)
-            given = to_uint8(batch, rounding="round").numpy()
-            made = pipe.reconstruct(batch, batch_size=size, output="numpy")
-            assert isinstance(made, np.ndarray)
-            decibels += [psnr(a, b) for a, b in zip(given, made, strict=True)]
-            album.add(to_pil(np.concatenate([given, made], axis=2) if args.side_by_side else made))
+            originals = to_uint8(batch, rounding="round")
+            made = pipe.reconstruct(batch, batch_size=size, output="tensor")
+            assert isinstance(made, torch.Tensor)
+            decibels += psnr(originals, made).tolist()
+            outputs.add(to_pil(torch.cat([originals, made], 2) if args.side_by_side else made))
             bar.update(len(made))
-        album.close()
+    where = list(outputs.close())
     for value, path in zip(decibels, paths, strict=True):
         yield f"{value:7.2f} dB  {path}"
     yield f"{np.mean(decibels):7.2f} dB  mean PSNR of {len(paths)}"
-    yield from _where(args, len(paths))
+    yield from where
 
 
 def tokenize(args: argparse.Namespace) -> Iterator[str]:
-    """Pictures to a file of token ids."""
+    """Images to a file of token ids."""
     check_suffix(args.out)
-    check_options(args)
-    config = has_tokens(tokenizer_config(args))
+    sources = sources_of(args)
+    config = sources.tokenizer_config
+    config.check_has_ids()
     smallest = torch.int16 if config.codebook_size <= 2**15 else torch.int32
     dtype = getattr(torch, args.id_dtype) if args.id_dtype else smallest
     if config.codebook_size - 1 > torch.iinfo(dtype).max:
         raise ValueError(f"--id-dtype int16 is too small for {config.codebook_size} codes")
-    paths = _pictures(args.inputs)
-    refuse_existing([args.out], force=args.force)
+    paths = _images(args.inputs)
+    check_outputs([args.out], force=args.force)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    pipe = load(args)
-    size, rows = _batch_size(args, pipe), []
-    with _progress(args, len(paths)) as bar:
+    pipe = load_pipeline(args, sources)
+    size, rows = args.batch_size or pipe.default_batch_size, []
+    with progress_bar(args, len(paths)) as bar:
         for part in _chunks(len(paths), size):
             ids = pipe.tokenize(list(paths[part]), dtype=dtype, batch_size=size)
             rows.append(ids.numpy())
@@ -124,56 +177,36 @@ def tokenize(args: argparse.Namespace) -> Iterator[str]:
 
 
 def detokenize(args: argparse.Namespace) -> Iterator[str]:
-    """A file of token ids to pictures."""
+    """A file of token ids to images."""
     if args.out is None and args.grid is None:
         raise ValueError("detokenize wants --out DIR, --grid FILE, or both")
-    check_options(args)
-    config, record = has_tokens(decodes(tokenizer_config(args))), read_ids(args.ids)
-    wanted = (config.num_latent_tokens, config.codebook_size)
-    if (record.ids.shape[1], record.codebook_size) != wanted:
-        got = f"{record.ids.shape[1]} of {record.codebook_size}"
+    sources = sources_of(args)
+    config = sources.tokenizer_config
+    config.check_has_pixels()
+    config.check_has_ids()
+    record = read_ids(args.ids)
+    K, N = config.num_latent_tokens, config.codebook_size
+    if (record.ids.shape[1], record.codebook_size) != (K, N):
         raise ValueError(
-            f"{args.ids} holds {got} codes, this tokenizer has {wanted[0]} of {wanted[1]}: "
-            "use the one that made them"
+            f"{args.ids} holds {record.ids.shape[1]} of {record.codebook_size} codes, this "
+            f"tokenizer has {K} of {N}: use the one that made them"
         )
     names = [f"{i:06d}_{Path(name).stem}.png" for i, name in enumerate(record.files)]
-    album = Album(names, args.out, args.grid, force=args.force)
-    pipe = load(args)
-    size, ids = _batch_size(args, pipe), torch.from_numpy(record.ids)
-    with _progress(args, len(names)) as bar:
+    outputs = _Outputs(args, names)
+    pipe = load_pipeline(args, sources)
+    size, ids = args.batch_size or pipe.default_batch_size, torch.from_numpy(record.ids)
+    with progress_bar(args, len(names)) as bar:
         for part in _chunks(len(names), size):
-            pictures = pipe.detokenize(ids[part], batch_size=size)
-            album.add(pictures)  # type: ignore[arg-type]  # "pil" gives a list
-            bar.update(len(pictures))
-        album.close()
-    yield from _where(args, len(names))
+            made = pipe.detokenize(ids[part], batch_size=size)
+            assert isinstance(made, list)
+            outputs.add(made)
+            bar.update(len(made))
+    yield from outputs.close()
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures of one shape; inf where equal."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
-
-
-def _batch_size(args: argparse.Namespace, pipe: TiTokPipeline) -> int:
-    return args.batch_size or pipe.default_batch_size
-
-
-def _pictures(inputs: Sequence[Path]) -> list[Path]:
+def _images(inputs: Sequence[Path]) -> list[Path]:
     return [path for source in inputs for path in list_images(source)]
 
 
 def _chunks(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, start + size)
-
-
-def _progress(args: argparse.Namespace, total: int) -> "tqdm[NoReturn]":
-    return tqdm(total=total, unit="image", desc=args.command, disable=args.quiet, file=sys.stderr)
-
-
-def _where(args: argparse.Namespace, count: int) -> Iterator[str]:
-    if args.out is not None:
-        yield f"{count} pictures in {args.out}"
-    if args.grid is not None:
-        yield f"sheet of {count} in {args.grid}"
+    return (slice(start, start + size) for start in range(0, total, size))

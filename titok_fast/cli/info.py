@@ -1,7 +1,9 @@
 """The tables of `titok-fast info`: the cost model in words."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 
+from titok_fast.cli.options import positive
 from titok_fast.costs import (
     DEVICES,
     decoding_costs,
@@ -12,11 +14,43 @@ from titok_fast.costs import (
     speed_of_light,
     tokenizer_costs,
 )
-from titok_fast.layer_costs import Cost, dtype_size
+from titok_fast.layer_costs import DTYPE_BYTES, Cost, dtype_size
 from titok_fast.presets import PRESETS, Preset, preset
 
 _MIB = 2**20
 _NONE = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command's arguments on its parser."""
+    parser.description = (
+        "Show parameters, FLOPs, bytes and the least time per image on some cards. Everything is "
+        "computed from the models' shapes; nothing is measured or downloaded."
+    )
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help=f"models to show stage by stage (default: a line for each of {', '.join(PRESETS)})",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPE_BYTES),
+        default="bfloat16",
+        help="number format of weights and arithmetic (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="images at once, for the least times (default: 32)",
+    )
+
+
+def run(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the tables."""
+    yield info(args.models, dtype=args.dtype, batch=args.batch_size)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

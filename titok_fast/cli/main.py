@@ -1,37 +1,65 @@
-"""The command `titok-fast`, also `python -m titok_fast.cli.main`: arguments, printing, exit status.
+"""The command `titok-fast`, also `python -m titok_fast`: parsing, printing, exit status.
 
-Results go to stdout, progress and errors to stderr. An error is one line and status 2; Ctrl-C is
-status 130. No file is left half written.
+Results go to stdout, progress and errors to stderr. An error is one line and status 2; Ctrl-C and
+SIGTERM are status 130. No file is left half written.
 """
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
-from titok_fast.cli import images as cli_commands
-from titok_fast.cli.info import info
-from titok_fast.cli.options import add_running, add_sampling, add_weights, labels, positive
 from titok_fast.config import __version__
-from titok_fast.layer_costs import DTYPE_BYTES
 from titok_fast.models.attention import BackendError
-from titok_fast.presets import PRESETS
 
 _EPILOG = """\
 examples:
-  titok-fast sample --model fashion-16 --num 100 --out clothes --grid clothes.png
+  titok-fast sample
   titok-fast sample --model titok-l-32 --labels 1,7,282 --num 4 --out samples --grid sheet.png
   titok-fast reconstruct photos --model titok-l-32 --out back --side-by-side
   titok-fast tokenize photos --model titok-l-32 --out photos.npz
   titok-fast detokenize photos.npz --model titok-l-32 --out back
   titok-fast info titok-l-32
-  titok-fast train recipes/fashion/stage1.yaml training.max_train_steps=100
+  titok-fast train fashion/stage1 training.max_train_steps=100
 """
 _MAX_LINES = 4  # of a message; a wrong weight file can name hundreds of tensors
+_REPORTED = (
+    ValueError,
+    OSError,
+    ImportError,
+    MemoryError,
+    BackendError,
+    torch.OutOfMemoryError,
+)
+
+
+class _Command(NamedTuple):
+    module: str
+    help: str
+    add_arguments: str = "add_arguments"
+    run: str = "run"
+
+
+# modules are imported when their command runs: some take seconds
+_COMMANDS = {
+    "sample": _Command("sample", "draw images of classes"),
+    "reconstruct": _Command(
+        "images", "encode images and decode them", "add_reconstruct", "reconstruct"
+    ),
+    "tokenize": _Command("images", "turn images into token ids", "add_tokenize", "tokenize"),
+    "detokenize": _Command("images", "turn token ids into images", "add_detokenize", "detokenize"),
+    "info": _Command("info", "show sizes, costs and speed limits of the models"),
+    "train": _Command("train", "train a tokenizer or a generator by a recipe"),
+    "pretokenize": _Command("pretokenize", "turn a data set into token shards"),
+    "convert": _Command("convert", "put trained models into one small folder"),
+    "eval": _Command("evaluate", "measure reconstructions, samples and features"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, or one process of it under torchrun.
 
     Args:
         argv: arguments without the program's name; None takes the process's.
@@ -50,26 +78,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 2 an error that is reported on stderr, 130 interrupted.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = argparse.Namespace()
+    # launchers end the others by SIGTERM when one process dies: that deserves a message too
+    catches = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if catches else None
     try:
-        words = sys.argv[1:] if argv is None else argv
         args = build_parser(words[0] if words else None).parse_args(words)
-        late = args.command in _LATE
-        run = _late(args.command).run if late else _COMMANDS[args.command]
-        for line in run(args):
+        command = _COMMANDS[args.command]
+        for line in getattr(import_module(f"titok_fast.cli.{command.module}"), command.run)(args):
             print(line)
     except KeyboardInterrupt:
-        print("titok-fast: interrupted", file=sys.stderr)
-        return 130
-    except (
-        ValueError, OSError, ImportError, MemoryError, BackendError, torch.OutOfMemoryError
-    ) as error:  # fmt: skip
-        print(f"titok-fast: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        hint = getattr(args, "on_stop", "")
+        return _fail(f"interrupted{'; ' if hint else ''}{hint}", 130)
+    except _REPORTED as error:
+        return _fail(f"error: {_one_line(error)}", 2)
+    finally:
+        if catches:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def _late(command: str) -> Any:
-    return import_module(_LATE[command][0])
+def _fail(message: str, status: int) -> int:
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    rank = f"rank {os.environ.get('RANK', '0')}: " if many else ""
+    sys.stderr.write(f"titok-fast: {rank}{message}\n")
+    return status
 
 
 def _one_line(error: BaseException) -> str:
@@ -78,154 +112,26 @@ def _one_line(error: BaseException) -> str:
     return "; ".join([*lines[:_MAX_LINES], *more]) or type(error).__name__
 
 
-def _info(args: argparse.Namespace) -> Iterator[str]:
-    yield info(args.models, dtype=args.dtype, batch=args.batch_size)
-
-
-_COMMANDS = {
-    "sample": cli_commands.sample,
-    "reconstruct": cli_commands.reconstruct,
-    "tokenize": cli_commands.tokenize,
-    "detokenize": cli_commands.detokenize,
-    "info": _info,
-}
-
-
-# commands of their own modules, which are imported when they are asked for
-_LATE = {
-    "train": ("titok_fast.cli.train", "train a tokenizer or a generator by a recipe"),
-    "pretokenize": ("titok_fast.cli.pretokenize", "turn a data set into token shards"),
-    "convert": ("titok_fast.cli.convert", "put trained models into one small folder"),
-    "eval": ("titok_fast.cli.evaluate", "measure reconstructions, samples and features"),
-}
-
-
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The whole command line, for `main` and for documentation.
 
     Args:
-        command: the one that will run; of those in modules of their own, only its options are read.
+        command: the one that will run; of the others only the name and a line of help are defined.
     """
     parser = _Parser(
         prog="titok-fast",
-        description="Pictures as 32 to 256 tokens, and pictures drawn from tokens.",
+        description="Images as 32 to 256 tokens, and images drawn from tokens.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"titok-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_sample(commands.add_parser("sample", help="draw pictures of classes"))
-    _add_reconstruct(commands.add_parser("reconstruct", help="encode pictures and decode them"))
-    _add_tokenize(commands.add_parser("tokenize", help="turn pictures into token ids"))
-    _add_detokenize(commands.add_parser("detokenize", help="turn token ids into pictures"))
-    _add_info(commands.add_parser("info", help="show sizes, costs and speed limits of the models"))
-    for name, (_, help_text) in _LATE.items():
-        late = commands.add_parser(name, help=help_text)
+    for name, known in _COMMANDS.items():
+        subparser = commands.add_parser(name, help=known.help)
         if name == command:
-            _late(name).add_arguments(late)
+            module = import_module(f"titok_fast.cli.{known.module}")
+            getattr(module, known.add_arguments)(subparser)
     return parser
-
-
-def _add_sample(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Draw pictures of classes: ImageNet's, or with fashion-16 ten kinds of clothes. Picture i "
-        "depends on the seed, on i, on its label and on the sampling settings, never on the batch "
-        "size."
-    )
-    parser.add_argument(
-        "--labels", "--label", dest="labels", type=labels, action="extend", metavar="LIST",
-        help="classes such as 1,7,282; may be given several times (default: all in turn)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--num", type=positive, metavar="N",
-        help="pictures of each label (default: 1); without --labels, pictures in all (default: one "
-        "of each class)",
-    )  # fmt: skip
-    _add_outputs(parser, "{index}_{label}.png")
-    add_sampling(parser)
-    _add_models(parser, generator=True)
-
-
-def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Encode pictures, decode them, and print the PSNR of each. Pictures are resized and "
-        "cropped to the model's square first; PSNR is measured on that square. Without --out and "
-        "--grid only numbers are printed."
-    )
-    _add_inputs(parser)
-    parser.add_argument(
-        "--side-by-side", action="store_true", help="write input and result next to each other"
-    )
-    _add_outputs(parser, "{index}_{name}.png")
-    _add_models(parser)
-
-
-def _add_tokenize(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Turn pictures into token ids, and write them with the pictures' names."
-    _add_inputs(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="file to write: .npz or .json"
-    )
-    parser.add_argument(
-        "--id-dtype", choices=("int16", "int32"),
-        help="integer type of the ids in .npz (default: the smallest that holds the codebook)",
-    )  # fmt: skip
-    _add_force(parser)
-    _add_models(parser)
-
-
-def _add_detokenize(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Turn the ids in a file that `tokenize` wrote into pictures."
-    parser.add_argument("ids", type=Path, metavar="FILE", help="ids to read: .npz or .json")
-    _add_outputs(parser, "{index}_{name}.png")
-    _add_models(parser)
-
-
-def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Show parameters, FLOPs, bytes and the least time per picture on some cards. Everything is "
-        "computed from the models' shapes; nothing is measured or downloaded."
-    )
-    parser.add_argument(
-        "models", nargs="*", metavar="MODEL",
-        help=f"models to show stage by stage (default: a line for each of {', '.join(PRESETS)})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16",
-        help="number format of weights and arithmetic (default: bfloat16)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N",
-        help="pictures at once, for the least times (default: 32)",
-    )  # fmt: skip
-
-
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="PICTURE",
-        help="picture file, or folder that is searched to any depth (jpg, png, webp)",
-    )  # fmt: skip
-
-
-def _add_outputs(parser: argparse.ArgumentParser, pattern: str) -> None:
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"folder for PNG files named {pattern}"
-    )
-    parser.add_argument(
-        "--grid", type=Path, metavar="FILE", help="PNG file that shows all pictures in rows"
-    )
-    _add_force(parser)
-
-
-def _add_force(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace files that exist already")
-
-
-def _add_models(parser: argparse.ArgumentParser, *, generator: bool = False) -> None:
-    """Which weights, and where they run."""
-    group = parser.add_argument_group("model")
-    add_weights(group, generator=generator)
-    add_running(group)
 
 
 if __name__ == "__main__":

@@ -1,104 +1,130 @@
-"""Options that several commands share: which model, where it runs, how it samples."""
+"""Options that commands share: which model, where it runs, how it samples, and progress bars."""
 
 import argparse
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
-from titok_fast.backends.techniques import MODES
-from titok_fast.config import GUIDANCE_DECAYS, SCHEDULES
-from titok_fast.models.attention import BACKENDS
+from titok_fast.backends.techniques import check_techniques, resolve_fast
+from titok_fast.config import FLOAT_DTYPES, GUIDANCE_DECAYS, SCHEDULES
+from titok_fast.distributed import local_device
+from titok_fast.loading import Sources, resolve
+from titok_fast.models.attention import BACKENDS, backend_name
+from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import PRESETS
 
-DTYPES = ("float32", "bfloat16", "float16")
 
-
-def add_weights(group: argparse._ArgumentGroup, *, generator: bool) -> None:
-    """`--model`, `--tokenizer`, `--random-weights`, and where pictures are drawn `--generator`."""
-    group.add_argument(
-        "--model", choices=tuple(PRESETS), metavar="NAME",
-        help=f"known model: {', '.join(PRESETS)}",
-    )  # fmt: skip
-    for part in ("tokenizer", "generator") if generator else ("tokenizer",):
-        group.add_argument(
-            f"--{part}", metavar="WEIGHTS",
-            help=f"directory, weight file or hub repository of the {part}, in place of the "
-            "published weights; together with --model, the settings are still that model's",
-        )  # fmt: skip
-    group.add_argument(
-        "--random-weights", action="store_true",
-        help="dry run of --model without weights: the pictures are noise",
-    )  # fmt: skip
-
-
-def add_running(
-    group: argparse._ArgumentGroup, *, devices: Sequence[str] | None = None, each: str = ""
-) -> None:
-    """`--device`, `--dtype`, `--attention`, `--fast`, `--batch-size`, `--quiet`.
+def add_model(parser: argparse.ArgumentParser, *, generator: bool = False) -> None:
+    """Which weights, and where they run: what `sources_of` and `load_pipeline` read.
 
     Args:
-        group: that takes them.
-        devices: the only ones to choose from; None takes any that torch knows.
-        each: words after "pictures at once", where several processes run.
+        parser: of the command.
+        generator: whether the command draws.
     """
-    names = "cpu, cuda or cuda:1" if devices is None else " or ".join(devices)
+    group = parser.add_argument_group("model")
     group.add_argument(
-        "--device", choices=devices, metavar="DEVICE",
-        help=f"{names} (default: cuda if there is one)",
-    )  # fmt: skip
+        "--model",
+        choices=tuple(PRESETS),
+        metavar="NAME",
+        help=f"known model: {', '.join(PRESETS)}",
+    )
+    for part in ("tokenizer", "generator") if generator else ("tokenizer",):
+        group.add_argument(
+            f"--{part}",
+            metavar="WEIGHTS",
+            help=f"directory, weight file or hub repository of the {part}, in place of the "
+            "published weights; together with --model, the settings are still that model's",
+        )
     group.add_argument(
-        "--dtype", choices=DTYPES,
+        "--random-weights",
+        action="store_true",
+        help="dry run of --model without weights: the images are noise",
+    )
+    add_device(group)
+    group.add_argument(
+        "--dtype",
+        choices=FLOAT_DTYPES,
         help="number format of the weights (default: bfloat16 on cuda, float32 elsewhere)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--attention", choices=(*BACKENDS, "auto"),
+        "--attention",
+        choices=(*BACKENDS, "auto"),
         help="attention back end (default: TITOK_FAST_ATTENTION, or else sdpa)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--fast", nargs="?", const="default", default=False, type=_mode, metavar="MODE",
+        "--fast",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_fast,
+        metavar="int8",
         help="faster after a slower start: packed weights on the cpu, torch.compile and CUDA "
         "graphs on cuda; `--fast int8` is the fastest on the cpu, at a small loss of precision",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--batch-size", type=positive, metavar="N",
-        help=f"pictures at once{each} (default: 8 on the cpu, 128 elsewhere)",
-    )  # fmt: skip
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="images at once (default: 8 on the cpu, 128 elsewhere)",
+    )
+    add_quiet(group)
+
+
+def add_device(group: argparse._ActionsContainer) -> None:
+    """`--device`."""
+    group.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda or cuda:1 (default: cuda if there is one)"
+    )
+
+
+def add_quiet(group: argparse._ActionsContainer) -> None:
+    """`--quiet`."""
     group.add_argument("--quiet", action="store_true", help="show no progress bar")
 
 
+def add_force(group: argparse._ActionsContainer) -> None:
+    """`--force`."""
+    group.add_argument("--force", action="store_true", help="replace files that exist already")
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """`--seed`, and the fields of SamplingConfig, which `settings` collects."""
+    """`--seed`, and the fields of SamplingConfig, which `sampling_changes` collects."""
     group = parser.add_argument_group(
         "sampling settings",
-        "The default of each is the published one of --model. Without --model: 8 steps, constant "
-        "guidance 3, temperature 4.5, no annealing, which is not how the paper's FID is reached.",
+        "The default of each is the published one of --model. Without a known model: 8 steps, "
+        "constant guidance 3, temperature 4.5, no annealing, which does not reach the paper's FID.",
     )
-    group.add_argument(
-        "--seed", type=int, default=0, help="seed of the run, any integer (default: 0)"
-    )
-    group.add_argument("--steps", type=int, help="number of unmasking steps, 1 to 1024")
-    group.add_argument("--guidance", type=float, help="guidance scale; 0 turns guidance off")
-    group.add_argument("--decay", choices=GUIDANCE_DECAYS, help="guidance over the steps")
-    group.add_argument(
-        "--guidance-interval", type=interval, metavar="LOW,HIGH",
+    add = group.add_argument
+    add("--seed", type=int, default=0, help="seed of the run, any integer (default: 0)")
+    add("--steps", type=int, help="number of unmasking steps, 1 to 1024")
+    add("--guidance", type=float, help="guidance scale; 0 turns guidance off")
+    add("--decay", choices=GUIDANCE_DECAYS, help="guidance over the steps")
+    add(
+        "--guidance-interval",
+        type=interval,
+        metavar="LOW,HIGH",
         help="share of the steps in which guidance acts, such as 0.25,0.75 (default: all)",
-    )  # fmt: skip
-    group.add_argument("--power", type=float, help="exponent of the decay power-cosine")
-    group.add_argument("--temperature", type=float, help="noise at the first step, 0 or more")
-    group.add_argument(
-        "--annealing", action=argparse.BooleanOptionalAction,
+    )
+    add("--power", type=float, help="exponent of the decay power-cosine")
+    add("--temperature", type=float, help="noise at the first step, 0 or more")
+    add(
+        "--annealing",
+        action=argparse.BooleanOptionalAction,
         help="divide logits by a temperature that falls from 1.3 to 0.5",
-    )  # fmt: skip
-    group.add_argument("--schedule", choices=SCHEDULES, help="how fast tokens are unmasked")
-    group.add_argument(
-        "--confidence", choices=("logit", "probability"),
+    )
+    add("--schedule", choices=SCHEDULES, help="how fast tokens are unmasked")
+    add(
+        "--confidence",
+        choices=("logit", "probability"),
         help="what ranks tokens: TiTok's raw logit, or MaskGIT's probability",
-    )  # fmt: skip
+    )
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of SamplingConfig as given, None where an option is absent."""
+def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SamplingConfig that the options set; None where an option is absent."""
     return {
         "num_sample_steps": args.steps,
         "guidance_scale": args.guidance,
@@ -112,11 +138,65 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Where the models are to be and in what type, by the options or by what there is."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    return device, getattr(torch, name)
+def sources_of(args: argparse.Namespace, *, draws: bool = False) -> Sources:
+    """Check the options of `add_model`, and find configurations and weights.
+
+    Raises:
+        ValueError: an option's value does not exist here, or two do not go together.
+        FileNotFoundError: there are no such weights.
+        BackendError: the attention back end cannot work here.
+    """
+    device, dtype = local_device(args.device), dtype_of(args)
+    backend_name(args.attention)
+    check_techniques(resolve_fast(args.fast, device.type), device.type, dtype)
+    generator = getattr(args, "generator", None)
+    return resolve(
+        args.model, args.tokenizer, generator, draws=draws, random_weights=args.random_weights
+    )
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """The floating type of the weights that `--dtype` and `--device` stand for."""
+    kind = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
+    return getattr(torch, args.dtype or ("bfloat16" if kind == "cuda" else "float32"))
+
+
+def load_pipeline(args: argparse.Namespace, sources: Sources) -> TiTokPipeline:
+    """Load what `sources_of` found, and make it fast where `--fast` asks for it."""
+    if args.random_weights:
+        sys.stderr.write("titok-fast: random weights, untrained: the images are noise\n")
+    return make_fast(args, load_plain(args, sources))
+
+
+def load_plain(args: argparse.Namespace, sources: Sources) -> TiTokPipeline:
+    """Load what `sources_of` found, not yet compiled."""
+    device, dtype = local_device(args.device), dtype_of(args)
+    return TiTokPipeline.from_sources(sources, device=device, dtype=dtype, attention=args.attention)
+
+
+def make_fast(args: argparse.Namespace, pipe: TiTokPipeline) -> TiTokPipeline:
+    """Compile a pipeline where `--fast` asks for it, and say how."""
+    if args.fast:
+        pipe.compile(resolve_fast(args.fast, pipe.device.type))
+        if not args.quiet:
+            sys.stderr.write(f"titok-fast: fast on {pipe.device}: {', '.join(pipe.techniques)}\n")
+    return pipe
+
+
+def progress_bar(
+    args: argparse.Namespace, total: int, *, unit: str = "image", name: str = "", show: bool = True
+) -> "tqdm[NoReturn]":
+    """A bar on standard error; none with `--quiet`.
+
+    Args:
+        args: with `quiet` and `command`.
+        total: units of the whole work.
+        unit: of the work.
+        name: beside the bar; by default the command's.
+        show: False shows none, for ranks that are silent.
+    """
+    silent = args.quiet or not show or not total
+    return tqdm(total=total, unit=unit, desc=name or args.command, disable=silent, file=sys.stderr)
 
 
 def positive(text: str) -> int:
@@ -157,9 +237,20 @@ def labels(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def _mode(text: str) -> str:
-    if text not in MODES:
+def _fast(text: str) -> str:
+    if text != "int8":
         raise argparse.ArgumentTypeError(
-            f"wants {', '.join(MODES)}, or no value; got {text!r}: does it belong before --fast?"
+            f"wants int8, or no value; got {text!r}: does it belong before --fast?"
         )
     return text
+
+
+def check_outputs(files: Sequence[Any], *, force: bool) -> None:
+    """Raise FileExistsError if a file would be replaced without `--force`."""
+    existing = [path for path in files if path.exists()]
+    folders = [path for path in existing if path.is_dir()]
+    if folders:
+        raise IsADirectoryError(f"{folders[0]} is a folder; a file is to be written there")
+    if existing and not force:
+        count = f"{len(existing)} outputs exist" if len(existing) > 1 else "the output exists"
+        raise FileExistsError(f"{count} already: {existing[0]}; pass --force to overwrite")

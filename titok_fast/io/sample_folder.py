@@ -1,8 +1,7 @@
-"""Files of a big run: pictures that are whole or absent, what made them, and the ADM archive.
+"""The folder of a sampling run: images that are whole or absent, and what made them.
 
-What is done is what lies in the folder: there is no second record that could disagree with it.
-No two processes write the same file, so any number of them may share a folder, on network file
-systems too.
+What is done is what lies in the folder: no second record could disagree with it. No two processes
+write the same file, so any number of them may share a folder, on network file systems too.
 """
 
 import json
@@ -20,46 +19,47 @@ from titok_fast.io.files import write_atomic
 from titok_fast.io.images import load_image, save_png, to_pil
 
 MANIFEST = "manifest.json"
-_PNG = re.compile(r"(\d{6,})\.png")
+_PNG = re.compile(r"(\d{6,})_(\d+)\.png")
 _RAW = re.compile(r"(\d{6,})-(\d{6,})\.u8")
 # what write_atomic leaves behind when its process is killed
 _PART = re.compile(r"\.(\d{6,}.*\.(png|u8)|manifest\.json\..*\.json)")
-_WRITERS = 4  # deflating a picture takes longer than drawing one on a fast device
+_WRITERS = 4  # deflating an image takes longer than drawing one on a fast device
 
 
-class PngFiles:
-    """Pictures as `000000.png`, `000001.png`, ...
+class PngFolder:
+    """Images as `000000_7.png`: their index and their label.
 
     Args:
         folder: where they lie; exists.
-        size: side S of a picture in pixels.
+        size: side S of an image in pixels.
+        labels: (n,) label of each image.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self.size = folder, size
+    def __init__(self, folder: Path, size: int, labels: np.ndarray) -> None:
+        self.folder, self.size, self.labels = folder, size, labels
 
-    def done(self, num: int) -> np.ndarray:
-        """(num,) bool: which pictures are there."""
-        done = np.zeros(num, bool)
-        matches = (_PNG.fullmatch(path.name) for path in self.folder.iterdir())
-        indices = np.array([int(match[1]) for match in matches if match], int)
-        done[indices[indices < num]] = True
+    def done(self) -> np.ndarray:
+        """(n,) bool: which images are there."""
+        done = np.zeros(len(self.labels), bool)
+        for match in map(_PNG.fullmatch, (path.name for path in self.folder.iterdir())):
+            if match and int(match[1]) < len(done):
+                done[int(match[1])] = int(match[2]) == self.labels[int(match[1])]
         return done
 
     def write(self, indices: np.ndarray, pixels: np.ndarray) -> None:
-        """Write pictures: (B,) ascending indices, (B, S, S, 3) uint8."""
+        """Write images: (B,) ascending indices, (B, S, S, 3) uint8."""
         paths = [self._path(i) for i in indices]
         with ThreadPoolExecutor(_WRITERS) as pool:
             list(pool.map(save_png, paths, to_pil(pixels)))  # the list raises what a thread raised
 
-    def read(self, num: int) -> Iterator[np.ndarray]:
-        """Pictures 0..num-1 in order, each (S, S, 3) uint8.
+    def read(self) -> Iterator[np.ndarray]:
+        """All images in order, each (S, S, 3) uint8.
 
         Raises:
             ValueError: a file is damaged, or of another size.
-            FileNotFoundError: a picture is not there.
+            FileNotFoundError: an image is not there.
         """
-        for i in range(num):
+        for i in range(len(self.labels)):
             pixels = np.asarray(load_image(self._path(i)))
             if pixels.shape != (self.size, self.size, 3):
                 raise ValueError(
@@ -68,60 +68,52 @@ class PngFiles:
                 )
             yield pixels
 
-    def remove(self) -> None:
-        """Nothing: these pictures are results."""
-
     def _path(self, index: int) -> Path:
-        return self.folder / f"{index:06d}.png"
+        return self.folder / f"{index:06d}_{self.labels[index]}.png"
 
 
-class RawFiles:
-    """Runs of pictures as bytes on their way to an archive: `000008-000016.u8` holds 8..15.
+class RawFolder:
+    """Runs of images as bytes on their way to an archive: `000008-000016.u8` holds 8..15.
 
     Args:
         folder: where they lie; exists.
-        size: side S of a picture in pixels.
+        size: side S of an image in pixels.
+        labels: (n,) label of each image.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self.size = folder, size
+    def __init__(self, folder: Path, size: int, labels: np.ndarray) -> None:
+        self.folder, self.size, self.labels = folder, size, labels
 
-    def done(self, num: int) -> np.ndarray:
-        """(num,) bool: which pictures are there; a file of a wrong length counts as absent."""
-        done = np.zeros(num, bool)
+    def done(self) -> np.ndarray:
+        """(n,) bool: which images are there; a file of a wrong length counts as absent."""
+        done = np.zeros(len(self.labels), bool)
         for start, stop, _ in self._runs():
             done[start:stop] = True
         return done
 
     def write(self, indices: np.ndarray, pixels: np.ndarray) -> None:
-        """Write pictures: (B,) ascending indices, (B, S, S, 3) uint8; a file for each run."""
+        """Write images: (B,) ascending indices, (B, S, S, 3) uint8; a file for each run."""
         breaks = np.flatnonzero(np.diff(indices) > 1) + 1
         for run, part in zip(np.split(indices, breaks), np.split(pixels, breaks), strict=True):
             name = f"{run[0]:06d}-{run[-1] + 1:06d}.u8"
             write_atomic(self.folder / name, part.tobytes())
 
-    def read(self, num: int) -> Iterator[np.ndarray]:
-        """Pictures 0..num-1 in order, each (S, S, 3) uint8.
+    def read(self) -> Iterator[np.ndarray]:
+        """All images in order, each (S, S, 3) uint8.
 
         Raises:
-            FileNotFoundError: a picture is not there.
+            FileNotFoundError: an image is not there.
         """
-        at = 0
+        at, count = 0, len(self.labels)
         for start, stop, path in self._runs():
             if start > at:
                 break
             pixels = np.fromfile(path, np.uint8).reshape(-1, self.size, self.size, 3)
-            # two runs at once in one folder may have written a picture twice: once is enough
-            yield from pixels[at - start : num - start]
+            # runs of two batch sizes may hold an image twice: once is enough
+            yield from pixels[at - start : count - start]
             at = max(at, stop)
-        if at < num:
-            raise FileNotFoundError(f"{self.folder} lacks picture {at}: run again")
-
-    def remove(self) -> None:
-        """Delete the runs, once the archive holds them."""
-        for path in self.folder.iterdir():
-            if _RAW.fullmatch(path.name):
-                path.unlink()
+        if at < count:
+            raise FileNotFoundError(f"{self.folder} lacks image {at}: run again")
 
     def _runs(self) -> list[tuple[int, int, Path]]:
         matches = [(_RAW.fullmatch(path.name), path) for path in self.folder.iterdir()]
@@ -130,14 +122,11 @@ class RawFiles:
         return sorted(run for run in runs if run[2].stat().st_size == (run[1] - run[0]) * picture)
 
 
-Album = PngFiles | RawFiles
-
-
 def make_writable(folder: Path) -> None:
     """Make a folder, and see that files can be written there.
 
     Raises:
-        OSError: it cannot be had.
+        OSError: it cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -162,12 +151,13 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], stem: str = "") -
     return phrases
 
 
-def claim_folder(folder: Path, manifest: dict[str, Any]) -> None:
+def claim_folder(folder: Path, manifest: dict[str, Any], *, force: bool = False) -> None:
     """Record in an empty folder what will fill it, or see that it was begun with the same.
 
     Args:
         folder: exists.
-        manifest: settings that decide what the pictures look like; plain JSON values.
+        manifest: settings that decide what the images look like; plain JSON values.
+        force: delete the images of an earlier run with other settings.
 
     Raises:
         FileExistsError: other files lie there.
@@ -186,16 +176,27 @@ def claim_folder(folder: Path, manifest: dict[str, Any]) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("wants a JSON object")
+        changed = differences(found, manifest)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; choose another folder") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} wants a JSON object; choose another folder")
-    changed = differences(found, manifest)
-    if changed:
+        changed = [f"{path} is damaged: {error}"]
+    if changed and not force:
         raise ValueError(
-            f"{folder} was begun with other settings: {'; '.join(changed)}. Repeat those, or "
-            "choose another folder"
+            f"{folder} was begun with other settings: {'; '.join(changed)}. Repeat those, choose "
+            "another folder, or pass --force to replace its images"
         )
+    if changed:
+        empty_folder(folder)
+        write_atomic(path, json.dumps(manifest, indent=2).encode())
+
+
+def empty_folder(folder: Path) -> None:
+    """Delete the images and the manifest of a run, and nothing else."""
+    clean(folder)
+    for path in folder.iterdir():
+        if path.name == MANIFEST or _PNG.fullmatch(path.name) or _RAW.fullmatch(path.name):
+            path.unlink()
 
 
 def clean(folder: Path) -> None:

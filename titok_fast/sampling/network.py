@@ -1,5 +1,6 @@
 """What a sampler needs of a generator, so that models may import the samplers."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -24,8 +25,13 @@ class Generator(Protocol):
         """(B, K) ids with masks and (B,) labels -> (B, K, N) logits."""
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
+def check_labels(labels: Tensor, classes: int, names: Sequence[str] = ()) -> None:
     """Refuse labels that are no class.
+
+    Args:
+        labels: to check.
+        classes: number of classes.
+        names: of the classes, for the message; may be empty.
 
     Raises:
         ValueError: not one integer per sample, or outside 0..classes-1.
@@ -37,4 +43,6 @@ def check_labels(labels: Tensor, classes: int) -> None:
     if labels.numel() and not torch.compiler.is_compiling():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= classes:
-            raise ValueError(f"labels lie in 0..{classes - 1}; got {low}..{high}")
+            listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+            known = f" ({listing})" if names else ""
+            raise ValueError(f"labels lie in 0..{classes - 1}{known}; got {low}..{high}")

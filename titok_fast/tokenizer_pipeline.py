@@ -1,18 +1,18 @@
-"""Pictures to tokens to pictures: what a pipeline does with its tokenizer alone."""
+"""Images to tokens to images, in batches: the half of TiTokPipeline that needs no generator."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from titok_fast.batches import Pictures, Progress, check_output, in_batches, present
+from titok_fast.io.batches import Images, Progress, as_output, check_output, in_batches
 from titok_fast.io.images import ImageLike, to_tensor, to_uint8
 from titok_fast.models.tokenizer import TiTok
 
-_ID_TYPES = (torch.int16, torch.int32, torch.int64)
+_ID_DTYPES = (torch.int16, torch.int32, torch.int64)
 
 
-class Coder:
+class TokenizerPipeline:
     """A tokenizer with batches and conversions around it.
 
     Args:
@@ -29,7 +29,7 @@ class Coder:
 
     @property
     def default_batch_size(self) -> int:
-        """Pictures at once where a call names no number: 8 on a CPU, 128 elsewhere."""
+        """Images at once where a call names no number: 8 on a CPU, 128 elsewhere."""
         return 8 if self.device.type == "cpu" else 128
 
     def tokenize(
@@ -52,13 +52,12 @@ class Coder:
             (B, K) ids.
 
         Raises:
-            ValueError: a VAE tokenizer, another dtype, or an unusable image (images.py).
+            ValueError: a VAE tokenizer, another dtype, or an unusable image (io/images.py).
             MemoryError: the batch does not fit.
         """
         cfg = self.tokenizer.config
-        if cfg.quantize_mode != "vq":
-            raise ValueError("a VAE tokenizer has no token ids: use tokenizer.encode(images)")
-        if dtype not in _ID_TYPES or cfg.codebook_size - 1 > torch.iinfo(dtype).max:
+        cfg.check_has_ids()
+        if dtype not in _ID_DTYPES or cfg.codebook_size - 1 > torch.iinfo(dtype).max:
             raise ValueError(
                 f"ids below {cfg.codebook_size} want int16, int32 or int64; got {dtype}"
             )
@@ -79,7 +78,7 @@ class Coder:
         batch_size: int | None = None,
         output: str = "pil",
         progress: Progress | None = None,
-    ) -> Pictures:
+    ) -> Images:
         """Tokens to images, rounded to uint8.
 
         Args:
@@ -97,9 +96,9 @@ class Coder:
 
         def decode(part: slice) -> Tensor:
             codes = self.tokenizer.codes(ids[part].to(self.device))
-            return to_uint8(pixels(self.tokenizer, codes), rounding="round")
+            return to_uint8(decode_pixels(self.tokenizer, codes), rounding="round")
 
-        return present(self._in_batches(len(ids), batch_size, decode, progress), output)
+        return as_output(self._in_batches(len(ids), batch_size, decode, progress), output)
 
     def reconstruct(
         self,
@@ -108,19 +107,20 @@ class Coder:
         batch_size: int | None = None,
         output: str = "pil",
         progress: Progress | None = None,
-    ) -> Pictures:
+    ) -> Images:
         """Images through the tokenizer and back; a VAE uses its mean. Arguments as `tokenize`."""
         check_output(output)
         cfg = self.tokenizer.config
         batch = to_tensor(images, cfg.crop_size)
 
         @torch.no_grad()
-        def both(part: slice) -> Tensor:
+        def there_and_back(part: slice) -> Tensor:
             z, result = self.tokenizer.encode(batch[part].to(self.device))
             codes = result.mode() if cfg.quantize_mode == "vae" else z
-            return to_uint8(pixels(self.tokenizer, codes), rounding="round")
+            return to_uint8(decode_pixels(self.tokenizer, codes), rounding="round")
 
-        return present(self._in_batches(len(batch), batch_size, both, progress), output)
+        parts = self._in_batches(len(batch), batch_size, there_and_back, progress)
+        return as_output(parts, output)
 
     def _in_batches(
         self,
@@ -134,14 +134,7 @@ class Coder:
 
 
 @torch.no_grad()
-def pixels(tokenizer: TiTok, codes: Tensor) -> Tensor:
-    """Codes to pixels as `tokenizer.decode` gives them.
-
-    Raises:
-        ValueError: a stage-1 tokenizer, which predicts proxy codes.
-    """
-    if tokenizer.config.is_legacy and not tokenizer.config.finetune_decoder:
-        raise ValueError(
-            "a stage-1 tokenizer predicts proxy codes, not pixels: use MaskGitVQGAN.decode"
-        )
+def decode_pixels(tokenizer: TiTok, codes: Tensor) -> Tensor:
+    """Codes (B, C, 1, K) to pixels (B, 3, S, S); ValueError for a stage-1 tokenizer."""
+    tokenizer.config.check_has_pixels()
     return tokenizer.decode(codes)

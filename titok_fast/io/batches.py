@@ -1,4 +1,4 @@
-"""Work on many pictures a batch at a time, and what is handed back: PIL, NumPy or torch."""
+"""Many images a batch at a time, and how a caller gets them: PIL, NumPy or torch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor
 from titok_fast.io.images import to_pil
 
 OUTPUTS = ("pil", "numpy", "tensor")
-Pictures = list[Image.Image] | np.ndarray | Tensor
+Images = list[Image.Image] | np.ndarray | Tensor
 Progress = Callable[[int], object]
 
 
@@ -21,10 +21,10 @@ def in_batches(
     """Call `work` on one slice of 0..total after the other.
 
     Args:
-        total: number of pictures; for 0, `work` still gets one empty slice, to check its input.
-        size: pictures at once, 1 or more.
-        work: gives the result of a slice, on any device.
-        progress: called with the number of pictures finished since the last call.
+        total: number of images; for 0, `work` still gets one empty slice, to check its input.
+        size: images at once, 1 or more.
+        work: computes the result of a slice, on any device.
+        progress: called with the number of images finished since the last call.
 
     Yields:
         Results on the CPU, in order.
@@ -44,12 +44,12 @@ def in_batches(
 
 
 def check_output(output: str) -> None:
-    """Raise ValueError unless `present` knows the kind of output."""
+    """Raise ValueError unless `as_output` knows the kind of output."""
     if output not in OUTPUTS:
         raise ValueError(f"output wants one of {OUTPUTS}; got {output!r}")
 
 
-def present(parts: Iterator[Tensor], output: str) -> Pictures:
+def as_output(parts: Iterator[Tensor], output: str) -> Images:
     """Batches (B, S, S, 3) uint8 as "pil" list, or one "numpy" or "tensor" array."""
     pixels = torch.cat(list(parts))
     if output == "tensor":
