@@ -241,9 +241,9 @@ def test_int8_draws_nearly_the_same(model_type: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no C.. compiler")
-@pytest.mark.parametrize("mode", ["default", "int8"])
+@pytest.mark.parametrize("mode", [("packed", "products"), ("products", "int8")])
 def test_compiled_passes_draw_what_the_eager_ones_do(
-    monkeypatch: pytest.MonkeyPatch, mode: str
+    monkeypatch: pytest.MonkeyPatch, mode: tuple[str, ...]
 ) -> None:
     assert passes() is not None
     want = pipeline().compile(mode).sample_tokens([1, 2, 3], seed=5)

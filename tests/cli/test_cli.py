@@ -379,7 +379,11 @@ STAY = "images written so far stay; run the same command again to draw the rest"
 @pytest.mark.parametrize(
     ("raised", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, f"titok-fast: interrupted; {STAY}\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            f"titok-fast: interrupted; 3 of 4 images are missing in OUT; {STAY}\n",
+        ),
         (MemoryError("try batch_size=4"), 2, "titok-fast: error: try batch_size=4\n"),
         (PermissionError(13, "denied", "x"), 2, "titok-fast: error: [Errno 13] denied: 'x'\n"),
     ],
@@ -400,7 +404,7 @@ def test_what_ends_a_run_ends_it_cleanly(
     monkeypatch.setattr(Image.Image, "save", save)
     arguments = ["--labels=1", "--num=4", "--batch-size=1", f"--out={tmp_path}"]
     assert run("sample", *arguments, *both(weights)) == status
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err == message.replace("OUT", str(tmp_path))
     assert names(tmp_path) == ["000000_1.png", "manifest.json"]
 
 

@@ -165,6 +165,9 @@ def _check_places(args: argparse.Namespace) -> None:
     if args.grid is not None:
         check_outputs([args.grid], force=args.force)
         args.grid.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, args.npz and args.npz.parent):
+        if folder is not None:
+            make_writable(folder)
 
 
 def _into_sheet(
@@ -227,7 +230,6 @@ def _claim(
     """Rank 0: the manifest, whether the archive is there already, and (n,) which images are."""
     archived = False
     if args.npz is not None:
-        make_writable(args.npz.parent)
         if args.force:
             args.npz.unlink(missing_ok=True)
         archived = archive_exists(args.npz, manifest)
