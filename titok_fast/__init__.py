@@ -6,12 +6,12 @@ pipeline, costs, training, evaluation, integrations, cli. Imports point up this 
 """
 
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
-from titok_fast.config import __version__ as __version__
 from titok_fast.models.generator import ImageBert, UViTBert, generator_class
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.models.vqgan import MaskGitVQGAN
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import PRESETS, preset
+from titok_fast.settings import __version__ as __version__
 
 __all__ = [
     "PRESETS",

@@ -4,15 +4,19 @@ Field names are upstream's (`model.vq_model.*`, `model.generator.*`), so an offi
 published `config.json` and a dataclass say the same thing. Presets are in presets.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import isfinite
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-__version__ = "0.1.0"
+from titok_fast.settings import (
+    Official,
+    Settings,
+    among,
+    known_fields,
+    read_official,
+    require,
+    within,
+)
 
 # (width, layers, heads). "small" is not the usual ViT-S: upstream's is 512 wide and 8 deep.
 VIT_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
@@ -24,68 +28,8 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")  # of weights, by torch's name
 ViTSize = str | tuple[int, int, int]
 
 
-def read_official(source: "str | Path | Mapping[str, Any] | DictConfig") -> dict[str, Any]:
-    """An official configuration (YAML or JSON file, or mapping) with `${...}` resolved.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it holds no configuration, or a `${...}` points nowhere.
-    """
-    if isinstance(source, str | Path):
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"no configuration file at {source}")
-        try:
-            config: Any = OmegaConf.load(source)  # YAML is a superset of JSON
-        except Exception as error:
-            raise ValueError(f"{source} is not readable as YAML or JSON: {error}") from error
-    else:
-        config = source if isinstance(source, DictConfig) else OmegaConf.create(dict(source))
-    try:
-        resolved: Any = OmegaConf.to_container(config, resolve=True)
-    except Exception as error:
-        raise ValueError(f"configuration has an unresolved reference: {error}") from error
-    if not isinstance(resolved, dict) or "model" not in resolved:
-        raise ValueError("configuration wants the top-level key 'model' of upstream's files")
-    return resolved
-
-
-def _require(ok: bool, name: str, wanted: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name} wants {wanted}; got {got!r}")
-
-
-def _known(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(cls)}
-    return {k: v for k, v in section.items() if k in names}
-
-
-def among(default: Any, *choices: Any) -> Any:
-    """A field that takes one of a few values."""
-    return field(default=default, metadata={"choices": choices})
-
-
-def within(default: Any, least: float, most: float = float("inf")) -> Any:
-    """A number with bounds, both included."""
-    return field(default=default, metadata={"bounds": (least, most)})
-
-
-class Settings:
-    """Base of the sections: checks every field against what `among` and `within` say."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            name = f"{type(self).__name__}.{f.name}"
-            choices, bounds = f.metadata.get("choices"), f.metadata.get("bounds")
-            if choices and value not in choices:
-                raise ValueError(f"{name} wants one of {', '.join(choices)}; got {value!r}")
-            # written so that NaN fails too
-            if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
-                raise ValueError(f"{name} wants a number in {list(bounds)}; got {value!r}")
-
-
 @dataclass(frozen=True)
-class VQGANConfig:
+class VQGANConfig(Settings):
     """MaskGIT-VQGAN: the borrowed 2D tokenizer whose decoder is the tail of two-stage TiTok.
 
     Defaults are the published network: 16x down, 1024 codes of 256 channels.
@@ -99,11 +43,9 @@ class VQGANConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        _require(len(self.channel_mult) >= 1, "channel_mult", "at least one level", ())
-        _require(
-            self.hidden_channels % 32 == 0, "hidden_channels", "a multiple of 32 (norm groups)",
-            self.hidden_channels,
-        )  # fmt: skip
+        require(len(self.channel_mult) >= 1, "channel_mult", "at least one level", ())
+        width = self.hidden_channels
+        require(width % 32 == 0, "hidden_channels", "a multiple of 32 (norm groups)", width)
 
     @property
     def downsampling(self) -> int:
@@ -117,7 +59,7 @@ class VQGANConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     """A TiTok tokenizer. Defaults are TiTok-L-32 after decoder fine-tuning.
 
     Attributes:
@@ -137,8 +79,8 @@ class TokenizerConfig:
             row is quantised and decoded. Wants K patches of one size, and is_legacy=False.
     """
 
-    num_latent_tokens: int = 32
-    codebook_size: int = 4096
+    num_latent_tokens: int = within(32, 1)
+    codebook_size: int = within(4096, 2)
     token_size: int = 12
     use_l2_norm: bool = True
     commitment_cost: float = 0.25
@@ -146,7 +88,7 @@ class TokenizerConfig:
     vit_dec_model_size: ViTSize = "large"
     vit_enc_patch_size: int = 16
     vit_dec_patch_size: int = 16
-    quantize_mode: str = "vq"
+    quantize_mode: str = among("vq", "vq", "vae")
     is_legacy: bool = True
     finetune_decoder: bool = True
     crop_size: int = 256
@@ -154,60 +96,42 @@ class TokenizerConfig:
     is_2d: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("vit_enc_model_size", "vit_dec_model_size"):
             size = getattr(self, name)
             if isinstance(size, str):
-                _require(size in VIT_SIZES, name, f"one of {sorted(VIT_SIZES)}", size)
+                require(size in VIT_SIZES, name, f"one of {sorted(VIT_SIZES)}", size)
             else:
                 object.__setattr__(self, name, tuple(size))
-                _require(
-                    len(size) == 3 and size[0] % size[2] == 0, name,
-                    "(width, layers, heads) with heads dividing width", size,
-                )  # fmt: skip
-        _require(
-            self.num_latent_tokens >= 1, "num_latent_tokens", "at least 1", self.num_latent_tokens
-        )
-        _require(self.codebook_size >= 2, "codebook_size", "at least 2", self.codebook_size)
-        _require(
-            self.quantize_mode in ("vq", "vae"),
-            "quantize_mode",
-            "'vq' or 'vae'",
-            self.quantize_mode,
-        )
+                fits = len(size) == 3 and size[0] % size[2] == 0
+                require(fits, name, "(width, layers, heads) with heads dividing width", size)
         for name in ("vit_enc_patch_size", "vit_dec_patch_size"):
-            patch = getattr(self, name)
-            _require(
-                patch >= 1 and self.crop_size % patch == 0, name,
-                f"a divisor of crop_size {self.crop_size}", patch,
-            )  # fmt: skip
-        _require(
-            not (self.finetune_decoder and not (self.is_legacy and self.quantize_mode == "vq")),
-            "finetune_decoder=True", "is_legacy=True and quantize_mode='vq' (else no proxy head)",
-            f"is_legacy={self.is_legacy}, quantize_mode={self.quantize_mode!r}",
-        )  # fmt: skip
+            patch, side = getattr(self, name), self.crop_size
+            require(patch >= 1 and side % patch == 0, name, f"a divisor of crop_size {side}", patch)
+        if self.finetune_decoder:
+            require(
+                self.is_legacy and self.quantize_mode == "vq",
+                "finetune_decoder=True",
+                "is_legacy=True and quantize_mode='vq' (else no proxy head)",
+                f"is_legacy={self.is_legacy}, quantize_mode={self.quantize_mode!r}",
+            )
         if self.is_legacy:
-            _require(
-                self.vit_dec_patch_size % self.pixel.downsampling == 0, "vit_dec_patch_size",
-                f"a multiple of the pixel decoder's factor {self.pixel.downsampling}",
-                self.vit_dec_patch_size,
-            )  # fmt: skip
+            patch, factor = self.vit_dec_patch_size, self.pixel.downsampling
+            wanted = f"a multiple of the pixel decoder's factor {factor}"
+            require(patch % factor == 0, "vit_dec_patch_size", wanted, patch)
         if self.is_2d:
-            wanted = (self.encoder_grid**2, self.vit_enc_patch_size, False)
+            fitting = (self.encoder_grid**2, self.vit_enc_patch_size, False)
             got = (self.num_latent_tokens, self.vit_dec_patch_size, self.is_legacy)
-            _require(
-                got == wanted, "is_2d=True",
-                f"(num_latent_tokens, vit_dec_patch_size, is_legacy) of {wanted}", got,
-            )  # fmt: skip
+            wanted = f"(num_latent_tokens, vit_dec_patch_size, is_legacy) of {fitting}"
+            require(got == fitting, "is_2d=True", wanted, got)
 
     @classmethod
-    def from_official(
-        cls, source: "str | Path | Mapping[str, Any] | DictConfig"
-    ) -> "TokenizerConfig":
+    def from_official(cls, source: Official) -> "TokenizerConfig":
         """Read `model.vq_model` and `dataset.preprocessing.crop_size`; ignore other keys."""
         config = read_official(source)
         section = config["model"].get("vq_model")
-        _require(isinstance(section, dict), "model.vq_model", "a tokenizer's section", section)
-        known = _known(cls, section)
+        require(isinstance(section, dict), "model.vq_model", "a tokenizer's section", section)
+        known = known_fields(cls, section)
         preprocessing = (config.get("dataset") or {}).get("preprocessing") or {}
         known["crop_size"] = preprocessing.get("crop_size", cls.crop_size)
         if "pixel" in known:
@@ -277,7 +201,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class GeneratorConfig:
+class GeneratorConfig(Settings):
     """A masked generator. Defaults are MaskGIT-ViT for TiTok-L-32.
 
     Attributes:
@@ -288,47 +212,32 @@ class GeneratorConfig:
         class_label_dropout: share of samples trained without their class.
     """
 
-    model_type: str = "ViT"
+    model_type: str = among("ViT", "ViT", "UViT")
     hidden_size: int = 768
-    num_hidden_layers: int = 24
+    num_hidden_layers: int = within(24, 1)
     num_attention_heads: int = 16
     intermediate_size: int = 3072
     dropout: float = 0.1
     attn_drop: float = 0.1
-    image_seq_len: int = 32
-    codebook_size: int = 4096
-    condition_num_classes: int = 1000
-    class_label_dropout: float = 0.1
+    image_seq_len: int = within(32, 1)
+    codebook_size: int = within(4096, 1)
+    condition_num_classes: int = within(1000, 1)
+    class_label_dropout: float = within(0.1, 0, 1)
 
     def __post_init__(self) -> None:
-        _require(
-            self.model_type in ("ViT", "UViT"), "model_type", "'ViT' or 'UViT'", self.model_type
-        )
-        _require(
-            self.hidden_size % self.num_attention_heads == 0, "num_attention_heads",
-            f"a divisor of hidden_size {self.hidden_size}", self.num_attention_heads,
-        )  # fmt: skip
-        for name in (
-            "num_hidden_layers",
-            "image_seq_len",
-            "codebook_size",
-            "condition_num_classes",
-        ):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        super().__post_init__()
+        D, heads = self.hidden_size, self.num_attention_heads
+        require(D % heads == 0, "num_attention_heads", f"a divisor of hidden_size {D}", heads)
         for name in ("dropout", "attn_drop"):
-            _require(0 <= getattr(self, name) < 1, name, "a share in [0, 1)", getattr(self, name))
-        drop = self.class_label_dropout
-        _require(0 <= drop <= 1, "class_label_dropout", "a share in [0, 1]", drop)
+            require(0 <= getattr(self, name) < 1, name, "a share in [0, 1)", getattr(self, name))
 
     @classmethod
-    def from_official(
-        cls, source: "str | Path | Mapping[str, Any] | DictConfig"
-    ) -> "GeneratorConfig":
+    def from_official(cls, source: Official) -> "GeneratorConfig":
         """Read `model.generator` and `model.vq_model.codebook_size`; ignore other keys."""
         config = read_official(source)
         section = config["model"].get("generator")
-        _require(isinstance(section, dict), "model.generator", "a generator's section", section)
-        known = _known(cls, section)
+        require(isinstance(section, dict), "model.generator", "a generator's section", section)
+        known = known_fields(cls, section)
         vq_model = config["model"].get("vq_model") or {}
         if "codebook_size" in vq_model:
             known["codebook_size"] = vq_model["codebook_size"]
@@ -358,7 +267,7 @@ class GeneratorConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How tokens are drawn. Defaults are upstream's `generate` defaults.
 
     Attributes:
@@ -376,60 +285,36 @@ class SamplingConfig:
             draw better so, at middle noise levels alone (arXiv 2404.07724).
     """
 
-    num_sample_steps: int = 8
-    guidance_scale: float = 3.0
-    guidance_decay: str = "constant"
-    guidance_scale_pow: float = 3.0
-    randomize_temperature: float = 4.5
+    num_sample_steps: int = within(8, 1, MAX_STEPS)
+    guidance_scale: float = within(3.0)
+    guidance_decay: str = among("constant", *GUIDANCE_DECAYS)
+    guidance_scale_pow: float = within(3.0)
+    randomize_temperature: float = within(4.5, 0)
     softmax_temperature_annealing: bool = False
-    schedule: str = "arccos"
-    confidence: str = "logit"
+    schedule: str = among("arccos", *SCHEDULES)
+    confidence: str = among("logit", "logit", "probability")
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        steps = self.num_sample_steps
-        _require(
-            isinstance(steps, int) and 1 <= steps <= MAX_STEPS, "num_sample_steps",
-            f"an integer from 1 to {MAX_STEPS}", steps,
-        )  # fmt: skip
-        _require(
-            self.guidance_decay in GUIDANCE_DECAYS,
-            "guidance_decay",
-            f"one of {GUIDANCE_DECAYS}",
-            self.guidance_decay,
-        )
-        _require(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", self.schedule)
-        _require(
-            self.confidence in ("logit", "probability"),
-            "confidence",
-            "'logit' or 'probability'",
-            self.confidence,
-        )
-        for name in ("guidance_scale", "guidance_scale_pow", "randomize_temperature"):
-            _require(isfinite(getattr(self, name)), name, "a finite number", getattr(self, name))
-        _require(
-            self.randomize_temperature >= 0,
-            "randomize_temperature",
-            "at least 0",
-            self.randomize_temperature,
-        )
+        super().__post_init__()
         interval = self.guidance_interval
-        _require(
-            isinstance(interval, Sequence) and len(interval) == 2
+        require(
+            isinstance(interval, Sequence)
+            and len(interval) == 2
             and all(isinstance(end, int | float) for end in interval)
             and 0 <= interval[0] < interval[1] <= 1,
-            "guidance_interval", "(low, high) with 0 <= low < high <= 1", interval,
-        )  # fmt: skip
+            "guidance_interval",
+            "(low, high) with 0 <= low < high <= 1",
+            interval,
+        )
         # files give lists; a tuple of floats compares and hashes
         object.__setattr__(self, "guidance_interval", tuple(float(end) for end in interval))
 
     @classmethod
-    def from_official(
-        cls, source: "str | Path | Mapping[str, Any] | DictConfig"
-    ) -> "SamplingConfig":
+    def from_official(cls, source: Official) -> "SamplingConfig":
         """The settings of upstream's sampling script for a config: annealing on, power 3."""
         section = read_official(source)["model"].get("generator") or {}
-        known = _known(cls, section)
+        known = known_fields(cls, section)
         if "num_steps" in section:
             known["num_sample_steps"] = section["num_steps"]
         return cls(softmax_temperature_annealing=True, **known)
@@ -437,11 +322,7 @@ class SamplingConfig:
     def updated(self, **changes: Any) -> "SamplingConfig":
         """A copy with changed settings; None leaves a setting as it is."""
         changes = {k: v for k, v in changes.items() if v is not None}
-        unknown = set(changes) - {f.name for f in fields(self)}
-        _require(
-            not unknown,
-            "sampling setting",
-            f"one of {[f.name for f in fields(self)]}",
-            sorted(unknown),
-        )
+        names = [f.name for f in fields(self)]
+        unknown = sorted(set(changes) - set(names))
+        require(not unknown, "sampling setting", f"one of {names}", unknown)
         return replace(self, **changes)

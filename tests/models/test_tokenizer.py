@@ -364,7 +364,7 @@ def test_bfloat16_keeps_codebooks_in_float32(kind: str) -> None:
         ({"vit_dec_model_size": (64, 2, 3)}, "heads dividing width"),
         ({"num_latent_tokens": 0}, "num_latent_tokens wants at least 1; got 0"),
         ({"codebook_size": 1}, "codebook_size wants at least 2; got 1"),
-        ({"quantize_mode": "lfq"}, "quantize_mode wants 'vq' or 'vae'; got 'lfq'"),
+        ({"quantize_mode": "lfq"}, "quantize_mode wants one of vq, vae; got 'lfq'"),
         ({"vit_enc_patch_size": 5}, "vit_enc_patch_size wants a divisor of crop_size 32; got 5"),
         ({"vit_dec_patch_size": 1}, "vit_dec_patch_size wants a multiple of .* factor 2; got 1"),
         ({"is_legacy": False}, "finetune_decoder=True wants is_legacy=True"),

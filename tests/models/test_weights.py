@@ -35,9 +35,9 @@ from titok_fast import (
     UViTBert,
     preset,
 )
-from titok_fast.config import read_official
 from titok_fast.io.files import WEIGHT_NAMES, read_tensors, write_atomic
 from titok_fast.models.weights import PretrainedModel, from_official, to_official
+from titok_fast.settings import read_official
 
 KINDS = (*TINY_KINDS, "ViT", "UViT", "vqgan")
 
@@ -447,14 +447,14 @@ def test_hub_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "RAR"}, "model_type wants 'ViT' or 'UViT'; got 'RAR'"),
+        ({"model_type": "RAR"}, "model_type wants one of ViT, UViT; got 'RAR'"),
         ({"num_attention_heads": 3}, "num_attention_heads wants a divisor of hidden_size 64"),
         ({"image_seq_len": 0}, "image_seq_len wants at least 1; got 0"),
         ({"codebook_size": 0}, "codebook_size wants at least 1; got 0"),
         ({"condition_num_classes": 0}, "condition_num_classes wants at least 1; got 0"),
         ({"dropout": 1.0}, r"dropout wants a share in \[0, 1\); got 1.0"),
         ({"attn_drop": -0.1}, r"attn_drop wants a share in \[0, 1\); got -0.1"),
-        ({"class_label_dropout": 1.5}, r"class_label_dropout wants a share in \[0, 1\]; got 1.5"),
+        ({"class_label_dropout": 1.5}, r"class_label_dropout wants a number from 0 to 1; got 1.5"),
     ],
 )
 def test_unknown_configurations_are_named(change: dict[str, object], message: str) -> None:

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from titok_fast.cli.evaluate_options import add_arguments
 from titok_fast.cli.options import check_outputs as refuse_existing
-from titok_fast.config import __version__
 from titok_fast.distributed import Ranks, join
 from titok_fast.evaluation import places
 from titok_fast.evaluation.generation import evaluate_generation, measure_pictures
@@ -30,6 +29,7 @@ from titok_fast.models.perceptual import perceptual
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.models.vqgan import MaskGitVQGAN
 from titok_fast.pipeline import TiTokPipeline
+from titok_fast.settings import __version__
 
 __all__ = ["add_arguments", "run"]
 

@@ -15,8 +15,8 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from titok_fast.config import __version__
 from titok_fast.models.attention import BackendError
+from titok_fast.settings import __version__
 
 _EPILOG = """\
 examples:

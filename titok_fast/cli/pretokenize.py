@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from titok_fast.config import __version__
 from titok_fast.crew import Crew
 from titok_fast.data.config import DataConfig
 from titok_fast.data.crops import VIEWS
@@ -33,6 +32,7 @@ from titok_fast.io.sample_folder import claim_folder, differences, make_writable
 from titok_fast.loading import load_tokenizer
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.presets import PRESETS
+from titok_fast.settings import __version__
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

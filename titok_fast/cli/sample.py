@@ -37,7 +37,7 @@ from titok_fast.cli.options import (
     seconds,
     sources_of,
 )
-from titok_fast.config import SamplingConfig, __version__
+from titok_fast.config import SamplingConfig
 from titok_fast.distributed import RankLostError, Ranks, join
 from titok_fast.io.images import grid, save_png, to_pil
 from titok_fast.io.sample_folder import (
@@ -55,6 +55,7 @@ from titok_fast.loading import Sources
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.sampling.network import check_labels
 from titok_fast.sampling.unmask import sample_seeds
+from titok_fast.settings import __version__
 
 _MOST_COLUMNS = 20  # wider sheets do not fit a screen
 _MODEL, _SHEET = "fashion-16", Path("samples.png")  # of the command without options

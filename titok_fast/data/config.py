@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from titok_fast.config import Settings, among, within
+from titok_fast.settings import Settings, among, within
 
 
 @dataclass(frozen=True)

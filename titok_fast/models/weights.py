@@ -13,9 +13,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from titok_fast.config import GeneratorConfig, TokenizerConfig, VQGANConfig, read_official
+from titok_fast.config import GeneratorConfig, TokenizerConfig, VQGANConfig
 from titok_fast.io.files import fetch, read_tensors, write_atomic, write_tensors
 from titok_fast.models.blocks import set_attention
+from titok_fast.settings import read_official
 
 State = dict[str, Tensor]
 Model = TypeVar("Model", bound="PretrainedModel")

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titok_fast.config import __version__
 from titok_fast.distributed import Ranks
 from titok_fast.models.code_usage import CodeUsage
+from titok_fast.settings import __version__
 from titok_fast.training.checkpoints import Checkpoint
 from titok_fast.training.code_revival import CodeRevival
 from titok_fast.training.ema import Ema
