@@ -61,7 +61,7 @@ NOT_RUN = {
 }
 # those of which only the words are checked, by a part of them, and why
 WORDS_ONLY = {
-    "bench/": "benchmarks have tests of their own, on small models",
+    "python bench/": "benchmarks have tests of their own, on small models",
     "inception=": "Inception's weights are in no package",
 }
 # images and epochs of a real run, and what stands in for them
@@ -192,7 +192,7 @@ def with_little_work(words: list[str], desk: Path) -> list[str]:
 
 def assert_words_known(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Values are accepted, and every option stands in the program's help."""
-    words = [word for word in shlex.split(command) if "=" not in word or word.startswith("-")]
+    words = shlex.split(command)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         ask_for_help(words)
@@ -205,6 +205,7 @@ def assert_words_known(command: str, capsys: pytest.CaptureFixture[str]) -> None
 def ask_for_help(words: list[str]) -> None:
     if words[0] != "python":
         main([*words[1:], "--help"])
+        return
     script = ROOT / words[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [*words[1:], "--help"])
@@ -356,6 +357,16 @@ def test_every_link_leads_somewhere(page: Path, target: str) -> None:
     if heading:
         titles = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), flags=re.M)
         assert heading in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "design.md"], ids=["README", "design"])
+def test_the_tree_is_there(page: Path) -> None:
+    (tree,) = (b.code for b in blocks_of(page) if b.code.startswith("titok_fast/"))
+    for line in tree.splitlines():
+        start = re.match(r"(  )?((?:\w+(?:\.py|/) *)+)", line)
+        assert start, line
+        for name in start[2].split():
+            assert (ROOT / ("titok_fast" if start[1] else "") / name).exists(), name
 
 
 def test_every_page_is_in_the_index() -> None:
