@@ -36,6 +36,7 @@ from titok_fast import (
 )
 from titok_fast.cli.main import main
 from titok_fast.presets import PRESETS, Preset
+from titok_fast.training import loop
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -68,6 +69,7 @@ WORDS_ONLY = {
 SMALLER = {"50000": "20", "100": "20", "90": "12"}
 SHARDS = ("{0000..0252}", "{0000..0000}")
 SPLITS = ("train", "eval")
+TRAIN = loop.train
 
 TOKENIZER = TokenizerConfig(
     vit_enc_model_size=(64, 2, 2),
@@ -101,7 +103,7 @@ def shell_lines(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def furniture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the documents take for granted: images, data, and weights under the published names."""
     from skimage import data
 
@@ -126,17 +128,25 @@ def furniture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def desk(furniture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of its own with all that, as the working directory."""
-    shutil.copytree(furniture, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     sampling = SamplingConfig(num_sample_steps=3, guidance_scale=2.0)
     tiny = Preset(TOKENIZER, GENERATOR, sampling, folder=tmp_path / "l32")
     monkeypatch.setitem(PRESETS, "titok-l-32", tiny)
+    monkeypatch.setattr(loop, "train", train_small)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def run_blocks(page: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def train_small(recipe: Any, *args: Any, **kwargs: Any) -> str:
+    """Train the recipes of fashion; those of ImageNet have been read, and that is all."""
+    if "fashion" in recipe.experiment.output_dir:
+        return TRAIN(recipe, *args, **kwargs)
+    return "not trained: too large for a test"
+
+
+def run_blocks(page: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": page.stem}
     for block in blocks_of(page):
         if block.language == "python" and block.source is None:
@@ -144,10 +154,10 @@ def run_blocks(page: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> No
             assert_comments_true(block.code, names)
         if block.language == "bash":
             for line in block.code.splitlines():
-                run_line(line, desk, capsys)
+                run_line(line, workspace, capsys)
 
 
-def run_line(line: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run_line(line: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in line.split("  #")[0].split("&&"):
         command = part.strip()
         if command.startswith(tuple(NOT_RUN)):
@@ -155,7 +165,7 @@ def run_line(line: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
         if any(word in command for word in WORDS_ONLY):
             assert_words_known(command, capsys)
             continue
-        words = with_little_work(program_words(command), desk)
+        words = shrink(program_words(command), workspace)
         try:
             status = main(words)
         except SystemExit as end:  # --help
@@ -174,9 +184,9 @@ def program_words(command: str) -> list[str]:
     return words[1:]
 
 
-def with_little_work(words: list[str], desk: Path) -> list[str]:
+def shrink(words: list[str], workspace: Path) -> list[str]:
     """The same command on less data and for fewer updates."""
-    data = desk / "fashion"
+    data = workspace / "fashion"
     if "50000" in words:  # a multiple of titok-l-32's 1000 classes, none of 20
         words = [word.replace("titok-l-32", "fashion-16") for word in words]
     words = [SMALLER.get(word, word).replace(*SHARDS) for word in words]
@@ -231,44 +241,29 @@ def assert_comments_true(code: str, names: dict[str, Any]) -> None:
             assert {image.size for image in names[targets[0].id]} == {(int(width), int(height))}
 
 
-@pytest.fixture(autouse=True)
-def _no_training_of_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes of ImageNet are read, and not trained."""
-    import titok_fast.training.loop as loop
-
-    train = loop.train
-
-    def little(recipe: Any, *args: Any, **kwargs: Any) -> str:
-        if "fashion" in recipe.experiment.output_dir:
-            return train(recipe, *args, **kwargs)
-        return "a recipe that can be read"
-
-    monkeypatch.setattr(loop, "train", little)
-
-
-def with_blocks(*, extras: bool) -> list[Any]:
+def pages_to_run(*, extras: bool) -> list[Any]:
     pages = [(page, str(page.relative_to(ROOT))) for page in (*PAGES[1:], *CARDS)]
     return [pytest.param(page, id=name) for page, name in pages if (name in EXTRAS) == extras]
 
 
-def test_the_readme_runs(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_blocks(README, desk, capsys)
+def test_the_readme_runs(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_blocks(README, workspace, capsys)
     columns, rows = np.array(Image.open("samples.png").size) // 32
     assert columns * rows >= 10  # one image of each class
     assert Image.open("back.png").size == Image.open("goldfish.png").size == (256, 256)
 
 
-@pytest.mark.parametrize("page", with_blocks(extras=False))
-def test_blocks_run(page: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_blocks(page, desk, capsys)
+@pytest.mark.parametrize("page", pages_to_run(extras=False))
+def test_blocks_run(page: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_blocks(page, workspace, capsys)
 
 
-@pytest.mark.parametrize("page", with_blocks(extras=True))
+@pytest.mark.parametrize("page", pages_to_run(extras=True))
 def test_blocks_with_an_extra_run(
-    page: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+    page: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip(EXTRAS[str(page.relative_to(ROOT))])
-    run_blocks(page, desk, capsys)
+    run_blocks(page, workspace, capsys)
 
 
 def test_all_commands_are_documented() -> None:
@@ -294,7 +289,7 @@ def test_every_block_has_a_rule() -> None:
         assert {block.language for block in blocks} <= LANGUAGES, page
 
 
-SHOWN = [
+EXCERPTS = [
     pytest.param(block.source, block.code, id=block.source)
     for page in PAGES
     for block in blocks_of(page)
@@ -302,14 +297,14 @@ SHOWN = [
 ]
 
 
-@pytest.mark.parametrize(("source", "code"), SHOWN)
+@pytest.mark.parametrize(("source", "code"), EXCERPTS)
 def test_shown_functions_are_those_of_the_source(source: str, code: str) -> None:
     path, _, name = source.partition(":")
     assert code == without_docstring((ROOT / path).read_text(encoding="utf-8"), name)
 
 
 def test_the_loop_is_shown() -> None:
-    assert "titok_fast/sampling/unmask.py:unmask" in [case.values[0] for case in SHOWN]
+    assert "titok_fast/sampling/unmask.py:unmask" in [case.values[0] for case in EXCERPTS]
 
 
 def without_docstring(source: str, name: str) -> str:
