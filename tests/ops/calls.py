@@ -1,4 +1,4 @@
-"""For the tests that treat all kernels alike: one call of each, and how operators are checked."""
+"""Shared by the kernel tests: calls of every kernel, checks of operators, seeds and draws."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from draws import any_seeds
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from torch.library import opcheck
 
+from titok_fast import kernels
 from titok_fast.kernels import (
     add_group_norm_silu,
     group_norm_silu,
@@ -22,6 +23,10 @@ from titok_fast.kernels import (
     soft_codes,
 )
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+quick = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -140,6 +145,33 @@ def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
     }
 
 
+def call_with(name: str, **change: Any) -> Any:
+    """The public kernel `name` on small valid arguments, some of them changed."""
+    logits, noise = torch.randn(2, 2, 3, 5).unbind()
+    hidden, head = torch.randn(4, 6), {"weight": torch.randn(7, 6), "bias": torch.randn(7)}
+    latents = {"z": torch.randn(4, 3), "codebook": torch.randn(9, 3)}
+    x = {"x": torch.randn(1, 4, 2, 2), "weight": torch.ones(4), "bias": torch.zeros(4), "groups": 2}
+    arguments: dict[str, dict[str, Any]] = {
+        "guided_sample": {"logits": logits, "uncond_logits": torch.randn(2, 3, 5)}
+        | {"mask": torch.ones(2, 3, dtype=torch.bool), "ids": torch.zeros(2, 3).long()}
+        | {"noise": noise, "guidance": 1.0, "noise_temperature": 1.0},
+        "lm_head_sample": {"hidden": hidden, "uncond_hidden": torch.randn(4, 6), **head}
+        | {"rows": torch.tensor([0, 3]), "seeds": torch.tensor([1, 2])}
+        | {"positions": torch.tensor([0, 9]), "guidance": 1.0, "noise_temperature": 1.0},
+        "remask": {"candidates": torch.zeros(2, 4).long(), "scores": torch.randn(2, 4)}
+        | {"num_masked": torch.tensor([1, 2]), "noise": torch.randn(2, 4)}
+        | {"mask_id": 9, "noise_temperature": 1.0},
+        "nearest_code": latents,
+        "nearest_code_stats": latents,
+        "soft_codes": {"logits": torch.randn(4, 9), "codebook": torch.randn(9, 3)},
+        "group_norm_silu": x,
+        "add_group_norm_silu": x | {"residual": torch.randn(1, 4, 2, 2)},
+        "masked_cross_entropy": {"hidden": hidden, **head}
+        | {"targets": torch.tensor([0, 6, 1, 2]), "weights": torch.ones(4)},
+    }
+    return getattr(kernels, name)(**arguments[name] | change)
+
+
 def check_operator(op: Any, args: Sequence[Any]) -> None:
     """`torch.library.opcheck` of an operator, such as torch.ops.titok_fast.remask.default.
 
@@ -155,3 +187,34 @@ def check_operator(op: Any, args: Sequence[Any]) -> None:
         # torch adds all outputs to the first in place, which integers refuse: so no gradients
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     opcheck(op, args, test_utils="test_aot_dispatch_dynamic")
+
+
+def any_seeds(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """(count,) int64 over the whole range."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+
+
+def assert_same_draws(
+    noisy: Tensor, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolerance: float
+) -> None:
+    """Equal candidates or equally good ones; equal scores where the candidates agree.
+
+    Args:
+        noisy: (..., N) float32, what the candidates are the argmax of. May hold infinities.
+        got: candidates (...) and scores (...) of a kernel.
+        want: those of the reference.
+        tolerance: absolute for values up to 1, relative above. 0 wants the same candidates.
+    """
+    assert got[0].dtype == torch.int64
+    assert got[1].dtype == torch.float32
+    assert got[0].shape == want[0].shape == got[1].shape
+    same = got[0] == want[0]
+    if tolerance == 0:
+        assert same.all()
+    reached = noisy.gather(-1, got[0].unsqueeze(-1)).squeeze(-1)
+    best = noisy.gather(-1, want[0].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(reached, best, rtol=tolerance, atol=tolerance)
+    score_tolerance = max(tolerance, 1e-5)
+    torch.testing.assert_close(
+        got[1][same], want[1][same], rtol=score_tolerance, atol=score_tolerance, equal_nan=True
+    )

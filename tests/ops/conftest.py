@@ -66,7 +66,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(params=["reference", "kernel"])
-def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+def op_device(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
     """The device to put tensors on so that this implementation runs."""
     if request.param == "reference":
         return torch.device("cpu")

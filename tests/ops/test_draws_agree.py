@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from draws import any_seeds
+from calls import any_seeds
 from torch import Tensor
 
 from titok_fast.kernels._launch import runs_triton
@@ -36,14 +36,23 @@ def draw(
     common = {"step": 4, "guidance": guidance or 0.0, "softmax_temperature": 0.5}
     common |= {"noise_temperature": noise_temperature, "rule": rule}
     candidates, scores = guided_sample(
-        F.linear(hidden, *head), None if guidance is None else F.linear(uncond, *head),
-        mask=mask, ids=inputs["ids"], seeds=seeds, **common,
-    )  # fmt: skip
+        F.linear(hidden, *head),
+        None if guidance is None else F.linear(uncond, *head),
+        mask=mask,
+        ids=inputs["ids"],
+        seeds=seeds,
+        **common,
+    )
     sample, position = mask.nonzero(as_tuple=True)
     fused = lm_head_sample(
-        hidden.flatten(0, 1), None if guidance is None else uncond.flatten(0, 1), *head,
-        rows=sample * K + position, seeds=seeds[sample], positions=position, **common,
-    )  # fmt: skip
+        hidden.flatten(0, 1),
+        None if guidance is None else uncond.flatten(0, 1),
+        *head,
+        rows=sample * K + position,
+        seeds=seeds[sample],
+        positions=position,
+        **common,
+    )
     return [(candidates[mask], scores[mask]), fused]
 
 
@@ -103,10 +112,14 @@ def test_guided_sample_follows_the_softmax(
     logits = (torch.rand(codes) * 3 - 1.5) * temperature
     mask = torch.ones(images, tokens, dtype=torch.bool)
     candidates, _ = guided_sample(
-        logits.expand(images, tokens, codes), mask=mask, ids=mask.long(),
-        seeds=any_seeds(images), step=5,
-        softmax_temperature=softmax_temperature, noise_temperature=noise_temperature,
-    )  # fmt: skip
+        logits.expand(images, tokens, codes),
+        mask=mask,
+        ids=mask.long(),
+        seeds=any_seeds(images),
+        step=5,
+        softmax_temperature=softmax_temperature,
+        noise_temperature=noise_temperature,
+    )
     assert_drawn_from(logits / temperature, candidates.flatten())
 
 
@@ -118,10 +131,15 @@ def test_lm_head_sample_follows_the_softmax(
     temperature = softmax_temperature * noise_temperature
     hidden, weight = torch.ones(R, width), (torch.rand(codes, width) - 0.5) * temperature
     candidates, _ = lm_head_sample(
-        hidden, None, weight, None, seeds=any_seeds(R),
-        positions=torch.arange(R) % 2**16, softmax_temperature=softmax_temperature,
+        hidden,
+        None,
+        weight,
+        None,
+        seeds=any_seeds(R),
+        positions=torch.arange(R) % 2**16,
+        softmax_temperature=softmax_temperature,
         noise_temperature=noise_temperature,
-    )  # fmt: skip
+    )
     assert_drawn_from(weight.sum(1) / temperature, candidates)
 
 
@@ -133,11 +151,14 @@ def test_token_that_remask_keeps_follows_the_softmax(
     images, tokens = 100_000, 6
     scores = (torch.arange(tokens, device=device) / 3 * noise_temperature).expand(images, tokens)
     ids = remask(
-        torch.zeros_like(scores, dtype=torch.int64), scores,
-        torch.full((images,), tokens - 1, device=device), mask_id=1,
-        seeds=any_seeds(images, device), step=2,
+        torch.zeros_like(scores, dtype=torch.int64),
+        scores,
+        torch.full((images,), tokens - 1, device=device),
+        mask_id=1,
+        seeds=any_seeds(images, device),
+        step=2,
         noise_temperature=noise_temperature,
-    )  # fmt: skip
+    )
     kept = ids.cpu() == 0
     assert (kept.sum(1) == 1).all()
     assert_drawn_from(scores[0].cpu() / noise_temperature, kept.nonzero()[:, 1])

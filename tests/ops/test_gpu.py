@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from draws import any_seeds, assert_same_draws
+from calls import DTYPES, any_seeds, assert_same_draws
 from tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Shape = tuple[int, ...]
 Check = Callable[[Shape, torch.dtype, torch.device], None]
 
@@ -116,9 +115,17 @@ def check_guided_sample(shape: Shape, dtype: torch.dtype, device: torch.device) 
     mixed = (logits.float() + 2.25 * (logits.float() - uncond.float())) / 0.9
     for rule in RULES:
         got = guided_sample(
-            logits, uncond, mask=mask, ids=ids, seeds=seeds, step=5, guidance=2.25,
-            softmax_temperature=0.9, noise_temperature=4.75, rule=rule,
-        )  # fmt: skip
+            logits,
+            uncond,
+            mask=mask,
+            ids=ids,
+            seeds=seeds,
+            step=5,
+            guidance=2.25,
+            softmax_temperature=0.9,
+            noise_temperature=4.75,
+            rule=rule,
+        )
         want = guided_sample_ref(logits, uncond, mask, ids, seeds, None, 5, 2.25, 0.9, 4.75, rule)
         assert torch.equal(got[0][~mask], ids[~mask])
         assert (got[1][~mask] == torch.inf).all()
@@ -155,14 +162,33 @@ def check_lm_head_sample(shape: Shape, dtype: torch.dtype, device: torch.device)
     noisy = l + 4.75 * row_gumbel(seeds, 5, positions, N, TOKEN_STREAM)
     for rule in RULES:
         got = lm_head_sample(
-            hidden, uncond, weight, bias, rows=rows, seeds=seeds, positions=positions, step=5,
-            guidance=2.0, noise_temperature=4.75, rule=rule,
-        )  # fmt: skip
+            hidden,
+            uncond,
+            weight,
+            bias,
+            rows=rows,
+            seeds=seeds,
+            positions=positions,
+            step=5,
+            guidance=2.0,
+            noise_temperature=4.75,
+            rule=rule,
+        )
         # the definition, with logits in float32 as the kernel has them
         want = lm_head_sample_ref(
-            mixed.float(), None, weight.float(), bias.float(), None, seeds, positions, 5, 0.0, 1.0,
-            4.75, rule,
-        )  # fmt: skip
+            mixed.float(),
+            None,
+            weight.float(),
+            bias.float(),
+            None,
+            seeds,
+            positions,
+            5,
+            0.0,
+            1.0,
+            4.75,
+            rule,
+        )
         # D products are added in another order
         assert_same_draws(noisy, got, want, 1e-5 + D**0.5 * 2.0**-21)
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from calls import calls
-from draws import any_seeds, assert_same_draws
+from calls import any_seeds, assert_same_draws, calls
 
 from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.philox import TOKEN_STREAM, gumbel

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from calls import DTYPES
 from tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from titok_fast.kernels.group_norm_silu import (
     group_norm_silu_ref,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-6
 # two channels in a group, 1024 pixels or more, 2^18 numbers or more: the backward of our own
 SHAPE, GROUPS = (2, 64, 67, 64), 32
@@ -93,7 +93,7 @@ def test_forward_equals_the_one_without_gradients(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     with torch.no_grad():
         assert (group_norm_silu(*inputs, GROUPS) == y).all()
-    assert (inputs[0] == before).all()  # what works in place works on its own result
+    assert (inputs[0] == before).all()  # what works in op_device works on its own result
 
 
 def test_large_mean_costs_no_digits_of_the_sums() -> None:

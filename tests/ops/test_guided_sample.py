@@ -4,19 +4,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from draws import any_seeds, assert_same_draws
-from hypothesis import HealthCheck, given, settings
+from calls import DTYPES, any_seeds, assert_same_draws, quick
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from titok_fast.kernels._sampling import RULES
 from titok_fast.kernels.guided_sample import guided_sample, guided_sample_ref
 from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -97,10 +92,18 @@ def test_kernel_follows_the_reference(
     noise_temperature = 0.0 if source == "none" else 4.75
     given = noise if source == "given" else None
     got = guided_sample(
-        logits, uncond, mask=mask, ids=ids, seeds=seeds, step=3, guidance=guidance,
-        softmax_temperature=temperature, noise_temperature=noise_temperature, rule=rule,
+        logits,
+        uncond,
+        mask=mask,
+        ids=ids,
+        seeds=seeds,
+        step=3,
+        guidance=guidance,
+        softmax_temperature=temperature,
+        noise_temperature=noise_temperature,
+        rule=rule,
         noise=given,
-    )  # fmt: skip
+    )
     common = (mask, ids, seeds, given, 3, guidance, temperature, noise_temperature, rule)
     want = guided_sample_ref(logits, uncond, *common)
     assert torch.equal(got[0][~mask], ids[~mask])
@@ -132,28 +135,33 @@ def test_infinite_logits(interpreted: None, device: torch.device, values: str, r
 @pytest.mark.parametrize("guidance", [-1.5, 0.0, 2.0])
 @pytest.mark.parametrize("rule", RULES)
 def test_guidance_keeps_a_forbidden_code_forbidden(
-    place: torch.device, rule: str, guidance: float
+    op_device: torch.device, rule: str, guidance: float
 ) -> None:
     """Whatever the other stream says of it."""
     inf = torch.inf
-    logits = torch.tensor([[[-inf, -inf, 1.0, 3.0, -inf]]], device=place)
-    uncond = torch.tensor([[[-inf, 0.0, 0.5, 2.5, inf]]], device=place)
-    mask = torch.ones(1, 1, dtype=torch.bool, device=place)
+    logits = torch.tensor([[[-inf, -inf, 1.0, 3.0, -inf]]], device=op_device)
+    uncond = torch.tensor([[[-inf, 0.0, 0.5, 2.5, inf]]], device=op_device)
+    mask = torch.ones(1, 1, dtype=torch.bool, device=op_device)
     candidates, scores = guided_sample(
-        logits, uncond, mask=mask, ids=mask.long(), guidance=guidance, noise_temperature=0.0,
+        logits,
+        uncond,
+        mask=mask,
+        ids=mask.long(),
+        guidance=guidance,
+        noise_temperature=0.0,
         rule=rule,
-    )  # fmt: skip
+    )
     l = torch.tensor([1.0, 3.0]) + guidance * 0.5
     want = l if rule == "logit" else l.log_softmax(0)
     assert candidates.item() == 3
     assert scores.item() == pytest.approx(want[1].item(), rel=1e-5, abs=1e-5)
 
 
-def test_a_code_forbidden_without_the_condition_alone_wins(place: torch.device) -> None:
+def test_a_code_forbidden_without_the_condition_alone_wins(op_device: torch.device) -> None:
     """Its logit less -inf is +inf; without guidance nothing comes of that."""
-    logits = torch.tensor([[[1.0, 0.0]]], device=place)
-    uncond = torch.tensor([[[1.0, -torch.inf]]], device=place)
-    mask = torch.ones(1, 1, dtype=torch.bool, device=place)
+    logits = torch.tensor([[[1.0, 0.0]]], device=op_device)
+    uncond = torch.tensor([[[1.0, -torch.inf]]], device=op_device)
+    mask = torch.ones(1, 1, dtype=torch.bool, device=op_device)
     for guidance, code, score in ((0.0, 0, 1.0), (0.5, 1, torch.inf)):
         drawn = guided_sample(
             logits, uncond, mask=mask, ids=mask.long(), guidance=guidance, noise_temperature=0.0
@@ -168,11 +176,11 @@ def test_nan_logits_give_codes_in_range(interpreted: None, device: torch.device)
     assert ((candidates >= 0) & (candidates < 5)).all()
 
 
-def test_first_of_equal_codes_wins(place: torch.device) -> None:
-    logits = torch.zeros(1, 3, 5000, device=place)
+def test_first_of_equal_codes_wins(op_device: torch.device) -> None:
+    logits = torch.zeros(1, 3, 5000, device=op_device)
     logits[0, 1, [4999, 4000, 70]] = 2.0
     logits[0, 2, [2048, 2047]] = 2.0
-    mask = torch.ones(1, 3, dtype=torch.bool, device=place)
+    mask = torch.ones(1, 3, dtype=torch.bool, device=op_device)
     candidates, scores = guided_sample(logits, mask=mask, ids=mask.long(), noise_temperature=0.0)
     assert candidates.tolist() == [[0, 70, 2047]]
     assert scores.tolist() == [[0.0, 2.0, 2.0]]
@@ -187,9 +195,16 @@ def test_official_arithmetic_on_given_noise(step: int, rule: str) -> None:
     cond, uncond, noise = torch.randn(3, 4, 50), torch.randn(3, 4, 50), -torch.rand(3, 4, 50).log()
     mask, ids = torch.rand(3, 4) < 0.6, torch.randint(50, (3, 4))
     candidates, scores = guided_sample(
-        cond, uncond, mask=mask, ids=ids, guidance=guidance, softmax_temperature=anneal,
-        noise_temperature=t, rule=rule, noise=noise,
-    )  # fmt: skip
+        cond,
+        uncond,
+        mask=mask,
+        ids=ids,
+        guidance=guidance,
+        softmax_temperature=anneal,
+        noise_temperature=t,
+        rule=rule,
+        noise=noise,
+    )
     for b in range(3):
         for k in range(4):
             if not mask[b, k]:
@@ -206,16 +221,19 @@ def test_official_arithmetic_on_given_noise(step: int, rule: str) -> None:
             assert scores[b, k].item() == pytest.approx(score.item(), rel=1e-5, abs=1e-5)
 
 
-def test_a_sample_does_not_depend_on_its_batch(place: torch.device) -> None:
-    logits = torch.randn(4, 3, 40, device=place)
-    mask = torch.ones(4, 3, dtype=torch.bool, device=place)
-    seeds = any_seeds(4, place)
+def test_a_sample_does_not_depend_on_its_batch(op_device: torch.device) -> None:
+    logits = torch.randn(4, 3, 40, device=op_device)
+    mask = torch.ones(4, 3, dtype=torch.bool, device=op_device)
+    seeds = any_seeds(4, op_device)
 
     def draw(part: slice) -> Tensor:
         return guided_sample(
-            logits[part], mask=mask[part], ids=mask[part].long(), seeds=seeds[part],
+            logits[part],
+            mask=mask[part],
+            ids=mask[part].long(),
+            seeds=seeds[part],
             noise_temperature=3.0,
-        )[0]  # fmt: skip
+        )[0]
 
     together = draw(slice(None))
     for b in range(4):
@@ -248,45 +266,3 @@ def test_compiled_equals_eager(backend: str, steps: Sequence[int]) -> None:
         want = guided_sample(logits, uncond, **arguments)
         assert torch.equal(got[0], want[0])
         torch.testing.assert_close(got[1], want[1])
-
-
-LOGITS = torch.zeros(2, 3, 9)
-MASK = torch.ones(2, 3, dtype=torch.bool)
-GOOD = {"mask": MASK, "ids": MASK.long(), "seeds": torch.zeros(2).long(), "noise_temperature": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("logits", "changed", "message"),
-    [
-        (LOGITS[0], {}, r"logits \(B, K, N\).*\(3, 9\)"),
-        (LOGITS[:, :, :0], {}, "at least 1"),
-        (torch.zeros(1).expand(1, 2**16 + 1, 1), {}, "at most 65536 tokens; got 65537"),
-        (LOGITS.long(), {}, "convert them"),
-        (LOGITS, {"uncond_logits": LOGITS[:1]}, "uncond_logits"),
-        (LOGITS, {"uncond_logits": LOGITS.half()}, "uncond_logits .*float32.*float16"),
-        (LOGITS, {"uncond_logits": LOGITS.to("meta")}, "uncond_logits .*cpu.*meta"),
-        (LOGITS, {"mask": MASK.long()}, "mask .*bool.*int64"),
-        (LOGITS, {"mask": MASK[:, :2]}, r"mask .*\(2, 3\).*\(2, 2\)"),
-        (LOGITS, {"ids": MASK.int()}, "ids .*int64.*int32"),
-        (LOGITS, {"seeds": torch.zeros(3).long()}, r"seeds .*\(2,\).*\(3,\)"),
-        (LOGITS, {"seeds": None}, "seeds or noise"),
-        (LOGITS, {"noise": LOGITS.half()}, "noise .*float32.*float16"),
-        (LOGITS, {"noise": LOGITS[:1]}, "noise"),
-        (LOGITS, {"rule": "entropy"}, "rule .*entropy"),
-        (LOGITS, {"step": -1}, "step"),
-        (LOGITS, {"softmax_temperature": 0.0}, "softmax_temperature > 0"),
-        (LOGITS, {"softmax_temperature": float("nan")}, "softmax_temperature > 0"),
-        (LOGITS, {"noise_temperature": -1.0}, "noise_temperature >= 0"),
-        (LOGITS, {"softmax_temperature": float("inf")}, "softmax_temperature .*float32; got inf"),
-        (LOGITS, {"softmax_temperature": 1e39}, r"softmax_temperature .*float32; got 1e\+39"),
-        (LOGITS, {"noise_temperature": float("nan")}, "noise_temperature >= 0"),
-        (LOGITS, {"noise_temperature": float("inf")}, "noise_temperature .*float32; got inf"),
-        (LOGITS, {"guidance": float("nan")}, "guidance to be finite.*nan"),
-        (LOGITS, {"guidance": float("-inf")}, "guidance to be finite.*-inf"),
-    ],
-)
-def test_bad_input_is_named(
-    place: torch.device, logits: Tensor, changed: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=f"guided_sample wants .*{message}"):
-        guided_sample(logits, **(GOOD | changed))

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from calls import DTYPES, quick
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,11 +17,6 @@ from titok_fast.kernels.nearest_code import (
     nearest_code,
     nearest_code_ref,
     search_codes,
-)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-quick = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -103,19 +99,11 @@ def test_largest_codebook(device: torch.device) -> None:
     assert (ids[:3] == want).all()
 
 
-def test_no_larger_codebook() -> None:
-    with pytest.raises(ValueError, match=rf"1 to {2**18} codes; got 2 and {2**18 + 1}"):
-        nearest_code(torch.zeros(1, 2), torch.zeros(2**18 + 1, 2))
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_widest_codes(interpreted: None, device: torch.device, metric: str) -> None:
     z = torch.randn(20, MAX_CHANNELS, device=device)
     codebook = torch.randn(90, MAX_CHANNELS, device=device)
     assert_nearest(nearest_code(z, codebook, metric=metric), z, codebook, metric)
-    wider = torch.zeros(20, 257)
-    with pytest.raises(ValueError, match=r"1 to 256 channels .* got 257"):
-        nearest_code(wider, wider, metric=metric)
 
 
 # 700 codes: eight programs share eleven tiles, so some see two; 2100 rows: large tiles
@@ -226,24 +214,6 @@ def test_autocast_is_ignored() -> None:
     want = nearest_code(z, codebook)
     with torch.autocast("cpu", torch.bfloat16):
         assert (nearest_code(z, codebook) == want).all()
-
-
-@pytest.mark.parametrize(
-    ("z", "codebook", "metric", "told"),
-    [
-        (torch.zeros(2, 3, 4), torch.zeros(5, 4), "cosine", r"\(2, 3, 4\)"),
-        (torch.zeros(2, 3), torch.zeros(5, 4), "cosine", r"\(5, 4\)"),
-        (torch.zeros(2, 0), torch.zeros(5, 0), "cosine", "256 channels"),
-        (torch.zeros(2, 3), torch.zeros(0, 3), "cosine", "codes; got 3 and 0"),
-        (torch.zeros(2, 3).long(), torch.zeros(5, 3), "cosine", "int64"),
-        (torch.zeros(2, 3), torch.zeros(5, 3).double(), "cosine", "float64"),
-        (torch.zeros(2, 3), torch.zeros(5, 3, device="meta"), "cosine", "meta"),
-        (torch.zeros(2, 3), torch.zeros(5, 3), "dot", "'dot'"),
-    ],
-)
-def test_bad_input_is_named(z: Tensor, codebook: Tensor, metric: str, told: str) -> None:
-    with pytest.raises(ValueError, match=f"nearest_code.*{told}"):
-        nearest_code(z, codebook, metric=metric)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from calls import DTYPES, quick
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_near
 from torch import Tensor
@@ -17,8 +18,6 @@ from titok_fast.kernels.nearest_code_stats import (
     nearest_code_stats_ref,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def gradients(stats: CodeStats, weight: Tensor, z: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
     """Of a sum in which the three differentiable outputs have different factors."""
@@ -26,9 +25,7 @@ def gradients(stats: CodeStats, weight: Tensor, z: Tensor, codebook: Tensor) -> 
     return torch.autograd.grad(total, (z, codebook))
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@quick
 @given(
     N=st.integers(1, 40),
     K=st.integers(1, 140),
@@ -240,13 +237,3 @@ def test_unit_rows_are_looked_up(interpreted: None, device: torch.device) -> Non
     z, codebook = torch.randn(9, 12, device=device), 7 * torch.randn(20, 12, device=device)
     stats = nearest_code_stats(z, codebook, metric="cosine")
     assert_near(stats.quantized, F.normalize(codebook.double(), dim=-1)[stats.ids])
-
-
-def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"nearest_code_stats wants z \(N, C\).*\(5, 4\)"):
-        nearest_code_stats(torch.zeros(2, 3), torch.zeros(5, 4))
-    with pytest.raises(ValueError, match=r"nearest_code_stats wants metric.*'l1'"):
-        nearest_code_stats(torch.zeros(2, 3), torch.zeros(5, 3), metric="l1")
-    for beta in (-0.25, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"nearest_code_stats wants a finite beta.*{beta}"):
-            nearest_code_stats(torch.zeros(2, 3), torch.zeros(5, 3), beta=beta)
