@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
 
-TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _interpret_on_cpu = False
 _registering = Lock()  # torch refuses to register a name twice
 

@@ -21,6 +21,11 @@ def mix(l: Tensor, uncond: Tensor | None, guidance: float, softmax_temperature: 
     return l if softmax_temperature == 1.0 else l.div_(softmax_temperature)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """Copy x unless its last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def draw_ref(
     l: Tensor, noise: Tensor | None, noise_temperature: float, rule: str
 ) -> tuple[Tensor, Tensor]:

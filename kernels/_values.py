@@ -17,10 +17,11 @@ from torch.nn import Parameter
 from titok_fast.kernels._launch import is_traced, runs_triton
 
 ENVIRONMENT = "TITOK_FAST_CHECK_VALUES"
-# read once: a look-up per call costs as much as all other checks of a small op
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_OR_DOUBLE = (*FLOAT_TYPES, torch.float64)
 INT64 = (torch.int64,)
+TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# read once: a look-up per call costs as much as all other checks of a small op
 _asked_for = os.environ.get(ENVIRONMENT, "0") not in ("", "0")
 
 

@@ -30,9 +30,15 @@ from titok_fast.kernels._group_norm_device import (
     merge_kernel,
     moments_kernel,
 )
-from titok_fast.kernels._launch import TRITON_NAMES, lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._values import FLOAT_OR_DOUBLE, check_finite, check_tensors, looks_at_values
+from titok_fast.kernels._values import (
+    FLOAT_OR_DOUBLE,
+    TRITON_NAMES,
+    check_finite,
+    check_tensors,
+    looks_at_values,
+)
 
 _RUNS = 64  # most runs of pixels per image: pass 2 reads them at once
 _ELEMENTS = 4096  # per tile: 32 for each of 128 threads; 16 in the backward for its registers

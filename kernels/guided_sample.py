@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import TRITON_NAMES, is_plain_cpu, lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._sampling import check_sampling, draw_ref, mix
+from titok_fast.kernels._sampling import check_sampling, draw_ref, mix, unit_stride
 from titok_fast.kernels._values import (
     FLOAT_TYPES,
     INT64,
+    TRITON_NAMES,
     check_no_nan,
     check_tensors,
     looks_at_values,
@@ -189,9 +190,8 @@ def _guided_sample(
     rule: str,
 ) -> tuple[Tensor, Tensor]:
     B, K, N = logits.shape
-    cond = logits if logits.stride(2) == 1 else logits.contiguous()
-    uncond = cond if uncond_logits is None else uncond_logits
-    uncond = uncond if uncond.stride(2) == 1 else uncond.contiguous()
+    cond = unit_stride(logits)
+    uncond = cond if uncond_logits is None else unit_stride(uncond_logits)
     candidates = torch.empty((B, K), dtype=torch.int64, device=logits.device)
     scores = torch.empty((B, K), dtype=torch.float32, device=logits.device)
     if B == 0:

@@ -20,13 +20,14 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import TRITON_NAMES, lazy_triton_op, runs_triton
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._lm_head_device import head_kernel, pick_kernel
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._sampling import check_sampling, draw_ref
+from titok_fast.kernels._sampling import check_sampling, draw_ref, unit_stride
 from titok_fast.kernels._values import (
     FLOAT_TYPES,
     INT64,
+    TRITON_NAMES,
     check_finite,
     check_in_range,
     check_no_nan,
@@ -102,8 +103,8 @@ def _lm_head_sample(
     scores = torch.empty(R, dtype=torch.float32, device=device)
     if R == 0:
         return candidates, scores
-    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
-    uncond = hidden if uncond_hidden is None else _unit_stride(uncond_hidden)
+    hidden, weight = unit_stride(hidden), unit_stride(weight)
+    uncond = hidden if uncond_hidden is None else unit_stride(uncond_hidden)
     plan = _plan(R, weight.dtype)
     tiles = triton.cdiv(N, plan["BLOCK_N"])
     parts = torch.empty((4, R, tiles), dtype=torch.float32, device=device)
@@ -125,10 +126,6 @@ def _lm_head_sample(
         parts, codes, candidates, scores, R, N, tiles, PROBABILITY=probability, BLOCK_T=block
     )
     return candidates, scores
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def lm_head_sample(

@@ -24,18 +24,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import (
-    TRITON_NAMES,
-    is_plain_cpu,
-    lazy_triton_op,
-    runs_triton,
-    without_autocast,
-)
+from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton, without_autocast
 from titok_fast.kernels._masked_cross_entropy_cpu import CpuLoss, scaled_gradients
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import (
     FLOAT_OR_DOUBLE,
     INT64,
+    TRITON_NAMES,
     check_finite,
     check_in_range,
     check_no_nan,

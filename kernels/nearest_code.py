@@ -20,15 +20,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import (
-    TRITON_NAMES,
-    is_plain_cpu,
-    lazy_triton_op,
-    runs_triton,
-    without_autocast,
-)
+from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton, without_autocast
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._values import FLOAT_TYPES, check_finite, check_tensors, looks_at_values
+from titok_fast.kernels._values import (
+    FLOAT_TYPES,
+    TRITON_NAMES,
+    check_finite,
+    check_tensors,
+    looks_at_values,
+)
 
 METRICS = ("euclidean", "cosine")
 MAX_CHANNELS = 256

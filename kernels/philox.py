@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titok_fast.kernels._launch import is_plain_cpu
+from titok_fast.kernels._values import INT64, check_tensors
 
 TOKEN_STREAM = 0  # noise on logits, one value per code
 REMASK_STREAM = 1  # noise on confidences, one value per position: code 0
@@ -105,7 +106,7 @@ def gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: int)
     Raises:
         ValueError: seeds or positions are no int64 vectors on one device, or codes is negative.
     """
-    _check_counters("gumbel", seeds, positions, step, codes)
+    _check_counters("gumbel", seeds, positions, step, codes, per_row=False)
     return _gumbel(seeds[:, None], _second_word(positions, step, stream)[None], codes)
 
 
@@ -115,10 +116,7 @@ def row_gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: 
     Raises:
         ValueError: as in `gumbel`, or seeds and positions differ in length.
     """
-    _check_counters("row_gumbel", seeds, positions, step, codes)
-    if seeds.shape != positions.shape:
-        got = f"{tuple(seeds.shape)} and {tuple(positions.shape)}"
-        raise ValueError(f"row_gumbel wants as many seeds as positions; got {got}")
+    _check_counters("row_gumbel", seeds, positions, step, codes, per_row=True)
     return _gumbel(seeds, _second_word(positions, step, stream), codes)
 
 
@@ -196,18 +194,17 @@ def _torch_draws_these_bits() -> bool:
     return torch.equal(drawn, _uniforms(seeds, words, 23))
 
 
-def _check_counters(op: str, seeds: Tensor, positions: Tensor, step: int, codes: int) -> None:
+def _check_counters(
+    op: str, seeds: Tensor, positions: Tensor, step: int, codes: int, per_row: bool
+) -> None:
     if codes < 0 or not 0 <= step < MAX_NOISE_STEPS:
         raise ValueError(
             f"{op} wants codes >= 0 and step >= 0, below {MAX_NOISE_STEPS}; got {codes} and {step}"
         )
-    for name, x in (("seeds", seeds), ("positions", positions)):
-        if x.ndim != 1 or x.dtype != torch.int64:
-            got = f"{tuple(x.shape)} {x.dtype}"
-            raise ValueError(f"{op} wants {name} as an int64 vector; got {got}")
-    if seeds.device != positions.device:
-        got = f"{seeds.device} and {positions.device}"
-        raise ValueError(f"{op} wants seeds and positions on one device; got {got}")
+    letters = "RR" if per_row else "BK"
+    check_tensors(
+        op, {}, seeds=(seeds, letters[0], INT64), positions=(positions, letters[1], INT64)
+    )
 
 
 @triton.jit

@@ -23,11 +23,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from titok_fast.kernels._launch import TRITON_NAMES, lazy_triton_op, runs_triton, without_autocast
+from titok_fast.kernels._launch import lazy_triton_op, runs_triton, without_autocast
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import (
     FLOAT_OR_DOUBLE,
     FLOAT_TYPES,
+    TRITON_NAMES,
     check_finite,
     check_no_nan,
     check_tensors,
