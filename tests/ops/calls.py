@@ -147,6 +147,11 @@ def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
 
 def call_with(name: str, **change: Any) -> Any:
     """The public kernel `name` on small valid arguments, some of them changed."""
+    return getattr(kernels, name)(**arguments_of(name) | change)
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """Small valid arguments of the public kernel `name`, by keyword."""
     logits, noise = torch.randn(2, 2, 3, 5).unbind()
     hidden, head = torch.randn(4, 6), {"weight": torch.randn(7, 6), "bias": torch.randn(7)}
     latents = {"z": torch.randn(4, 3), "codebook": torch.randn(9, 3)}
@@ -169,7 +174,7 @@ def call_with(name: str, **change: Any) -> Any:
         "masked_cross_entropy": {"hidden": hidden, **head}
         | {"targets": torch.tensor([0, 6, 1, 2]), "weights": torch.ones(4)},
     }
-    return getattr(kernels, name)(**arguments[name] | change)
+    return arguments[name]
 
 
 def check_operator(op: Any, args: Sequence[Any]) -> None:
@@ -218,3 +223,8 @@ def assert_same_draws(
     torch.testing.assert_close(
         got[1][same], want[1][same], rtol=score_tolerance, atol=score_tolerance, equal_nan=True
     )
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the error over the norm of `want`."""
+    return float((got.double() - want).norm() / want.norm())

@@ -1,11 +1,14 @@
-"""What the sampling ops draw: the same on every path, and by the law of the softmax."""
+"""The sampling ops draw the same on every path, and from the softmax."""
+
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import any_seeds
+from calls import any_seeds, arguments_of
 from torch import Tensor
 
+from titok_fast import kernels
 from titok_fast.kernels._launch import runs_triton
 from titok_fast.kernels._sampling import RULES
 from titok_fast.kernels.guided_sample import guided_sample
@@ -162,3 +165,26 @@ def test_token_that_remask_keeps_follows_the_softmax(
     kept = ids.cpu() == 0
     assert (kept.sum(1) == 1).all()
     assert_drawn_from(scores[0].cpu() / noise_temperature, kept.nonzero()[:, 1])
+
+
+@pytest.mark.parametrize("op", ["guided_sample", "lm_head_sample", "remask"])
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [("aot_eager", (1, 2)), pytest.param("inductor", range(4), marks=pytest.mark.slow)],
+)
+def test_compiled_equals_eager_at_every_step(backend: str, steps: Sequence[int], op: str) -> None:
+    eager = getattr(kernels, op)
+    compiled = torch.compile(eager, fullgraph=True, backend=backend)
+    for step in steps:  # step 3 without noise
+        arguments = arguments_of(op) | {"seeds": any_seeds(2), "step": step}
+        arguments |= {"noise_temperature": 3.0 - step, "rule": RULES[step % 2]}
+        if op != "lm_head_sample":
+            arguments["noise"] = None
+        if op != "remask":
+            arguments |= {"guidance": 0.5 * step, "softmax_temperature": 1.2 - 0.1 * step}
+        got, want = compiled(**arguments), eager(**arguments)
+        if op == "remask":
+            assert torch.equal(got, want)
+        else:
+            assert torch.equal(got[0], want[0])
+            torch.testing.assert_close(got[1], want[1])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from calls import DTYPES
+from calls import DTYPES, relative_error
 from tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
@@ -30,10 +30,6 @@ def leaves(
 
 def runs_own_backward(y: Tensor) -> bool:
     return "NormSiLU" in type(y.grad_fn).__name__
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
 
 
 def assert_gradients(
@@ -161,15 +157,15 @@ def test_backward_twice_and_through_an_expanded_gradient() -> None:
     assert_gradients(first, inputs, torch.ones(SHAPE), GROUPS)
 
 
-@pytest.mark.parametrize("learns", [(0, 1, 2), (0,)])
-def test_second_derivative(learns: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,)])
+def test_second_derivative(wanted: tuple[int, ...]) -> None:
     def penalty(fn: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
         (grad,) = torch.autograd.grad(
             fn(*inputs, GROUPS, EPS).square().sum(), inputs[0], create_graph=True
         )
-        return torch.autograd.grad(grad.square().sum(), [inputs[i] for i in learns])
+        return torch.autograd.grad(grad.square().sum(), [inputs[i] for i in wanted])
 
-    inputs = [t.requires_grad_(i in learns) for i, t in enumerate(leaves((1, *SHAPE[1:])))]
+    inputs = [t.requires_grad_(i in wanted) for i, t in enumerate(leaves((1, *SHAPE[1:])))]
     got = penalty(group_norm_silu, *inputs)
     reference = penalty(group_norm_silu_ref, *inputs)
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]

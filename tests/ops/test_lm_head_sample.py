@@ -1,7 +1,5 @@
 """lm_head_sample against the head and guided_sample one after the other."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,22 +186,6 @@ def test_reference_in_low_precision(dtype: torch.dtype) -> None:
     rounding = torch.finfo(dtype).eps / 2
     bound = 3 * rounding * (l.abs().amax(1) + mixed.norm(dim=1) * 8)
     assert (l.amax(1) - l.gather(1, got[0][:, None])[:, 0] <= bound).all()
-
-
-@pytest.mark.parametrize(
-    ("backend", "steps"),
-    [("aot_eager", (1, 2)), pytest.param("inductor", range(4), marks=pytest.mark.slow)],
-)
-def test_compiled_equals_eager(backend: str, steps: Sequence[int]) -> None:
-    compiled = torch.compile(lm_head_sample, fullgraph=True, backend=backend)
-    hidden, uncond = torch.randn(2, 6, 8)
-    tensors = (hidden, uncond, torch.randn(20, 8), torch.randn(20))
-    for step in steps:  # step 3 without noise
-        arguments = {"seeds": any_seeds(6), "positions": torch.arange(6), "step": step}
-        arguments |= {"guidance": 0.5 * step, "noise_temperature": 3.0 - step}
-        got, want = compiled(*tensors, **arguments), lm_head_sample(*tensors, **arguments)
-        assert torch.equal(got[0], want[0])
-        torch.testing.assert_close(got[1], want[1])
 
 
 TRACE = """

@@ -1,7 +1,6 @@
 """remask: both rules with their ties, the kernel against them, and a whole official run."""
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -250,16 +249,3 @@ def test_a_sample_does_not_depend_on_its_batch(op_device: torch.device) -> None:
     for b in range(B):
         assert torch.equal(run(slice(b, b + 1))[0], together[b])
     assert (together == MASK_ID).sum(1).tolist() == n.tolist()
-
-
-@pytest.mark.parametrize(
-    ("backend", "steps"),
-    [("aot_eager", (1, 2)), pytest.param("inductor", range(4), marks=pytest.mark.slow)],
-)
-def test_compiled_equals_eager(backend: str, steps: Sequence[int]) -> None:
-    compiled = torch.compile(remask, fullgraph=True, backend=backend)
-    for step in steps:  # step 3 without noise
-        arguments = (torch.randint(9, (2, 8)), torch.randn(2, 8), torch.randint(1, 8, (2,)))
-        keywords = {"mask_id": 9, "seeds": any_seeds(2), "noise_temperature": 3.0 - step}
-        got = compiled(*arguments, step=step, **keywords)
-        assert torch.equal(got, remask(*arguments, step=step, **keywords))
