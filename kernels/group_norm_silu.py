@@ -134,7 +134,19 @@ def _group_norm_silu_bwd(
     return dx, dots.sum(0).to(weight.dtype), sums.sum(0).to(bias.dtype)
 
 
-def _check(
+def _takes_kernel(x: Tensor) -> bool:
+    """Whether to run the kernel on x; channels-first memory is faster with PyTorch's own."""
+    # a tile holds all channels of a pixel, so more channels would overflow the registers
+    return (
+        runs_triton(x)
+        and len(x) > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.shape[1] <= _ELEMENTS
+        and x.dtype != torch.float64
+    )
+
+
+def _checked(
     op: str,
     x: Tensor,
     residual: Tensor | None,
@@ -142,7 +154,8 @@ def _check(
     bias: Tensor,
     groups: int,
     eps: float,
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    """Activation and x + residual, by the implementation that suits x."""
     sizes = check_tensors(
         op,
         dict.fromkeys("CHW", math.inf),
@@ -158,23 +171,11 @@ def _check(
         raise ValueError(f"{op} wants a finite eps of at least 0; got {eps}")
     if looks_at_values(x, ids_only=False):
         check_finite(op, x=x, residual=residual, weight=weight, bias=bias)
-
-
-def _takes_kernel(x: Tensor) -> bool:
-    """Whether to run the kernel on x; channels-first memory is faster with PyTorch's own."""
-    # a tile holds all channels of a pixel, so more channels would overflow the registers
-    return (
-        runs_triton(x)
-        and len(x) > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.shape[1] <= _ELEMENTS
-        and x.dtype != torch.float64
-    )
-
-
-def _plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    implementation = group_norm_silu_cpu if takes_eager(x) else group_norm_silu_ref
-    return implementation(x, weight, bias, groups, eps)
+    if _takes_kernel(x):
+        return _group_norm_silu(x, residual, weight, bias, groups, eps)[:2]
+    total = x if residual is None else x + residual
+    implementation = group_norm_silu_cpu if takes_eager(total) else group_norm_silu_ref
+    return implementation(total, weight, bias, groups, eps), total
 
 
 def group_norm_silu(
@@ -200,10 +201,7 @@ def group_norm_silu(
         y = fast_path(x, weight, bias, groups, eps)
         if y is not None:
             return y
-    _check("group_norm_silu", x, None, weight, bias, groups, eps)
-    if _takes_kernel(x):
-        return _group_norm_silu(x, None, weight, bias, groups, eps)[0]
-    return _plain(x, weight, bias, groups, eps)
+    return _checked("group_norm_silu", x, None, weight, bias, groups, eps)[0]
 
 
 def add_group_norm_silu(
@@ -225,11 +223,7 @@ def add_group_norm_silu(
     Raises:
         ValueError: as `group_norm_silu`, or residual does not match x.
     """
-    _check("add_group_norm_silu", x, residual, weight, bias, groups, eps)
-    if _takes_kernel(x):
-        return _group_norm_silu(x, residual, weight, bias, groups, eps)[:2]
-    total = x + residual
-    return _plain(total, weight, bias, groups, eps), total
+    return _checked("add_group_norm_silu", x, residual, weight, bias, groups, eps)
 
 
 def offline_cases() -> list[OfflineCase]:

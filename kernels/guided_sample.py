@@ -15,10 +15,10 @@ from math import inf, isnan
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from titok_fast.kernels._guided_sample_device import guided_sample_kernel
 from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._sampling import check_sampling, draw_ref, mix, unit_stride
@@ -30,7 +30,7 @@ from titok_fast.kernels._values import (
     check_tensors,
     looks_at_values,
 )
-from titok_fast.kernels.philox import MAX_POSITIONS, TOKEN_STREAM, gumbel, row_gumbel, token_gumbel
+from titok_fast.kernels.philox import MAX_POSITIONS, TOKEN_STREAM, gumbel, row_gumbel
 
 _WARPS = 8
 
@@ -87,89 +87,6 @@ def _masked_rows(
     return candidates, scores
 
 
-@triton.jit
-def _mixed_logits(cond_ptr, uncond_ptr, valid, guidance, inv_temperature, GUIDED: tl.constexpr):
-    """Guided logits over the softmax temperature; -inf where not valid."""
-    l = tl.load(cond_ptr, mask=valid, other=float("-inf")).to(tl.float32)
-    if GUIDED:
-        mixed = l + guidance * (l - tl.load(uncond_ptr, mask=valid, other=0.0).to(tl.float32))
-        # padding and forbidden codes stay -inf: -inf - -inf is NaN, a negative factor makes +inf
-        l = tl.where(l == float("-inf"), l, mixed)
-    return l * inv_temperature
-
-
-@triton.jit(do_not_specialize=["step"])
-def _guided_sample_kernel(
-    cond_ptr,  # (B, K, N) logits, unit stride along N
-    uncond_ptr,  # the same, or anything if not GUIDED
-    mask_ptr,  # (B, K) bool
-    ids_ptr,  # (B, K) int64
-    seeds_ptr,  # (B,) int64, read if NOISE is "counter"
-    noise_ptr,  # (B, K, N) float32, read if NOISE is "given"
-    candidates_ptr,  # (B, K) int64
-    scores_ptr,  # (B, K) float32
-    K,
-    N,
-    cond_stride_b,
-    cond_stride_k,
-    uncond_stride_b,
-    uncond_stride_k,
-    step,
-    guidance,
-    inv_temperature,
-    noise_temperature,
-    GUIDED: tl.constexpr,
-    NOISE: tl.constexpr,
-    PROBABILITY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)  # B * K * N may pass 2**31
-    b, k = row // K, row % K
-    cond_ptr += b * cond_stride_b + k * cond_stride_k
-    uncond_ptr += b * uncond_stride_b + k * uncond_stride_k
-    masked = tl.load(mask_ptr + row) != 0
-    lanes = tl.arange(0, BLOCK_N)
-    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    best_n = lanes
-    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)  # running maximum and sum of exponentials
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for n0 in range(0, tl.where(masked, N, 0), BLOCK_N):
-        n = n0 + lanes
-        l = _mixed_logits(cond_ptr + n, uncond_ptr + n, n < N, guidance, inv_temperature, GUIDED)
-        noisy = l
-        if NOISE == "counter":
-            seed = tl.full((1,), 0, tl.int64) + tl.load(seeds_ptr + b)
-            position = tl.full((1,), 0, tl.int32) + k.to(tl.int32)
-            g = token_gumbel(seed, step, position, n0 // 4, BLOCK_N // 4)
-            noisy += noise_temperature * tl.reshape(g, (BLOCK_N,))
-        elif NOISE == "given":
-            g = tl.load(noise_ptr + row * N + n, mask=n < N, other=0.0)
-            noisy += noise_temperature * g
-        better = noisy > best  # strict: each lane keeps its lowest code
-        best = tl.where(better, noisy, best)
-        best_n = tl.where(better, n, best_n)
-        if PROBABILITY:
-            higher = tl.maximum(top, l)
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
-            total = total * tl.exp(top - base) + tl.exp(l - base)
-            top = higher
-
-    if masked:
-        code = tl.min(tl.where(best == tl.max(best, 0), best_n, N - 1), 0)
-        score = _mixed_logits(
-            cond_ptr + code, uncond_ptr + code, code < N, guidance, inv_temperature, GUIDED
-        )
-        if PROBABILITY:
-            row_top = tl.max(top, 0)
-            base = tl.where(row_top == float("-inf"), 0.0, row_top)
-            score -= base + tl.log(tl.sum(total * tl.exp(top - base), 0))
-        tl.store(candidates_ptr + row, code.to(tl.int64))
-        tl.store(scores_ptr + row, score)
-    else:
-        tl.store(candidates_ptr + row, tl.load(ids_ptr + row))
-        tl.store(scores_ptr + row, float("inf"))
-
-
 def _tile(N: int) -> int:
     """Codes per tile: eight per thread; at least the four that share a counter."""
     return max(4, min(8 * 32 * _WARPS, triton.next_power_of_2(N)))
@@ -203,7 +120,7 @@ def _guided_sample(
     tensors = (cond, uncond, mask.contiguous(), ids.contiguous(), seeds, noise, candidates, scores)
     sizes = (K, N, *cond.stride()[:2], *uncond.stride()[:2])
     scalars = (step, guidance, 1.0 / softmax_temperature, noise_temperature)
-    wrap_triton(_guided_sample_kernel)[(B * K,)](
+    wrap_triton(guided_sample_kernel)[(B * K,)](
         *tensors,
         *sizes,
         *scalars,
@@ -329,7 +246,7 @@ def _case(
     scalars = dict.fromkeys(("K", "N", *strides), "i32:16") | {"step": "i32"}
     scalars |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
     return OfflineCase(
-        kernel=_guided_sample_kernel,
+        kernel=guided_sample_kernel,
         config=f"{name} {kind} {noise} {rule}" + ("" if guided else " unguided"),
         signature=pointers | scalars,
         constexprs={"GUIDED": guided, "NOISE": noise, "PROBABILITY": rule == "probability"}

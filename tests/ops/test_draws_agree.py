@@ -20,7 +20,7 @@ Inputs = dict[str, Tensor]
 
 
 def inputs_of(numbers: str) -> Inputs:
-    """Of whole numbers sums and mixes are exact in any order: all four have the same logits."""
+    """Sums of whole numbers are exact in any order, so all paths have the same logits."""
     shapes = {"hidden": (B, K, D), "uncond": (B, K, D), "weight": (N, D), "bias": (N,)}
     inputs = {
         name: torch.randint(-2, 3, shape).float() if numbers == "whole" else torch.randn(shape)
@@ -33,29 +33,19 @@ def inputs_of(numbers: str) -> Inputs:
 def draw(
     inputs: Inputs, mask: Tensor, guidance: float | None, noise_temperature: float, rule: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Candidates and scores of the masked tokens, of guided_sample and of lm_head_sample."""
+    """Candidates and scores of the masked tokens by guided_sample and by lm_head_sample."""
     hidden, uncond, seeds = inputs["hidden"], inputs["uncond"], inputs["seeds"]
     head = inputs["weight"], inputs["bias"]
     common = {"step": 4, "guidance": guidance or 0.0, "softmax_temperature": 0.5}
     common |= {"noise_temperature": noise_temperature, "rule": rule}
-    candidates, scores = guided_sample(
-        F.linear(hidden, *head),
-        None if guidance is None else F.linear(uncond, *head),
-        mask=mask,
-        ids=inputs["ids"],
-        seeds=seeds,
-        **common,
-    )
+    logits = [F.linear(x, *head) for x in (hidden, uncond)]
+    if guidance is None:
+        logits.pop()
+    candidates, scores = guided_sample(*logits, mask=mask, ids=inputs["ids"], seeds=seeds, **common)
     sample, position = mask.nonzero(as_tuple=True)
-    fused = lm_head_sample(
-        hidden.flatten(0, 1),
-        None if guidance is None else uncond.flatten(0, 1),
-        *head,
-        rows=sample * K + position,
-        seeds=seeds[sample],
-        positions=position,
-        **common,
-    )
+    states = hidden.flatten(0, 1), None if guidance is None else uncond.flatten(0, 1)
+    common |= {"rows": sample * K + position, "seeds": seeds[sample], "positions": position}
+    fused = lm_head_sample(*states, *head, **common)
     return [(candidates[mask], scores[mask]), fused]
 
 
@@ -95,9 +85,9 @@ def assert_drawn_from(logits: Tensor, ids: Tensor) -> None:
     limit = freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations above the mean
     counts = torch.bincount(ids, minlength=len(logits))
     expected, warmer = ((logits.double() / t).softmax(0) * len(ids) for t in (1.0, 1.05))
-    assert expected.min() > 5  # below, the chi-square law is no good approximation
+    assert expected.min() > 5  # below, the chi-square approximation is poor
     assert ((counts - expected) ** 2 / expected).sum() < limit
-    # and it can fail: against the law of a temperature 5 % higher
+    # the test can fail: it rejects a temperature 5 % higher
     assert ((counts - warmer) ** 2 / warmer).sum() > limit
 
 

@@ -1,4 +1,4 @@
-"""guided_sample: the official arithmetic, the kernel against it, and the law of its draws."""
+"""guided_sample: the official arithmetic, and the kernel against the reference."""
 
 from typing import Any
 
@@ -15,9 +15,11 @@ from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values (B, K, N) in memory of another layout."""
+    """(B, K, N) values in another memory layout."""
     B, K, N = x.shape
-    if layout == "sliced":  # what a generator returns: a class token, and rows for special ids
+    if (
+        layout == "sliced"
+    ):  # as a generator returns them: without the class token and the special ids
         big = x.new_full((B, K + 1, N + 3), float("nan"))
         big[:, 1:, :N] = x
         return big[:, 1:, :N]
@@ -27,7 +29,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def filled(shape: tuple[int, ...], values: str, dtype: torch.dtype) -> Tensor:
-    """Logits of a kind that could go wrong."""
+    """Logits, some of them at the limits of the dtype."""
     x = torch.randn(shape) * 4
     if values == "equal":
         x = torch.full(shape, 1.5)
@@ -91,19 +93,9 @@ def test_kernel_follows_the_reference(
     noise = gumbel(seeds, 3, torch.arange(K, device=device), N, TOKEN_STREAM)
     noise_temperature = 0.0 if source == "none" else 4.75
     given = noise if source == "given" else None
-    got = guided_sample(
-        logits,
-        uncond,
-        mask=mask,
-        ids=ids,
-        seeds=seeds,
-        step=3,
-        guidance=guidance,
-        softmax_temperature=temperature,
-        noise_temperature=noise_temperature,
-        rule=rule,
-        noise=given,
-    )
+    options = {"mask": mask, "ids": ids, "seeds": seeds, "step": 3, "guidance": guidance}
+    options |= {"softmax_temperature": temperature, "noise_temperature": noise_temperature}
+    got = guided_sample(logits, uncond, **options, rule=rule, noise=given)
     common = (mask, ids, seeds, given, 3, guidance, temperature, noise_temperature, rule)
     want = guided_sample_ref(logits, uncond, *common)
     assert torch.equal(got[0][~mask], ids[~mask])
@@ -181,17 +173,9 @@ def test_official_arithmetic_on_given_noise(step: int, rule: str) -> None:
     guidance, t, anneal = 4.5 * step / 8, 9.5 * (1 - ratio), 0.5 + 0.8 * (1 - ratio)
     cond, uncond, noise = torch.randn(3, 4, 50), torch.randn(3, 4, 50), -torch.rand(3, 4, 50).log()
     mask, ids = torch.rand(3, 4) < 0.6, torch.randint(50, (3, 4))
-    candidates, scores = guided_sample(
-        cond,
-        uncond,
-        mask=mask,
-        ids=ids,
-        guidance=guidance,
-        softmax_temperature=anneal,
-        noise_temperature=t,
-        rule=rule,
-        noise=noise,
-    )
+    options = {"mask": mask, "ids": ids, "noise": noise, "guidance": guidance, "rule": rule}
+    options |= {"softmax_temperature": anneal, "noise_temperature": t}
+    candidates, scores = guided_sample(cond, uncond, **options)
     for b in range(3):
         for k in range(4):
             if not mask[b, k]:

@@ -46,7 +46,7 @@ def test_kernel_follows_the_reference(
 ) -> None:
     torch.manual_seed(seed)
     small = torch.finfo(dtype).tiny / 16 if subnormal else 1.0
-    big = 2.0**-8 / small if subnormal else 1.0  # so that logits are seen again
+    big = 2.0**-8 / small if subnormal else 1.0  # so that logits are of normal size
     hidden, uncond = (torch.randn(2, M, D, device=device) * small).to(dtype)
     weight = (torch.randn(N, D, device=device) * 3 / D**0.5 * big).to(dtype)
     bias = torch.randn(N, device=device).to(dtype) if biased else None
@@ -60,42 +60,20 @@ def test_kernel_follows_the_reference(
             None if x is None else x.repeat_interleave(2)[::2]
             for x in (bias, rows, seeds, positions)
         )
-    got = lm_head_sample(
-        hidden,
-        uncond if guided else None,
-        weight,
-        bias,
-        rows=rows,
-        seeds=seeds,
-        positions=positions,
-        step=3,
-        guidance=2.25 if guided else 0.0,
-        softmax_temperature=0.8,
-        noise_temperature=noise_temperature,
-        rule=rule,
-    )
-    # the product in float32 of what the kernel multiplies: hidden states mixed, then rounded
+    options = {"rows": rows, "seeds": seeds, "positions": positions, "step": 3, "rule": rule}
+    options |= {"guidance": 2.25 if guided else 0.0, "softmax_temperature": 0.8}
+    options |= {"noise_temperature": noise_temperature}
+    got = lm_head_sample(hidden, uncond if guided else None, weight, bias, **options)
+    # the kernel rounds the guided hidden states, then multiplies in float32
     if guided:
         hidden = (hidden.float() + 2.25 * (hidden.float() - uncond.float())).to(dtype)
     bias32 = None if bias is None else bias.float()
-    want = lm_head_sample_ref(
-        hidden.float(),
-        None,
-        weight.float(),
-        bias32,
-        rows,
-        seeds,
-        positions,
-        3,
-        0.0,
-        0.8,
-        noise_temperature,
-        rule,
-    )
+    head = (hidden.float(), None, weight.float(), bias32, rows, seeds, positions)
+    want = lm_head_sample_ref(*head, 3, 0.0, 0.8, noise_temperature, rule)
     picked = hidden if rows is None else hidden[rows]
     noise = row_gumbel(seeds, 3, positions, N, TOKEN_STREAM)
     noisy = F.linear(picked.float(), weight.float(), bias32) / 0.8 + noise_temperature * noise
-    # float32 sums of D products in two orders; logits reach 20
+    # float32 sums of D terms in two orders; logits reach 20
     assert_same_draws(noisy, got, want, 2e-5)
 
 
@@ -126,15 +104,9 @@ def test_forbidden_codes_are_never_drawn(op_device: torch.device) -> None:
     hidden, weight = torch.randn(40, 8, device=op_device), torch.randn(200, 8, device=op_device)
     bias = torch.full((200,), -torch.inf, device=op_device)
     bias[[130, 199]] = 0.0
+    noise = {"seeds": any_seeds(40, op_device), "positions": torch.arange(40, device=op_device)}
     candidates, scores = lm_head_sample(
-        hidden,
-        None,
-        weight,
-        bias,
-        seeds=any_seeds(40, op_device),
-        noise_temperature=1.0,
-        positions=torch.arange(40, device=op_device),
-        rule="probability",
+        hidden, None, weight, bias, **noise, noise_temperature=1.0, rule="probability"
     )
     assert set(candidates.tolist()) == {130, 199}
     l = F.linear(hidden, weight[[130, 199]]).log_softmax(1)
@@ -146,19 +118,14 @@ def test_forbidden_codes_are_never_drawn(op_device: torch.device) -> None:
 def test_rows_out_of_range_read_zeros(
     interpreted: None, device: torch.device, guided: bool
 ) -> None:
-    """Not what lies beside the hidden states, here NaN: the codes are then the bias's own."""
+    """They do not read the memory around the hidden states, here NaN; the bias decides the code."""
     hidden, weight = torch.randn(5, 8, device=device), torch.randn(70, 8, device=device)
     beside = F.pad(hidden, (0, 0, 2, 2), value=torch.nan)[2:-2]
     bias = torch.randn(70, device=device)
     rows = torch.tensor([-2, -1, 4, 5, 6, 0], device=device)
+    uncond = beside if guided else None
     got = lm_head_sample(
-        beside,
-        beside if guided else None,
-        weight,
-        bias,
-        rows=rows,
-        guidance=1.0,
-        noise_temperature=0.0,
+        beside, uncond, weight, bias, rows=rows, guidance=1.0, noise_temperature=0.0
     )
     zeros = F.pad(hidden, (0, 0, 2, 2))[rows + 2]
     want = lm_head_sample_ref(
@@ -177,7 +144,7 @@ def test_nan_gives_codes_in_range(interpreted: None, device: torch.device) -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reference_in_low_precision(dtype: torch.dtype) -> None:
-    """On the CPU the logits are rounded to the weight's dtype, and no more than that."""
+    """On a CPU logits are rounded once, to the weight's dtype."""
     hidden, uncond = torch.randn(2, 50, 64).to(dtype)
     weight = torch.randn(90, 64).to(dtype)
     got = lm_head_sample(hidden, uncond, weight, None, guidance=2.0, noise_temperature=0.0)
@@ -214,9 +181,9 @@ print(*(f"{tuple(x.shape)} {x.dtype} {x.device.type}" for x in out))
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sampling_ops_never_wait_for_the_device(compiled: bool) -> None:
-    """Fake CUDA tensors hold no values, so whatever read one on the host would fail.
+    """Fake CUDA tensors hold no values, so reading one on the host would fail.
 
-    In a process of its own, where kernels are compiled: the interpreter would read their memory.
+    In a process with compiled kernels: the interpreter would read their memory.
     """
     printed = output_of(f"COMPILED = {compiled}\n{TRACE}")
     assert printed.splitlines() == ["(2, 3) torch.int64 cuda (6,) torch.int64 cuda"]

@@ -77,22 +77,15 @@ def test_follows_the_definition(
     noise = gumbel(seeds, 3, torch.arange(K), 1, REMASK_STREAM).squeeze(-1)
     given = None
     if source == "given":
-        given = noise = noise.round()  # so that ties stay ties
+        given = noise = noise.round()  # keeps ties
     if strided:
         scores, candidates = (x.T.contiguous().T for x in (scores, candidates))
         seeds, num_masked = (x.repeat_interleave(2)[::2] for x in (seeds, num_masked))
     t = 0.0 if source == "none" else 2.0
-    got = remask(
-        candidates.to(op_device),
-        scores.to(op_device),
-        num_masked.to(op_device),
-        mask_id=MASK_ID,
-        seeds=seeds.to(op_device),
-        step=3,
-        noise_temperature=t,
-        rule=rule,
-        noise=None if given is None else given.to(op_device),
-    )
+    moved = [x.to(op_device) for x in (candidates, scores, num_masked)]
+    options = {"seeds": seeds.to(op_device), "step": 3, "noise_temperature": t, "rule": rule}
+    options |= {"noise": None if given is None else given.to(op_device)}
+    got = remask(*moved, mask_id=MASK_ID, **options)
     confidence = scores if t == 0.0 else scores + t * noise
     if source == "counter":
         assert_cut_where_expected(got.cpu(), candidates, confidence, num_masked, rule)
@@ -106,7 +99,7 @@ def test_follows_the_definition(
 def assert_cut_where_expected(
     got: Tensor, candidates: Tensor, confidence: Tensor, num_masked: Tensor, rule: str
 ) -> None:
-    """As defined, but for tokens whose confidence is within rounding of the cut-off's."""
+    """Equal, except for tokens whose confidence is within rounding of the cutoff."""
     want = torch.tensor(plain_remask(candidates, confidence, num_masked, rule), dtype=torch.int64)
     for b, k in (got != want.view_as(got)).nonzero().tolist():
         others = torch.cat([confidence[b, :k], confidence[b, k + 1 :]])
@@ -119,14 +112,8 @@ def test_many_tokens(op_device: torch.device, K: int, rule: str) -> None:
     candidates, scores = torch.randint(MASK_ID, (2, K)), (torch.randn(2, K) * 50).round()
     scores[torch.rand(2, K) < 0.3] = INF
     num_masked = torch.tensor([K // 3, 7])
-    ids = remask(
-        candidates.to(op_device),
-        scores.to(op_device),
-        num_masked.to(op_device),
-        mask_id=MASK_ID,
-        noise_temperature=0.0,
-        rule=rule,
-    )
+    moved = [x.to(op_device) for x in (candidates, scores, num_masked)]
+    ids = remask(*moved, mask_id=MASK_ID, noise_temperature=0.0, rule=rule)
     assert ids.tolist() == plain_remask(candidates, scores, num_masked, rule)
 
 
@@ -173,16 +160,9 @@ def test_given_noise_of_minus_infinity_masks_no_known_token(
     op_device: torch.device, rule: str
 ) -> None:
     scores = torch.tensor([[INF, 1.0, 2.0]], device=op_device)
-    noise = torch.full((1, 3), -INF, device=op_device)
-    ids = remask(
-        torch.zeros(1, 3, dtype=torch.int64, device=op_device),
-        scores,
-        torch.tensor([3], device=op_device),
-        mask_id=7,
-        noise_temperature=1.0,
-        noise=noise,
-        rule=rule,
-    )
+    noise, count = torch.full_like(scores, -INF), torch.tensor([3], device=op_device)
+    options = {"noise_temperature": 1.0, "noise": noise, "rule": rule}
+    ids = remask(torch.zeros_like(scores).long(), scores, count, mask_id=7, **options)
     assert ids[0, 0] == 0
 
 
@@ -209,21 +189,16 @@ def test_a_whole_official_run(op_device: torch.device) -> None:
         cutoff = noisy.sort(-1).values[:, length - 1 : length]
         want = drawn if step == T - 1 else torch.where(noisy <= cutoff, N, drawn)
 
-        candidates, scores = guided_sample(
-            cond.to(op_device),
-            uncond.to(op_device),
-            mask=unknown.to(op_device),
-            ids=ids.to(op_device),
-            guidance=cfg,
-            softmax_temperature=0.5 + 0.8 * (1 - ratio),
-            noise_temperature=t,
-            noise=g.to(op_device),
+        cond, uncond, mask, old, noise, noise_k = (
+            x.to(op_device) for x in (cond, uncond, unknown, ids, g, g_k)
         )
+        options = {"guidance": cfg, "softmax_temperature": 0.5 + 0.8 * (1 - ratio)}
+        options |= {"noise_temperature": t, "noise": noise}
+        candidates, scores = guided_sample(cond, uncond, mask=mask, ids=old, **options)
         assert torch.equal(candidates.cpu(), drawn)
         count = torch.full((B,), 0 if step == T - 1 else length, device=op_device)
-        ids = remask(
-            candidates, scores, count, mask_id=N, noise_temperature=t, noise=g_k.to(op_device)
-        ).cpu()
+        options = {"noise_temperature": t, "noise": noise_k}
+        ids = remask(candidates, scores, count, mask_id=N, **options).cpu()
         assert torch.equal(ids, want)
     assert (ids < N).all()
 
@@ -235,15 +210,9 @@ def test_a_sample_does_not_depend_on_its_batch(op_device: torch.device) -> None:
     n = torch.tensor([5, 0, 33, 12], device=op_device)
 
     def run(part: slice) -> Tensor:
-        return remask(
-            candidates[part],
-            scores[part],
-            n[part],
-            mask_id=MASK_ID,
-            seeds=seeds[part],
-            step=1,
-            noise_temperature=3.0,
-        )
+        inputs = (candidates[part], scores[part], n[part])
+        options = {"seeds": seeds[part], "step": 1, "noise_temperature": 3.0}
+        return remask(*inputs, mask_id=MASK_ID, **options)
 
     together = run(slice(None))
     for b in range(B):
