@@ -17,9 +17,7 @@ from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """(B, K, N) values in another memory layout."""
     B, K, N = x.shape
-    if (
-        layout == "sliced"
-    ):  # as a generator returns them: without the class token and the special ids
+    if layout == "sliced":  # as a generator returns them, class token and special ids cut off
         big = x.new_full((B, K + 1, N + 3), float("nan"))
         big[:, 1:, :N] = x
         return big[:, 1:, :N]
