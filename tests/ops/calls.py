@@ -37,7 +37,7 @@ class OpCall:
     Attributes:
         fn: the function of its tensors.
         leaves: tensors with gradients.
-        others: the rest.
+        others: the remaining tensors.
     """
 
     fn: Function
@@ -45,17 +45,17 @@ class OpCall:
     others: tuple[Tensor, ...] = ()
 
     def outputs(self, fn: Function | None = None) -> list[Tensor]:
-        """What `fn`, or a compiled form of it, returns."""
+        """Outputs of `fn` or of a compiled form of it."""
         out = (fn or self.fn)(*self.leaves, *self.others)
         return [out] if isinstance(out, Tensor) else list(out)
 
     def results(self, fn: Function | None = None) -> list[Tensor]:
-        """The outputs, and the gradients of the leaves where there are any."""
+        """The outputs, then the gradients of the leaves."""
         if not self.leaves:
             return self.outputs(fn)
         call = self.with_gradients()
         outputs = call.outputs(fn)
-        # every number has a weight of its own, so that none can take another's place
+        # every number has its own weight, so that swapped numbers change the loss
         loss = sum(
             (x * torch.arange(1.0, x.numel() + 1, device=x.device).cos().view(x.shape)).sum()
             for x in outputs
@@ -70,13 +70,13 @@ class OpCall:
 
 
 def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
-    """By name of the public function, with a word more where it is called in several ways.
+    """Calls by name of the public function, with a suffix for further options.
 
     Sizes are odd, and small: Triton's interpreter takes milliseconds for a program.
 
     Args:
         device: of the tensors.
-        batch: images; all that depends on their number has this size or a multiple.
+        batch: number of images; sizes that depend on it are multiples.
     """
     B, K, N, D = batch, 6, 70, 24
     R = B * K
@@ -189,7 +189,7 @@ def check_operator(op: Any, args: Sequence[Any]) -> None:
     opcheck(op, args, test_utils=checks)
     out = op(*args)
     if not (out if isinstance(out, Tensor) else out[0]).is_floating_point():
-        # torch adds all outputs to the first in place, which integers refuse: so no gradients
+        # torch adds all outputs to the first one, which fails for integers: so no gradients
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     opcheck(op, args, test_utils="test_aot_dispatch_dynamic")
 

@@ -1,4 +1,4 @@
-"""The eager CPU path of group_norm_silu: its own backward, and when it steps aside."""
+"""The eager CPU path of group_norm_silu: its own backward, and where PyTorch's is used."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def runs_own_backward(y: Tensor) -> bool:
 def assert_gradients(
     got: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grad: Tensor, groups: int
 ) -> None:
-    """Gradients as near to float64 as test_group_norm_silu.py asks for, or as the reference is.
+    """Gradients are within the bound of test_group_norm_silu.py, or as close as the reference.
 
     The statistics are PyTorch's, in one float32 sum per channel: 10^5 pixels cost some digits.
     """
@@ -111,7 +111,7 @@ def test_large_mean_costs_no_digits_of_the_sums() -> None:
         ((1, 256, 40, 40), 32, torch.float32),  # 8 channels in a group: 32 bytes
     ],
 )
-def test_steps_aside_where_pytorch_is_quicker(
+def test_uses_pytorch_where_it_is_faster(
     shape: tuple[int, ...], groups: int, dtype: torch.dtype
 ) -> None:
     inputs = leaves(shape, dtype)
@@ -121,7 +121,7 @@ def test_steps_aside_where_pytorch_is_quicker(
     assert_gradients(torch.autograd.grad(y, inputs, grad), inputs, grad, groups)
 
 
-def test_steps_aside_for_channels_first() -> None:
+def test_uses_pytorch_for_channels_first() -> None:
     x, weight, bias = leaves()
     y = group_norm_silu(x.contiguous(), weight, bias, GROUPS)
     assert not runs_own_backward(y)

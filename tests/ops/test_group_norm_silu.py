@@ -65,9 +65,9 @@ def test_kernel_against_float64(
     assert got.dtype == dtype
     assert got.shape == x.shape
     if B == 0 or width * H * W == 1:
-        return  # one number has no deviation: what is left is noise divided by eps
+        return  # a single number has no deviation: the result is noise divided by eps
     assert got.is_contiguous(memory_format=torch.channels_last)
-    # the deviation of two nearby numbers may be small: errors of their mean are divided by it
+    # errors of the mean are divided by the deviation, which may be small
     spread = x.double().reshape(B, groups, -1).std(-1, correction=0).min()
     scale = float(weight.abs().max() * (1 + abs(offset)) / spread.clamp_min(1e-3)) + 3
     assert_near(got, exact(x, weight, bias, groups), terms=width * H * W, scale=scale)
@@ -92,7 +92,7 @@ def test_runs_of_several_tiles(interpreted: None, device: torch.device) -> None:
 def test_many_images_need_one_dimension_of_the_grid(
     interpreted: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA ends the second and third at 65535."""
+    """CUDA limits the second and third grid dimension to 65535."""
     grids: list[tuple[int, ...]] = []
 
     class Launch:
@@ -183,7 +183,7 @@ def test_residual(interpreted: None, device: torch.device, dtype: torch.dtype) -
     weight = torch.randn(12, device=device, requires_grad=True)
     bias = torch.randn(12, device=device, requires_grad=True)
     got, total = add_group_norm_silu(x, residual, weight, bias, 3)
-    # one rounding of the sum; the interpreter cuts float32 to bfloat16 where a GPU rounds
+    # one rounding of the sum
     assert_near(total, x.double() + residual.double(), scale=0.0)
     inputs = (x, residual, weight, bias)
     mine = torch.autograd.grad((got, total), inputs, (grad, grad_total))

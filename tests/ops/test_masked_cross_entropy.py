@@ -71,7 +71,7 @@ def test_kernel_against_float64(
     smoothing: float,
     seed: int,
 ) -> None:
-    """Hidden states in each dtype, subnormal too, and in either memory order, as the head."""
+    """Hidden states of every dtype, also subnormal; hidden and head in either memory order."""
     torch.manual_seed(seed)
     hidden, weight, bias, targets, weights = inputs(R, N, D, device)
     hidden = (hidden.detach() * (size / D**0.5)).to(dtype).requires_grad_()  # logits of about 1
@@ -88,10 +88,10 @@ def test_kernel_against_float64(
     if dtype == torch.float32:
         assert_near(got, want, terms=D, scale=2.0)
         for mine, theirs, _ in mine_theirs:
-            # the exponential turns the error of a logit, D terms, into one of the gradient
+            # the gradient inherits the error of a logit, a sum of D terms
             assert_near(mine, theirs, terms=D * (N + R), scale=3.0)
         return
-    # logits are rounded once, and so are their gradients, which may cancel, and products of those
+    # logits, their gradients (which may cancel) and the matmuls of these are rounded once each
     assert abs(got.item() - want.item()) < 8 * ROUNDOFF[dtype]
     for (mine, theirs, like), cancels in zip(mine_theirs, (D**0.5, 1.0, 1.0), strict=True):
         assert mine.dtype == like.dtype
@@ -119,7 +119,7 @@ def test_more_codes_than_a_block(
 def test_mixed_precision(
     interpreted: None, device: torch.device, dtype: torch.dtype, path: Callable[..., Tensor]
 ) -> None:
-    """Half-precision hidden states, float32 head: the head is read in half precision."""
+    """A float32 head is cast to the half precision of the hidden states."""
     hidden, weight, bias, targets, weights = inputs(40, 500, 64, device)
     hidden = (hidden.detach() / 8).to(dtype).requires_grad_()
     got = path(hidden, weight, bias, targets, weights)
@@ -245,7 +245,7 @@ def test_nothing_counts(
 def test_forbidden_code(
     interpreted: None, device: torch.device, path: Callable[..., Tensor]
 ) -> None:
-    """A bias of -inf: no probability; a loss only if smoothing asks for some."""
+    """A bias of -inf gives probability 0, and an infinite loss only with smoothing."""
     hidden, weight, bias, targets, weights = inputs(5, 7, 3, device)
     bias.data[3] = -INF
     targets[:] = 2

@@ -21,7 +21,7 @@ from titok_fast.kernels.nearest_code import (
 
 
 def distances(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """(N, K) squared distances in float64."""
+    """(R, N) squared distances in float64."""
     z, codebook = z.double(), codebook.double()
     if metric == "cosine":
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
@@ -41,7 +41,7 @@ def assert_nearest(ids: Tensor, z: Tensor, codebook: Tensor, metric: str) -> Non
     rows, codes = z.double(), codebook.double()
     if metric == "cosine":
         rows, codes = F.normalize(rows, dim=-1), F.normalize(codes, dim=-1)
-    # |f|^2 + |e|^2 - 2 f.e: roundings of terms of that size, more of them with more channels
+    # |f|^2 + |e|^2 - 2 f.e rounds at the size of its terms, more often with more channels
     size = rows.square().sum(1) + codes.square().sum(1).max()
     bound = 2.0**-23 * (4 + z.shape[1] ** 0.5) * size
     assert (reached - d.amin(1) <= bound).all()
@@ -126,7 +126,7 @@ def test_all_codes_equal(interpreted: None, device: torch.device) -> None:
 
 
 def test_rounding_decides_as_published() -> None:
-    """Distances are |f|^2 + |e|^2 - 2 f.e: nearer rivals than it can tell tie."""
+    """Codes whose distances |f|^2 + |e|^2 - 2 f.e round to the same number tie."""
     # the exact distances are 1000^2 and (1000 - 2**-16)^2; their difference, 0.03, is lost
     z = torch.tensor([[1000.0]])
     codebook = torch.tensor([[0.0], [2.0**-16]])
@@ -143,7 +143,7 @@ def test_rounding_of_the_kernel_is_the_published_one(
 
 
 def test_negative_distances_keep_their_order(interpreted: None, device: torch.device) -> None:
-    """Rounding makes the distance of near-equal rows negative; the packed key has to sort those.
+    """Rounding makes distances of near-equal rows negative; the packed keys must sort these too.
 
     The kernel's own distances come from searches in which all other codes are far away.
     """
@@ -201,7 +201,7 @@ def test_chunks_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("C", [1, 12, 64, 100, 128, 129, 256])
 def test_reference_rounds_as_published(C: int) -> None:
     codebook = torch.randn(500, C)
-    rivals = [codebook * (1 + k * 1e-7) for k in range(4)]  # told apart by the last bits alone
+    rivals = [codebook * (1 + k * 1e-7) for k in range(4)]  # they differ in the last bits alone
     codebook = torch.cat(rivals)[torch.randperm(2000)]
     z = codebook[torch.randint(2000, (700,))] + 0.1 * torch.randn(700, C)
     squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)

@@ -201,7 +201,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 def test_noise_is_gumbel_distributed() -> None:
     noise = gumbel(any_seeds(16), 0, torch.arange(64), 1000, TOKEN_STREAM)
-    # the distribution function of the Gumbel law makes uniforms of it again
+    # the Gumbel distribution function maps the noise back to uniforms
     counts = torch.histc(torch.exp(-torch.exp(-noise.double())), bins=256, min=0.0, max=1.0)
     expected = noise.numel() / 256
     chi_square = ((counts - expected) ** 2 / expected).sum().item()

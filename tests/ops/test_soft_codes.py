@@ -1,4 +1,4 @@
-"""soft_codes against softmax and product in float64."""
+"""soft_codes against softmax and matmul in float64."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ INF = float("inf")
 
 
 def exact(logits: Tensor, codebook: Tensor) -> Tensor:
-    # the table is read in the logits' dtype: that is part of the definition
+    # by definition the table is read in the logits' dtype
     return torch.softmax(logits.double(), dim=-1) @ codebook.to(logits.dtype).double()
 
 
@@ -44,12 +44,12 @@ def test_kernel_against_float64(
     gen = torch.Generator().manual_seed(seed)
     logits = (spread * torch.randn(M, K, generator=gen)).to(device, dtype)
     if forbidden:
-        # all but the last code: whole tiles of -inf come before the first finite logit
+        # whole tiles of -inf come before the one finite logit
         logits[:, :-1] = -INF
     codebook = torch.randn(K, C, generator=gen).to(device)
     got = soft_codes(logits, codebook)
     assert got.dtype == dtype
-    # exp of a float32 difference of logits errs by that difference times its roundoff
+    # the error of exp is the difference of logits times its roundoff
     assert_near(got, exact(logits, codebook), terms=K, scale=1 + spread)
 
 
@@ -115,7 +115,7 @@ def test_gradients(interpreted: None, device: torch.device, dtype: torch.dtype) 
     want = torch.autograd.grad(torch.softmax(wide[0], -1) @ wide[1], wide, weight.double())
     for mine, theirs, name in zip(got, want, ("logits", "codebook"), strict=True):
         assert mine.dtype == (dtype if name == "logits" else torch.float32)
-        # in half precision inputs, probabilities and products are rounded on the way
+        # in half precision inputs, probabilities and results are rounded
         assert relative_error(mine, theirs) < 4 * ROUNDOFF[dtype], name
 
 
