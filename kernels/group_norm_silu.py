@@ -228,9 +228,9 @@ def add_group_norm_silu(
 
 def offline_cases() -> list[OfflineCase]:
     """The pixel decoder's three widths at their largest resolutions, eight images."""
-    half, single = torch.bfloat16, torch.float32
-    shapes = ((512, 16, (half, single)), (256, 64, (half, torch.float16, single)))
-    shapes += ((128, 256, (half, single)),)
+    both = (torch.bfloat16, torch.float32)
+    every = (torch.bfloat16, torch.float16, torch.float32)
+    shapes = ((512, 16, both), (256, 64, every), (128, 256, both))
     return [
         case
         for C, side, dtypes in shapes

@@ -183,8 +183,8 @@ def _remask(
     if B == 0:
         return out
     source = "given" if noise is not None else "counter"
-    flags = {"NOISE": "none" if noise_temperature == 0.0 else source}
-    flags |= {"PROBABILITY": rule == "probability"}
+    flags: dict[str, object] = {"NOISE": "none" if noise_temperature == 0.0 else source}
+    flags["PROBABILITY"] = rule == "probability"
     # a tensor that the kernel does not read stands in for None
     seeds, noise = num_masked if seeds is None else seeds, scores if noise is None else noise
     tensors = [x.contiguous() for x in (candidates, scores, num_masked, seeds, noise)]
