@@ -1,13 +1,15 @@
-"""Kernels that other generators can use too: one op, one file, each beside its plain reference.
+"""Fused operators for image tokenizers and masked generators, each beside its plain reference.
 
-Why these and no others: FLOPs and bytes of every stage are counted first (`titok_fast/costs.py`;
-`python bench/cost_model.py --floors` turns them into the time that no card can go below). Products
-and convolutions, nearly all of the FLOPs, stay with cuBLAS and cuDNN. A kernel is written where
-plain PyTorch passes over memory many times between them, or needs several launches for little work.
-Attention is no such case: libraries come so near to its floor that what is left to gain is a few
-percent of a block (`python bench/attention_floor.py`). The heads of `soft_codes.py` and
-`nearest_code_stats.py` say why the one leaves the convolution before it alone, and the other adds a
-launch to the search.
+A kernel exists where plain PyTorch reads memory several times or launches several kernels for
+little work (`titok_fast/costs.py` counts both); matmuls and convolutions stay with cuBLAS and
+cuDNN, and attention with PyTorch, which is within a few percent of the floor. Read `nearest_code`
+first; then `nearest_code_stats`, `soft_codes` and `group_norm_silu` (tokenizer), `philox`,
+`guided_sample`, `lm_head_sample` and `remask` (sampling) and `masked_cross_entropy` (training);
+files with an underscore hold shared checks, operator registration, device code and CPU code.
+
+Letters, the same in every file: B images, S image side, H x W = P pixels, G groups of channels,
+K tokens per image, N codebook size, C channels, D width, L sequence length, R flattened rows (M
+where only R of M rows are read).
 """
 
 if __name__ != "titok_fast.kernels":
@@ -15,7 +17,6 @@ if __name__ != "titok_fast.kernels":
         "this folder is the package titok_fast.kernels: install the project (`pip install -e .`) "
         "and import that; a bare `kernels` belongs to another project"
     )
-
 
 from titok_fast.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
 from titok_fast.kernels.guided_sample import guided_sample

@@ -1,11 +1,10 @@
-"""`group_norm_silu` on CPU tensors, eager: PyTorch's forward in place, and a backward of our own.
+"""`group_norm_silu` on eager CPU tensors: PyTorch's forward in place, and a backward of our own.
 
-PyTorch's channels-last backward takes the C / G channels of a group at a time and is slow where
-they fill less than half a vector: 41 ms where channels-first takes 4, at 128 x 256 x 256 in
-bfloat16. Ours takes all channels of a pixel at once. The normalised value is not kept for it but
-computed again, strip by strip while x is in the cache: memory that is touched for the first time
-costs more than the arithmetic. Sums per channel, and 16-bit x beside float32 factors, are what the
-kernels of batch normalisation do.
+PyTorch's channels-last backward takes the C / G channels of a group at a time and is slow if they
+fill less than half a vector: 41 ms where channels-first takes 4, at 128 x 256 x 256 in bfloat16.
+Ours takes all channels of a pixel at once. It recomputes the normalised value strip by strip while
+x is in the cache: touching fresh memory costs more than the arithmetic. The kernels of batch
+normalisation give the sums per channel, and accept 16-bit x with float32 factors.
 """
 
 import math
@@ -21,8 +20,8 @@ from titok_fast.kernels._launch import is_plain_cpu
 
 _ATEN = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGE = 1024  # pixels: PyTorch's backward has another way for smaller maps, without that weakness
-_STRIP = 1 << 19  # numbers per strip: 2 MiB in float32, which with x and dy stays in the cache
+_LARGE = 1024  # pixels: for smaller maps PyTorch's backward is another one, and fast
+_STRIP = 1 << 19  # numbers per strip: 2 MiB in float32, so x, dy and dx stay in the cache
 
 _Strip = tuple[Tensor, Tensor, Tensor]  # x, gradient of the result, gradient of x: (1, C, rows, W)
 
@@ -38,15 +37,15 @@ def takes_eager(x: Tensor) -> bool:
     )
 
 
-def _learns(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     wanted = x.requires_grad or weight.requires_grad or bias.requires_grad
     return wanted and torch.is_grad_enabled()
 
 
-def in_two_calls(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor | None:
-    """What inference and small maps on a CPU come down to; None where there is more to it.
+def fast_path(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor | None:
+    """Fast path (inference, small maps); None where it does not apply.
 
-    PyTorch checks the arguments in passing: on small maps, checks in Python cost a tenth of it all.
+    PyTorch checks the arguments: on small maps, checks in Python cost a tenth of the time.
     """
     if (
         type(x) is not Tensor
@@ -54,35 +53,35 @@ def in_two_calls(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
         or x.ndim != 4
         or not x.numel()
         or not x.dtype == weight.dtype == bias.dtype
-        or not 0.0 <= eps < math.inf  # of this argument PyTorch takes any value
+        or not 0.0 <= eps < math.inf  # PyTorch does not check eps
     ):
         return None
-    learns = _learns(x, weight, bias)
-    if learns and x.shape[2] * x.shape[3] >= _LARGE:
+    needs_grad = _needs_grad(x, weight, bias)
+    if needs_grad and x.shape[2] * x.shape[3] >= _LARGE:
         return None
-    if learns and x.element_size() == 2:
-        # statistics of 16-bit x are kept in float32 only beside float32 factors
+    if needs_grad and x.element_size() == 2:
+        # PyTorch saves statistics of 16-bit x in float32 only with float32 factors
         weight, bias = weight.float(), bias.float()
     try:
-        # at 512 x 16 x 16 in float32 this takes 37 us, channels-first 18: with moments by other
-        # calls (14 us), their merging (about 14) and a transform (10) no time is won, nor by copies
+        # at 512 x 16 x 16 in float32 this takes 37 us, channels-first 18; separate calls for
+        # moments (14 us), merging (14) and transform (10) are no faster, nor are copies
         y = torch.group_norm(x, groups, weight, bias, eps)
     except RuntimeError:
-        return None  # the caller's own checks say what is wrong
-    # in place: fresh pages for 32 MiB cost as much as both operations
-    return F.silu(y, inplace=not learns)
+        return None  # the caller's checks raise a better error
+    # in place: touching 32 MiB of fresh memory costs as much as both operations
+    return F.silu(y, inplace=not needs_grad)
 
 
 def group_norm_silu_cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """As `group_norm_silu_ref`, for tensors that pass `takes_eager`."""
-    learns = _learns(x, weight, bias)
-    if learns or not x.dtype == weight.dtype == bias.dtype:
-        # float32 weights beside 16-bit x: statistics then come back, and are kept, in float32
+    """`group_norm_silu_ref` for tensors that pass `takes_eager`."""
+    needs_grad = _needs_grad(x, weight, bias)
+    if needs_grad or not x.dtype == weight.dtype == bias.dtype:
+        # with float32 weights PyTorch returns and saves statistics of 16-bit x in float32
         weight, bias = weight.float(), bias.float()
-    if learns and _own_backward_pays(x, groups):
+    if needs_grad and _own_backward_pays(x, groups):
         return _NormSiLU.apply(x, weight, bias, groups, eps)
     y = _normalise(x, weight, bias, groups, eps)[0]
-    return F.silu(y, inplace=not learns)
+    return F.silu(y, inplace=not needs_grad)
 
 
 def _normalise(
@@ -98,13 +97,13 @@ def _own_backward_pays(x: Tensor, groups: int) -> bool:
     return (
         C // groups * x.element_size() < 32  # bytes: half a vector
         and H * W >= _LARGE
-        and C * H * W >= 1 << 18  # ours costs 0.3 ms of calls per image, as much as its work here
+        and C * H * W >= 1 << 18  # below, 0.3 ms of calls per image exceed the work
         and not x.is_contiguous()
     )
 
 
 class _NormSiLU(torch.autograd.Function):
-    """Keeps x, mean and 1/deviation, where autograd would keep the normalised x as well."""
+    """Saves x, mean and 1/deviation; autograd would save the normalised x as well."""
 
     @staticmethod
     def forward(
@@ -118,13 +117,13 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # of the gradient, too: autograd must see plain operations
+        if torch.is_grad_enabled():  # second derivatives: autograd must see plain operations
             y = F.silu(_normalise(x, weight, bias, ctx.groups, ctx.eps)[0])
             inputs = (x, weight, bias)
             wanted = [t for t in inputs if t.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, grads, create_graph=True))
             return *(next(found) if t.requires_grad else None for t in inputs), None, None
-        with np.errstate(all="ignore"):  # infinities and NaN stay in their group, silently
+        with np.errstate(all="ignore"):  # no warnings for infinities and NaN
             return *_gradients(grads[0], x, weight, bias, mean, rstd), None, None
 
 
@@ -156,8 +155,8 @@ def _gradients(
     dy = dy.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(x)
     step = H if C * H * W <= 2 * _STRIP else max(1, _STRIP // (C * W))
-    # Numbers per channel by NumPy: right after a pass over megabytes, a PyTorch call costs 5-15 us.
-    # In PyTorch's memory, as unaligned rows slow the large passes down.
+    # NumPy for numbers per channel: after a pass over megabytes, a PyTorch call costs 5-15 us.
+    # PyTorch's memory, as unaligned rows slow the large passes down.
     rows = x.new_zeros((10, C), dtype=torch.float32)
     c = _PerChannel(*rows.unbind())
     scale, shift, m, r, dot, total, slope, offset, _, one = rows.numpy().reshape(10, G, -1)
@@ -183,7 +182,7 @@ def _gradients(
 
 
 def _before_silu(strips: Sequence[_Strip], c: _PerChannel) -> None:
-    """Put dz into dx, and add up `dot` and `total`."""
+    """Write dz into dx; sum `dot` and `total`."""
     for x, dy, dz in strips:
         if x.dtype == torch.float32:
             h = torch.addcmul(c.shift.view(-1, 1, 1), x, c.scale.view(-1, 1, 1), out=dz)
@@ -198,7 +197,7 @@ def _before_silu(strips: Sequence[_Strip], c: _PerChannel) -> None:
 
 
 def _before_norm(strips: Sequence[_Strip], c: _PerChannel) -> None:
-    """Turn the dz in dx into scale dz + slope x + offset."""
+    """Replace dz in dx by scale dz + slope x + offset."""
     for x, _, dz in strips:
         scale = c.scale.view(-1, 1, 1)
         if x.dtype == torch.float32:
@@ -209,5 +208,5 @@ def _before_norm(strips: Sequence[_Strip], c: _PerChannel) -> None:
 
 
 def _transform(x: Tensor, scale: Tensor, shift: Tensor, c: _PerChannel) -> Tensor:
-    """Normalise 16-bit x by mean 0 and variance 1: scale x + shift, rounded once."""
+    """16-bit scale x + shift, rounded once: a normalisation by mean 0 and variance 1."""
     return torch.native_batch_norm(x, scale, shift, c.zero, c.one, False, 0.0, 0.0)[0]

@@ -1,6 +1,6 @@
-"""Device code of `group_norm_silu`, where the design is explained: three kernels, two backward.
+"""Device code of `group_norm_silu`: three kernels forward, two backward.
 
-Memory is (B, P, C): B images of P pixels of C channels, in G groups. A program never mixes images.
+The design is in group_norm_silu.py. Memory is (B, P, C); a program never mixes images.
 """
 
 import triton
@@ -9,20 +9,20 @@ import triton.language as tl
 
 @triton.jit
 def part_of_image(parts):
-    """Image of this program, and its part: one dimension of the grid, as others end at 65535."""
+    """Image of this program, and its part: one grid dimension, as the others end at 65535."""
     return tl.program_id(0) // parts, tl.program_id(0) % parts
 
 
 @triton.jit
-def place(image, pixels, end, P, chans, C: tl.constexpr):
-    """Offsets of a tile, and which of its numbers exist."""
+def tile_at(image, pixels, end, P, chans, C: tl.constexpr):
+    """Offsets of a tile, and its mask."""
     at = (image.to(tl.int64) * P + pixels[:, None]) * C + chans[None, :]
     return at, (pixels[:, None] < end) & (chans[None, :] < C)
 
 
 @triton.jit
 def moments_kernel(
-    x_ptr,  # (B, P, C) pixels of an image one after the other
+    x_ptr,  # (B, P, C)
     r_ptr,  # (B, P, C) added to x, if ADD
     total_ptr,  # (B, P, C) the sum, if ADD
     mean_ptr,  # (B, runs, C) float32
@@ -44,11 +44,11 @@ def moments_kernel(
     seen = 0.0
     for p0 in range(run * RUN, end, BLOCK_P):
         pixels = p0 + lanes
-        at, mask = place(image, pixels, end, P, chans, C)
+        at, mask = tile_at(image, pixels, end, P, chans, C)
         x = tl.load(x_ptr + at, mask=mask, other=0.0)
         if ADD:
             r = tl.load(r_ptr + at, mask=mask, other=0.0)
-            # rounded to its dtype before the statistics, so they are those of what is stored
+            # rounded before the statistics, which are those of the stored sum
             x = (x.to(tl.float32) + r.to(tl.float32)).to(x.dtype)
             tl.store(total_ptr + at, x, mask=mask)
         seen += 1.0
@@ -56,7 +56,7 @@ def moments_kernel(
         mean += delta * (1.0 / seen)
         m2 += tl.where(mask, delta * (x.to(tl.float32) - mean), 0.0)
 
-    # lanes saw different numbers of pixels if the run does not fill its last tile
+    # lanes differ in their number of pixels if the run does not fill its last tile
     count = end - run * RUN
     weight = tl.maximum((count - lanes + BLOCK_P - 1) // BLOCK_P, 0).to(tl.float32)[:, None]
     run_mean = tl.sum(mean * weight, axis=0) / count
@@ -136,7 +136,7 @@ def apply_kernel(
     image, tile = part_of_image(tl.cdiv(P, BLOCK_P))
     pixels = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     chans = tl.arange(0, BLOCK_C)
-    at, mask = place(image, pixels, P, P, chans, C)
+    at, mask = tile_at(image, pixels, P, P, chans, C)
     mean, rstd, w, b = load_norm(mean_ptr, rstd_ptr, w_ptr, b_ptr, image, chans, C, G)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     h = (x - mean) * (rstd * w) + b
@@ -180,7 +180,7 @@ def grad_sums_kernel(
     dots = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for p0 in range(run * RUN, end, BLOCK_P):
         pixels = p0 + tl.arange(0, BLOCK_P)
-        at, mask = place(image, pixels, end, P, chans, C)
+        at, mask = tile_at(image, pixels, end, P, chans, C)
         normal, dh = load_grad(x_ptr, dy_ptr, at, mask, mean, rstd, w, b)
         sums += dh
         dots += dh * normal
@@ -209,7 +209,7 @@ def grad_input_kernel(
     image, tile = part_of_image(tl.cdiv(P, BLOCK_P))
     pixels = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     chans = tl.arange(0, BLOCK_C)
-    at, mask = place(image, pixels, P, P, chans, C)
+    at, mask = tile_at(image, pixels, P, P, chans, C)
     mean, rstd, w, b = load_norm(mean_ptr, rstd_ptr, w_ptr, b_ptr, image, chans, C, G)
     group = image * G + chans // (C // G)
     mean_grad = tl.load(sum_ptr + group, mask=chans < C, other=0.0)[None, :]

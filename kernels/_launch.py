@@ -1,7 +1,7 @@
-"""Where a kernel runs: Triton on CUDA tensors, the plain reference elsewhere.
+"""Choose between a Triton kernel (CUDA tensors) and its reference, and register operators.
 
-Without a GPU the kernels can still be run, slowly, by Triton's interpreter: start Python with
-`TRITON_INTERPRET=1` and enter `interpret_on_cpu()`. Tests do; nothing else should.
+Triton's interpreter runs the kernels, slowly, without a GPU: start Python with `TRITON_INTERPRET=1`
+and enter `interpret_on_cpu()`. Only tests do.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
 
 _interpret_on_cpu = False
-_registering = Lock()  # torch refuses a name that it knows, so no two threads may register it
+_registering = Lock()  # torch refuses to register a name twice
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -25,19 +25,19 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or a torch.func transform is at work: tensors then have no memory."""
+    """Whether torch.compile or a torch.func transform is tracing: tensors then have no memory."""
     return is_compiling() or _are_functorch_transforms_active()
 
 
 def is_plain_cpu(x: Tensor) -> bool:
-    """Whether `x` lies in CPU memory, where what is fastest there may be called on it."""
+    """Whether `x` is an ordinary CPU tensor, which in-place and NumPy code may read."""
     return x.is_cpu and not (_interpret_on_cpu or is_traced())
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Inside, products on the device of `x` run in the dtypes of their arguments.
+    """Disable autocast on the device of `x`; matmuls then run in the dtypes of their arguments.
 
-    Where autocast is off nothing is entered: that alone is a tenth of a small call on a CPU.
+    With autocast off it enters nothing: entering costs a tenth of a small CPU call.
     """
     kind = x.device.type
     if is_traced() or torch.is_autocast_enabled(kind):
@@ -63,17 +63,18 @@ def interpret_on_cpu() -> Iterator[None]:
 
 
 def lazy_triton_op(
-    name: str, setup: Callable[[Any], object] | None = None
+    name: str, save: Callable[..., None] | None = None, backward: Callable[..., tuple] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`torch.library.triton_op`, registered at the first call instead of at import.
 
-    Registering imports Inductor, 0.9 s that a CPU user never needs to wait for. torch.compile may
-    be the first caller: it runs `register` while tracing and then sees the operator itself. So
-    may several threads be: one registers, the others wait for it.
+    Registering imports Inductor: 0.9 s that a CPU user need not spend. torch.compile may make the
+    first call: it runs `register` while tracing and then sees the operator itself. Of several
+    threads one registers and the others wait.
 
     Args:
         name: of the operator in namespace `titok_fast`.
-        setup: given the registered operator, once; attaches its gradient.
+        save: `setup_context` of `register_autograd`.
+        backward: the gradient; None for an operator without one.
     """
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,8 +86,8 @@ def lazy_triton_op(
                 with _registering:
                     if not done:  # another thread may have been first
                         op = torch.library.triton_op(f"titok_fast::{name}", mutates_args=())(fn)
-                        if setup is not None:
-                            setup(op)
+                        if backward is not None:
+                            op.register_autograd(backward, setup_context=save)
                         done = True
             return done
 

@@ -1,52 +1,9 @@
-"""Device code of `lm_head_sample`, where the design is explained: tiles first, then a pick of them.
-
-R rows to draw for out of M, D width, N codes, a tile being BLOCK_N of them.
-"""
+"""Device code of `lm_head_sample`: a draw from every tile of BLOCK_N codes, then a pick of one."""
 
 import triton
 import triton.language as tl
 
 from titok_fast.kernels.philox import token_gumbel
-
-
-@triton.jit
-def _head_tile(
-    hidden_ptr,
-    uncond_ptr,
-    weight_ptr,
-    row,  # [BLOCK_R] int64, a row of hidden and of uncond each
-    n,  # [BLOCK_N] int32
-    row_valid,
-    n_valid,
-    D,
-    hidden_stride,
-    uncond_stride,
-    weight_stride,
-    guidance,
-    GUIDED: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A [BLOCK_R, BLOCK_N] float32 tile of (mixed hidden) @ weight.T."""
-    d = tl.arange(0, BLOCK_D)
-    a_ptrs = hidden_ptr + row[:, None] * hidden_stride + d[None, :]
-    u_ptrs = uncond_ptr + row[:, None] * uncond_stride + d[None, :]
-    w_ptrs = weight_ptr + n.to(tl.int64)[None, :] * weight_stride + d[:, None]
-    acc = tl.zeros((row.shape[0], n.shape[0]), tl.float32)
-    for d0 in range(0, D, BLOCK_D):
-        a_valid, w_valid = row_valid[:, None], n_valid[None, :]
-        if not EVEN_D:
-            a_valid &= d0 + d[None, :] < D
-            w_valid &= d0 + d[:, None] < D
-        a = tl.load(a_ptrs + d0, mask=a_valid, other=0.0)
-        w = tl.load(w_ptrs + d0, mask=w_valid, other=0.0)
-        if GUIDED:
-            u = tl.load(u_ptrs + d0, mask=a_valid, other=0.0)
-            a32 = a.to(tl.float32)
-            a = (a32 + guidance * (a32 - u.to(tl.float32))).to(w.dtype)
-        # ieee concerns float32 only: TF32 would move ids
-        acc = tl.dot(a, w, acc, input_precision="ieee")
-    return acc
 
 
 @triton.jit(do_not_specialize=["M", "R", "step"])
@@ -85,10 +42,27 @@ def head_kernel(
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.load(rows_ptr + r, mask=r < R, other=M) if GATHERED else r.to(tl.int64)
-    l = _head_tile(
-        hidden_ptr, uncond_ptr, weight_ptr, row, n, (row >= 0) & (row < M), n < N, D,
-        hidden_stride, uncond_stride, weight_stride, guidance, GUIDED, EVEN_D, BLOCK_D,
-    )  # fmt: skip
+    row_valid, n_valid = (row >= 0) & (row < M), n < N
+
+    d = tl.arange(0, BLOCK_D)
+    a_ptrs = hidden_ptr + row[:, None] * hidden_stride + d[None, :]
+    u_ptrs = uncond_ptr + row[:, None] * uncond_stride + d[None, :]
+    w_ptrs = weight_ptr + n.to(tl.int64)[None, :] * weight_stride + d[:, None]
+    l = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)  # (guided hidden) @ weight.T
+    for d0 in range(0, D, BLOCK_D):
+        a_valid, w_valid = row_valid[:, None], n_valid[None, :]
+        if not EVEN_D:
+            a_valid &= d0 + d[None, :] < D
+            w_valid &= d0 + d[:, None] < D
+        a = tl.load(a_ptrs + d0, mask=a_valid, other=0.0)
+        w = tl.load(w_ptrs + d0, mask=w_valid, other=0.0)
+        if GUIDED:
+            u = tl.load(u_ptrs + d0, mask=a_valid, other=0.0)
+            a32 = a.to(tl.float32)
+            a = (a32 + guidance * (a32 - u.to(tl.float32))).to(w.dtype)
+        # ieee matters for float32 alone: TF32 would change ids
+        l = tl.dot(a, w, l, input_precision="ieee")
+
     if BIASED:
         l += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     l = tl.where(n[None, :] < N, l * inv_temperature, float("-inf"))

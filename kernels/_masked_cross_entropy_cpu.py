@@ -1,10 +1,10 @@
-"""Masked cross-entropy with its gradient on a CPU: the kernel's design in PyTorch's operations.
+"""`masked_cross_entropy` with its gradient on a CPU: the kernel's design in PyTorch operations.
 
-R token rows of width D, N codes. Rows are taken in chunks; the logits of a chunk become their own
-gradient in place, a block at a time, and two products turn it into the gradients of hidden states
-and head. Nothing of size R * N is kept for the backward, which only scales. Plain autograd keeps
-the logits in two dtypes and forms two more tensors of their size in the backward. A mean is learnt
-from as it is, so the forward divides gradients by the sum of weights, where it costs nothing.
+Rows are taken in chunks. A chunk's logits become their own gradient in place, block by block, and
+two matmuls turn it into the gradients of hidden states and head; nothing of size R * N is saved for
+backward, which only scales. Plain autograd saves the logits in two dtypes and allocates two more
+tensors of their size in backward. The forward divides gradients by the sum of weights, where the
+division costs nothing: most losses are then used without a further factor.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 23  # of logits, for a product
-_BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: what is done number by number stays in the cache
+_CHUNK_ELEMENTS = 1 << 23  # logits per matmul
+_BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: elementwise passes stay in the cache
 
 
 class CpuLoss(torch.autograd.Function):
@@ -36,25 +36,25 @@ class CpuLoss(torch.autograd.Function):
         (_, D), N = hidden.shape, weight.shape[0]
         head, offset, w = weight.to(hidden.dtype), bias.to(hidden.dtype), weights.to(wide)
         total, summed = w.sum() + eps, w.new_zeros(())
-        # float16 has no numbers for gradients so small: there the division waits for the backward
+        # in float16 gradients so small underflow: there the backward divides
         if hidden.dtype != torch.float16:
             w, total = w / total, torch.ones_like(total)
         g_hidden, g_bias = torch.empty_like(hidden), hidden.new_zeros(N, dtype=wide)
-        g_weight = None  # not zeros to add to: most calls are one chunk
+        g_weight = None  # not zeros: most calls are one chunk
         step = max(1, _CHUNK_ELEMENTS // N)
         block = max(1, _BLOCK_ELEMENTS // N)
         for rows in (slice(r, r + step) for r in range(0, len(hidden), step)):
-            grad = F.linear(hidden[rows], head, offset)  # logits, until the blocks are through
+            grad = F.linear(hidden[rows], head, offset)  # logits, overwritten below
             blocks = (x.split(block) for x in (grad, targets[rows], w[rows]))
             for logits, ids, part in zip(*blocks, strict=True):
                 loss, of_bias = _to_gradient(logits, ids, part, label_smoothing)
                 summed += loss
                 g_bias += of_bias
             torch.mm(grad, head, out=g_hidden[rows])
-            made = grad.T @ hidden[rows]
+            partial = grad.T @ hidden[rows]
             if step < len(hidden) or hidden.dtype == torch.float16:
-                made = made.to(wide)  # to add up, or to divide in; one chunk's is done
-            g_weight = made if g_weight is None else g_weight.add_(made)
+                partial = partial.to(wide)  # to sum or divide in; a single chunk needs neither
+            g_weight = partial if g_weight is None else g_weight.add_(partial)
         if g_weight is None:
             g_weight = hidden.new_zeros((N, D), dtype=wide)
         ctx.save_for_backward(total, g_hidden, g_weight, g_bias)
@@ -63,7 +63,7 @@ class CpuLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor) -> tuple:
-        """See `scaled_gradients`; where the loss itself is learnt from, nothing is to be scaled."""
+        """See `scaled_gradients`; a gradient equal to `total` needs no scaling."""
         total, *grads = ctx.saved_tensors
         if torch.is_grad_enabled() or g_loss != total:
             return scaled_gradients(ctx, g_loss)
@@ -74,14 +74,14 @@ class CpuLoss(torch.autograd.Function):
 def _to_gradient(
     logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """(R, N) logits become the gradient of their weighted loss; that loss, and the gradient's sum.
+    """Overwrite logits by the gradient of their loss; return the loss and the bias gradient.
 
-    Both are of the dtype of the weights, in which all is computed.
+    Computes, and returns, in the dtype of the weights.
     """
     N, ids, part = logits.shape[1], targets[:, None], weights[:, None]
     logs = torch.log_softmax(logits, dim=1, dtype=weights.dtype)
     ce = (label_smoothing - 1) * logs.gather(1, ids)
-    if label_smoothing > 0:  # else a forbidden code, of logit -inf, must not count
+    if label_smoothing > 0:  # a forbidden code has logit -inf: 0 * inf is NaN
         ce = ce - label_smoothing * logs.mean(dim=1, keepdim=True)
     grad = logs.exp_().sub_(label_smoothing / N)
     grad.scatter_add_(1, ids, grad.new_full(ids.shape, label_smoothing - 1)).mul_(part)
@@ -90,11 +90,11 @@ def _to_gradient(
 
 
 def scaled_gradients(ctx: Any, g_loss: Tensor) -> tuple:
-    """The backward of the loss: scale what the forward left, here and in the kernel's operator.
+    """Scale the gradients that the forward saved: the backward of this and of the kernel's op.
 
     Raises:
-        RuntimeError: under create_graph, as gradients of the forward have no graph. The decorator
-            `once_differentiable` would let those of the loss itself pass as constants.
+        RuntimeError: under create_graph, as the saved gradients have no graph. The decorator
+            `once_differentiable` would let them pass as constants.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("masked_cross_entropy is once differentiable; got create_graph=True")

@@ -1,4 +1,4 @@
-"""What the sampling ops share: the rules, the plain draw and the checks of arguments."""
+"""Shared by the sampling ops: scoring rules, guidance, the reference draw, scalar checks."""
 
 import torch
 from torch import Tensor
@@ -6,20 +6,24 @@ from torch import Tensor
 from titok_fast.kernels.philox import MAX_NOISE_STEPS
 
 RULES = ("logit", "probability")  # a candidate's score: TiTok's raw logit, MaskGIT's log-softmax
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = torch.finfo(torch.float32).max  # a float above it is infinite in a kernel
+LARGEST = torch.finfo(torch.float32).max
 
 
 def mix(l: Tensor, uncond: Tensor | None, guidance: float, softmax_temperature: float) -> Tensor:
-    """(l + guidance * (l - uncond)) / softmax_temperature in float32; -inf of l stays."""
+    """(l + guidance * (l - uncond)) / softmax_temperature in float32; -inf in l stays -inf."""
     if uncond is None:
         l = l.float()
         return l if softmax_temperature == 1.0 else l / softmax_temperature
     forbidden = l == float("-inf")  # -inf - -inf is NaN
     l = l.float()
-    # in place where the memory is ours: on a CPU fresh pages cost more than the arithmetic
+    # in place: on a CPU, touching fresh memory costs more than the arithmetic
     l = torch.sub(l, uncond).mul_(guidance).add_(l).masked_fill_(forbidden, float("-inf"))
     return l if softmax_temperature == 1.0 else l.div_(softmax_temperature)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """Copy x unless its last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def draw_ref(
@@ -47,7 +51,7 @@ def check_sampling(
     softmax_temperature: float = 1.0,
     guidance: float = 0.0,
 ) -> None:
-    """Check the scalars that the sampling ops share.
+    """Check the scalars of a sampling op.
 
     Raises:
         ValueError: an unknown rule, a negative step, a temperature out of range, or a number that
@@ -57,26 +61,12 @@ def check_sampling(
         raise ValueError(f"{op} wants rule to be one of {RULES}; got {rule!r}")
     if not 0 <= step < MAX_NOISE_STEPS:
         raise ValueError(f"{op} wants step >= 0 and below {MAX_NOISE_STEPS}; got {step}")
-    # each so put that NaN fails too
-    if not 0 < softmax_temperature <= _LARGEST:
+    # negated, so that NaN fails too
+    if not 0 < softmax_temperature <= LARGEST:
         want = "softmax_temperature > 0 and finite in float32"
         raise ValueError(f"{op} wants {want}; got {softmax_temperature}")
-    if not 0 <= noise_temperature <= _LARGEST:
+    if not 0 <= noise_temperature <= LARGEST:
         want = "noise_temperature >= 0 and finite in float32"
         raise ValueError(f"{op} wants {want}; got {noise_temperature}")
-    if not -_LARGEST <= guidance <= _LARGEST:
+    if not -LARGEST <= guidance <= LARGEST:
         raise ValueError(f"{op} wants guidance to be finite in float32; got {guidance}")
-
-
-def check_tensor(
-    op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Check one argument against what the op's first argument implies.
-
-    Raises:
-        ValueError: another shape, dtype or device.
-    """
-    if x.shape != shape or x.dtype != dtype or x.device != device:
-        want = f"{shape} {dtype} on {device}"
-        got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
-        raise ValueError(f"{op} wants {name} to be {want}; got {got}")

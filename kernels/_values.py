@@ -1,14 +1,13 @@
-"""Values of arguments, looked at before a launch: NaN, infinities, numbers out of range.
+"""Check arguments before a launch: shapes, dtypes, devices, and values where that is cheap.
 
-Looking at values in a GPU's memory means to wait for it, and in training a NaN is the loop's to
-meet: it must reach the loss. So an op looks where ids alone come out of it, which would hide a NaN,
-and a CPU computes; and every op looks, on every device, where Python was started with
-TITOK_FAST_CHECK_VALUES=1, which is for finding a fault, not for speed. None does while
-torch.compile traces or a CUDA graph is captured: there are no values then.
+Reading values from a GPU waits for it, and a training loop handles NaN by its loss. So values are
+checked on a CPU if an op returns only ids, which would hide a NaN; and on every device if Python
+was started with TITOK_FAST_CHECK_VALUES=1, a slow debugging mode. They are never checked under
+torch.compile or while a CUDA graph is captured: there are no values then.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 
 import torch
@@ -18,34 +17,94 @@ from torch.nn import Parameter
 from titok_fast.kernels._launch import is_traced, runs_triton
 
 ENVIRONMENT = "TITOK_FAST_CHECK_VALUES"
-# read once: asking the environment at each call costs as much as a small op's other checks
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_OR_DOUBLE = (*FLOAT_TYPES, torch.float64)
+INT64 = (torch.int64,)
+TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# read once: a look-up per call costs as much as all other checks of a small op
 _asked_for = os.environ.get(ENVIRONMENT, "0") not in ("", "0")
 
 
-def looks_at_values(x: Tensor, *, ids_only: bool) -> bool:
-    """Whether an op whose first argument is `x` checks the values of its arguments.
+def check_tensors(
+    op: str,
+    limits: Mapping[str, float],
+    **tensors: tuple[Tensor | None, str, Sequence[torch.dtype]],
+) -> dict[str, int]:
+    """Check shapes, dtypes and devices; return the size of every dimension letter.
 
     Args:
-        x: tells the device.
-        ids_only: nothing but ids and their scores comes out of the op, or `x` itself holds ids.
+        op: name of the public function, for the message.
+        limits: largest size by letter, the smallest being 1; other letters may be 0.
+        tensors: by name: the tensor, its dimension letters such as "BKN", its dtypes. A letter has
+            one size in all of them, and all are on the first one's device. None is skipped.
+
+    Raises:
+        ValueError: a tensor does not fit the ones before it, or a size is out of its limits.
+    """
+    sizes: dict[str, int] = {}
+    device = None
+    for name, (x, letters, dtypes) in tensors.items():
+        if x is None:
+            continue
+        shape, there = x.shape, x.device
+        device = device or there
+        fits = len(shape) == len(letters) and x.dtype in dtypes and there == device
+        if fits:
+            for letter, size in zip(letters, shape, strict=True):
+                if sizes.setdefault(letter, size) != size:
+                    fits = False
+        if not fits:
+            raise ValueError(f"{op} wants {_misfit(name, device, tensors)}")
+    for letter, largest in limits.items():
+        if not 1 <= sizes[letter] <= largest:
+            most = f" and at most {largest}" if isfinite(largest) else ""
+            raise ValueError(f"{op} wants {letter} at least 1{most}; got {sizes[letter]}")
+    return sizes
+
+
+def _misfit(
+    name: str,
+    device: torch.device,
+    tensors: Mapping[str, tuple[Tensor | None, str, Sequence[torch.dtype]]],
+) -> str:
+    """What the tensor `name` should be, given those before it, and what it is."""
+    known: dict[str, int] = {}
+    for earlier, (x, letters, _) in tensors.items():
+        if earlier == name:
+            break
+        if x is not None:
+            known |= zip(letters, x.shape, strict=True)
+    x, letters, dtypes = tensors[name]
+    assert x is not None
+    dims = ", ".join(f"{d}={known[d]}" if d in known else d for d in letters)
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{name} ({dims}) {kinds} on {device}; got {tuple(x.shape)} {x.dtype} on {x.device}"
+
+
+def looks_at_values(x: Tensor, *, ids_only: bool) -> bool:
+    """Whether an op checks the values of its arguments.
+
+    Args:
+        x: an argument; its device and type decide.
+        ids_only: the op returns only ids and their scores, or `x` itself holds ids.
     """
     always = ids_only and x.is_cpu and not runs_triton(x)
     if not (always or _asked_for):
         return False
-    # subclasses: fake tensors have no values, and distributed ones would have to be gathered
+    # subclasses: fake tensors have no values, and reading distributed ones would gather them
     if is_traced() or type(x) not in (Tensor, Parameter) or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_no_nan(op: str, **tensors: Tensor | None) -> None:
-    """Raise a ValueError that names the first NaN in `tensors`, name to tensor; infinities pass."""
+    """Raise a ValueError that names the first NaN; infinities pass."""
     _check(op, "without NaN", torch.isnan, tensors)
 
 
 def check_finite(op: str, **tensors: Tensor | None) -> None:
-    """Raise a ValueError that names the first NaN or infinity in `tensors`, name to tensor."""
-    _check(op, "with finite values", _not_finite, tensors)
+    """Raise a ValueError that names the first NaN or infinity."""
+    _check(op, "with finite values", lambda x: ~torch.isfinite(x), tensors)
 
 
 def check_in_range(op: str, name: str, x: Tensor | None, low: int, high: float) -> None:
@@ -53,20 +112,16 @@ def check_in_range(op: str, name: str, x: Tensor | None, low: int, high: float) 
     if x is None or not x.numel():
         return
     least, most = (end.item() for end in x.detach().aminmax())
-    if not (least >= low and most < high):  # so put that NaN fails too
+    if not (least >= low and most < high):  # negated, so that NaN fails too
         bad = ~((x >= low) & (x < high))
         raise ValueError(f"{op} wants {name} in [{low}, {high}); got {_first(x, bad)}")
-
-
-def _not_finite(x: Tensor) -> Tensor:
-    return ~torch.isfinite(x)
 
 
 def _check(
     op: str, wanted: str, is_bad: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor | None]
 ) -> None:
     for name, x in tensors.items():
-        # one number tells of most tensors that all is well, at the speed of memory
+        # a finite sum proves all values finite, at the speed of memory
         if x is None or not x.numel() or isfinite(x.detach().sum().item()):
             continue
         bad = is_bad(x)

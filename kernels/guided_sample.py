@@ -1,36 +1,36 @@
-"""Guidance, temperature, Gumbel noise and argmax: one read of the logits, ids and scores out.
+"""Draw masked tokens from guided logits with Gumbel noise: one read of the logits, ids and scores.
 
-B images, K tokens of each, N codes. One program per (image, token) reads tiles of 2048 codes, eight
-per thread, so that every read is 128 bits wide. Noise is made in registers (philox.py), four codes
-to a counter. Each lane keeps its own best code; lanes are compared once, at the end, where the
-lowest of equal codes wins as in torch.argmax. Rows that are not masked read nothing: a third of
-them over a run of eight steps. No split over codes: one image has 32 rows or more, and a row
-takes a microsecond.
+One program per (image, token) reads tiles of 2048 codes, eight per thread, so that every read is
+128 bits wide. Noise is made in registers (philox.py), four codes to a counter. Each lane keeps its
+own best code; lanes are compared once, at the end, where the lowest of equal codes wins as in
+torch.argmax. Rows that are not masked read nothing: a third of them over a run of eight steps. No
+split over codes: one image has 32 rows or more, and a row takes a microsecond.
 Floor: the logits read once. B = 8, K = 32, N = 4096, bfloat16, guided: 4.2 MB, 1.3 us on an H100,
 less than the launch. Some 80 instructions per code, 65 of them noise, bound large batches:
 predicted 40 % of the memory floor for bfloat16, 80 % for float32, nearly all of it with noise 0.
 Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arXiv:2202.04200).
 """
 
-from math import isnan
+from math import inf, isnan
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from titok_fast.kernels._guided_sample_device import guided_sample_kernel
 from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref, mix
-from titok_fast.kernels._values import check_no_nan, looks_at_values
-from titok_fast.kernels.philox import (
-    MAX_POSITIONS,
-    TOKEN_STREAM,
-    gumbel,
-    row_gumbel,
-    token_gumbel,
+from titok_fast.kernels._sampling import check_sampling, draw_ref, mix, unit_stride
+from titok_fast.kernels._values import (
+    FLOAT_TYPES,
+    INT64,
+    TRITON_NAMES,
+    check_no_nan,
+    check_tensors,
+    looks_at_values,
 )
+from titok_fast.kernels.philox import MAX_POSITIONS, TOKEN_STREAM, gumbel, row_gumbel
 
 _WARPS = 8
 
@@ -48,7 +48,7 @@ def guided_sample_ref(
     noise_temperature: float,
     rule: str,
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel must compute, in float32 on any device; arguments as in `guided_sample`."""
+    """Reference of `guided_sample`, in float32 on any device."""
     l = mix(logits, uncond_logits, guidance, softmax_temperature)
     if noise is None and noise_temperature != 0.0:
         assert seeds is not None  # guided_sample has checked
@@ -71,9 +71,9 @@ def _masked_rows(
     noise_temperature: float,
     rule: str,
 ) -> tuple[Tensor, Tensor]:
-    """The reference on the masked rows alone, a third fewer over a run: for eager CPU tensors.
+    """The reference on the masked rows alone, for eager CPU tensors: a third fewer over a run.
 
-    Their number is a shape here, which a GPU would have to be waited for and a graph cannot hold.
+    Their number is a shape: a GPU would wait for it, and a graph cannot hold it.
     """
     b, k = mask.nonzero(as_tuple=True)
     uncond = None if uncond_logits is None else uncond_logits[b, k]
@@ -85,95 +85,6 @@ def _masked_rows(
     candidates, scores = ids.clone(), torch.full(ids.shape, float("inf"))
     candidates[b, k], scores[b, k] = draw_ref(l, rows, noise_temperature, rule)
     return candidates, scores
-
-
-@triton.jit
-def _mixed_logits(cond_ptr, uncond_ptr, valid, guidance, inv_temperature, GUIDED: tl.constexpr):
-    """Guided logits over the softmax temperature; -inf where not valid."""
-    l = tl.load(cond_ptr, mask=valid, other=float("-inf")).to(tl.float32)
-    if GUIDED:
-        mixed = l + guidance * (l - tl.load(uncond_ptr, mask=valid, other=0.0).to(tl.float32))
-        # the padding and forbidden codes stay: -inf - -inf is NaN, a negative factor makes +inf
-        l = tl.where(l == float("-inf"), l, mixed)
-    return l * inv_temperature
-
-
-@triton.jit(do_not_specialize=["step"])
-def _guided_sample_kernel(
-    cond_ptr,  # (B, K, N) logits, unit stride along N
-    uncond_ptr,  # the same, or anything if not GUIDED
-    mask_ptr,  # (B, K) bool
-    ids_ptr,  # (B, K) int64
-    seeds_ptr,  # (B,) int64, read if NOISE is "counter"
-    noise_ptr,  # (B, K, N) float32, read if NOISE is "given"
-    candidates_ptr,  # (B, K) int64
-    scores_ptr,  # (B, K) float32
-    K,
-    N,
-    cond_stride_b,
-    cond_stride_k,
-    uncond_stride_b,
-    uncond_stride_k,
-    step,
-    guidance,
-    inv_temperature,
-    noise_temperature,
-    GUIDED: tl.constexpr,
-    NOISE: tl.constexpr,
-    PROBABILITY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)  # B * K * N may pass 2**31
-    b, k = row // K, row % K
-    cond_ptr += b * cond_stride_b + k * cond_stride_k
-    uncond_ptr += b * uncond_stride_b + k * uncond_stride_k
-    masked = tl.load(mask_ptr + row) != 0
-    lanes = tl.arange(0, BLOCK_N)
-    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    best_n = lanes
-    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)  # running maximum and sum of exponentials
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for n0 in range(0, tl.where(masked, N, 0), BLOCK_N):
-        n = n0 + lanes
-        l = _mixed_logits(cond_ptr + n, uncond_ptr + n, n < N, guidance, inv_temperature, GUIDED)
-        noisy = l
-        if NOISE == "counter":
-            seed = tl.load(seeds_ptr + b)
-            quad0 = n0 // 4
-            g = token_gumbel(
-                tl.full((1,), 0, tl.int64) + seed,
-                step,
-                tl.full((1,), 0, tl.int32) + k.to(tl.int32),
-                quad0,
-                BLOCK_N // 4,
-            )
-            noisy += noise_temperature * tl.reshape(g, (BLOCK_N,))
-        elif NOISE == "given":
-            g = tl.load(noise_ptr + row * N + n, mask=n < N, other=0.0)
-            noisy += noise_temperature * g
-        better = noisy > best  # strict: each lane keeps its lowest code
-        best = tl.where(better, noisy, best)
-        best_n = tl.where(better, n, best_n)
-        if PROBABILITY:
-            higher = tl.maximum(top, l)
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
-            total = total * tl.exp(top - base) + tl.exp(l - base)
-            top = higher
-
-    if masked:
-        code = tl.min(tl.where(best == tl.max(best, 0), best_n, N - 1), 0)
-        score = _mixed_logits(
-            cond_ptr + code, uncond_ptr + code, code < N, guidance, inv_temperature, GUIDED
-        )
-        if PROBABILITY:
-            row_top = tl.max(top, 0)
-            base = tl.where(row_top == float("-inf"), 0.0, row_top)
-            score -= base + tl.log(tl.sum(total * tl.exp(top - base), 0))
-        tl.store(candidates_ptr + row, code.to(tl.int64))
-        tl.store(scores_ptr + row, score)
-    else:
-        tl.store(candidates_ptr + row, tl.load(ids_ptr + row))
-        tl.store(scores_ptr + row, float("inf"))
 
 
 def _tile(N: int) -> int:
@@ -196,33 +107,23 @@ def _guided_sample(
     rule: str,
 ) -> tuple[Tensor, Tensor]:
     B, K, N = logits.shape
-    cond = logits if logits.stride(2) == 1 else logits.contiguous()
-    uncond = cond if uncond_logits is None else uncond_logits
-    uncond = uncond if uncond.stride(2) == 1 else uncond.contiguous()
+    cond = unit_stride(logits)
+    uncond = cond if uncond_logits is None else unit_stride(uncond_logits)
     candidates = torch.empty((B, K), dtype=torch.int64, device=logits.device)
     scores = torch.empty((B, K), dtype=torch.float32, device=logits.device)
     if B == 0:
         return candidates, scores
     source = "given" if noise is not None else "counter"
-    wrap_triton(_guided_sample_kernel)[(B * K,)](
-        cond,
-        uncond,
-        mask.contiguous(),
-        ids.contiguous(),
-        cond if seeds is None else seeds.contiguous(),
-        cond if noise is None else noise.contiguous(),
-        candidates,
-        scores,
-        K,
-        N,
-        cond.stride(0),
-        cond.stride(1),
-        uncond.stride(0),
-        uncond.stride(1),
-        step,
-        guidance,
-        1.0 / softmax_temperature,
-        noise_temperature,
+    # a tensor that the kernel does not read stands in for None
+    seeds = cond if seeds is None else seeds.contiguous()
+    noise = cond if noise is None else noise.contiguous()
+    tensors = (cond, uncond, mask.contiguous(), ids.contiguous(), seeds, noise, candidates, scores)
+    sizes = (K, N, *cond.stride()[:2], *uncond.stride()[:2])
+    scalars = (step, guidance, 1.0 / softmax_temperature, noise_temperature)
+    wrap_triton(guided_sample_kernel)[(B * K,)](
+        *tensors,
+        *sizes,
+        *scalars,
         GUIDED=uncond_logits is not None,
         NOISE="none" if noise_temperature == 0.0 else source,
         PROBABILITY=rule == "probability",
@@ -246,24 +147,24 @@ def guided_sample(
     rule: str = "logit",
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a code for every masked token, and say how sure the model is of it.
+    """Draw a code for every masked token, and score the model's confidence in it.
 
     With l = (logits + guidance * (logits - uncond_logits)) / softmax_temperature in float32, the
     candidate is the first argmax of l + noise_temperature * Gumbel noise. That is a draw from
     softmax(l / noise_temperature), and greedy at 0.
 
-    A code whose logit is -inf is forbidden: its l is -inf whatever uncond_logits say. Where that is
-    infinite alone the formula holds: guidance above 0 makes +inf of a finite logit less -inf.
+    A code whose logit is -inf is forbidden: its l is -inf whatever uncond_logits holds. If only
+    uncond_logits is infinite the formula holds: guidance above 0 makes a finite logit +inf.
 
     Args:
         logits: (B, K, N) conditional logits, float32, bfloat16 or float16, K at most 2**16. Any
             strides; no copy is made where the last one is 1.
         uncond_logits: (B, K, N), same dtype and device, or None for no guidance.
-        mask: (B, K) bool, True where a token is to be drawn.
+        mask: (B, K) bool, True at the tokens to draw.
         ids: (B, K) int64, the tokens to keep where mask is False.
-        seeds: (B,) int64, one per sample; its noise depends on nothing else but step and position.
-            May be None if noise is given or noise_temperature is 0.
-        step: sampling step, in [0, 2**15): separates the noise of the steps.
+        seeds: (B,) int64, one per sample: seed, step and position alone decide the noise. May be
+            None if noise is given or noise_temperature is 0.
+        step: sampling step, in [0, 2**15); every step has its own noise.
         guidance: 0 means none; the customary scale w is guidance + 1. Finite, as the next two.
         softmax_temperature: above 0.
         noise_temperature: at least 0.
@@ -276,95 +177,77 @@ def guided_sample(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
-            not finite, or no source of noise. On a CPU also a NaN in the noise or the logits of a
-            token to draw; on a GPU, which would have to be waited for, only under
-            TITOK_FAST_CHECK_VALUES=1: else it gives an unspecified candidate, in range.
+            not finite, or no source of noise. On a CPU also NaN in the noise or in the logits of a
+            masked token. A GPU checks that only under TITOK_FAST_CHECK_VALUES=1, since it would
+            wait; otherwise NaN gives an unspecified candidate in [0, N).
     """
-    _check_logits(logits, uncond_logits, noise)
-    B, K, _ = logits.shape
-    for name, x, dtype in (("mask", mask, torch.bool), ("ids", ids, torch.int64)):
-        check_tensor("guided_sample", name, x, (B, K), dtype, logits.device)
-    if seeds is not None:
-        check_tensor("guided_sample", "seeds", seeds, (B,), torch.int64, logits.device)
-    check_sampling("guided_sample", rule, step, noise_temperature, softmax_temperature, guidance)
+    op = "guided_sample"
+    check_tensors(
+        op,
+        {"K": MAX_POSITIONS, "N": inf},
+        logits=(logits, "BKN", FLOAT_TYPES),
+        uncond_logits=(uncond_logits, "BKN", (logits.dtype,)),
+        mask=(mask, "BK", (torch.bool,)),
+        ids=(ids, "BK", INT64),
+        seeds=(seeds, "B", INT64),
+        noise=(noise, "BKN", (torch.float32,)),
+    )
+    check_sampling(op, rule, step, noise_temperature, softmax_temperature, guidance)
     if seeds is None and noise is None and noise_temperature != 0.0:
-        raise ValueError("guided_sample wants seeds or noise unless noise_temperature is 0")
+        raise ValueError(f"{op} wants seeds or noise unless noise_temperature is 0")
     looks, plain_cpu = looks_at_values(logits, ids_only=True), is_plain_cpu(logits)
     all_logits = {"logits": logits, "uncond_logits": uncond_logits}
     if looks:
-        check_no_nan("guided_sample", noise=noise, **({} if plain_cpu else all_logits))
+        check_no_nan(op, noise=noise, **({} if plain_cpu else all_logits))
     if guidance == 0.0:
         uncond_logits = None  # half the reads, and 0 * inf would be NaN
     implementation = _guided_sample if runs_triton(logits) else guided_sample_ref
     if plain_cpu and not mask.all():
         implementation = _masked_rows
-    candidates, scores = implementation(
-        logits,
-        uncond_logits,
-        mask,
-        ids,
-        seeds,
-        noise,
-        step,
-        guidance,
-        softmax_temperature,
-        noise_temperature,
-        rule,
-    )
-    # here a NaN wins the argmax, and so a few scores tell of it instead of all logits
+    tensors = (logits, uncond_logits, mask, ids, seeds, noise)
+    scalars = (step, guidance, softmax_temperature, noise_temperature, rule)
+    candidates, scores = implementation(*tensors, *scalars)
+    # argmax propagates NaN, so checking scores suffices
     if looks and plain_cpu and isnan(scores.sum().item()):
-        check_no_nan("guided_sample", **all_logits)
+        check_no_nan(op, **all_logits)
     return candidates, scores
-
-
-def _check_logits(logits: Tensor, uncond_logits: Tensor | None, noise: Tensor | None) -> None:
-    op = "guided_sample"
-    if logits.ndim != 3 or logits.shape[1] == 0 or logits.shape[2] == 0:
-        raise ValueError(
-            f"{op} wants logits (B, K, N) with K and N at least 1; got {tuple(logits.shape)}"
-        )
-    if logits.shape[1] > MAX_POSITIONS:
-        raise ValueError(f"{op} wants at most {MAX_POSITIONS} tokens; got {logits.shape[1]}")
-    if logits.dtype not in FLOAT_TYPES:
-        raise ValueError(
-            f"{op} wants float32, bfloat16 or float16 logits; got {logits.dtype}: convert them"
-        )
-    if uncond_logits is not None:
-        shape = tuple(logits.shape)
-        check_tensor(op, "uncond_logits", uncond_logits, shape, logits.dtype, logits.device)
-    if noise is not None:
-        check_tensor(op, "noise", noise, tuple(logits.shape), torch.float32, logits.device)
 
 
 def offline_cases() -> list[OfflineCase]:
     """4096 codes for 32 and 128 tokens, as published, and 8192 codes for 64; then other flags."""
-    ways = (("counter", "logit"), ("counter", "probability"), ("none", "logit"))
-    dtypes = (("fp32", 4), ("bf16", 2), ("fp16", 2))
+    draws = (("counter", "logit"), ("counter", "probability"), ("none", "logit"))
     return [
-        _sample_case("L-32 B=8", dtype, width, 8 * 32, 4096, noise, rule)
-        for dtype, width in dtypes
-        for noise, rule in ways
+        _case("L-32 B=8", dtype, 8 * 32, 4096, noise, rule)
+        for dtype in FLOAT_TYPES
+        for noise, rule in draws
     ] + [
-        _sample_case("S-128 B=64", "bf16", 2, 64 * 128, 4096, "counter", "logit"),
-        _sample_case("8k codes, 64 tokens B=8", "bf16", 2, 8 * 64, 8192, "counter", "logit"),
-        _sample_case("L-32 B=8", "bf16", 2, 8 * 32, 4096, "given", "logit"),
-        _sample_case("L-32 B=8", "bf16", 2, 8 * 32, 4096, "counter", "logit", guided=False),
+        _case("S-128 B=64", torch.bfloat16, 64 * 128),
+        _case("8k codes, 64 tokens B=8", torch.bfloat16, 8 * 64, 8192),
+        _case("L-32 B=8", torch.bfloat16, 8 * 32, noise="given"),
+        _case("L-32 B=8", torch.bfloat16, 8 * 32, guided=False),
     ]
 
 
-def _sample_case(
-    name: str, dtype: str, width: int, rows: int, N: int, noise: str, rule: str, guided: bool = True
+def _case(
+    name: str,
+    dtype: torch.dtype,
+    rows: int,
+    N: int = 4096,
+    noise: str = "counter",
+    rule: str = "logit",
+    guided: bool = True,
 ) -> OfflineCase:
-    pointers = {"cond_ptr": f"*{dtype}", "uncond_ptr": f"*{dtype}", "mask_ptr": "*i1"}
-    pointers |= {"ids_ptr": "*i64", "seeds_ptr": "*i64", "noise_ptr": "*fp32"}
-    pointers |= {"candidates_ptr": "*i64", "scores_ptr": "*fp32"}
-    sides = ("cond_stride_b", "cond_stride_k", "uncond_stride_b", "uncond_stride_k")
-    scalars = dict.fromkeys(("K", "N", *sides), "i32:16") | {"step": "i32"}
-    scalars |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
+    kind, width = TRITON_NAMES[dtype], dtype.itemsize
     noise_flops, noise_passes = {"none": (0, 0), "given": (2, 3), "counter": (46, 15)}[noise]
+    pointers = dict.fromkeys(("cond_ptr", "uncond_ptr"), f"*{kind}") | {"mask_ptr": "*i1"}
+    pointers |= dict.fromkeys(("ids_ptr", "seeds_ptr", "candidates_ptr"), "*i64")
+    pointers |= dict.fromkeys(("noise_ptr", "scores_ptr"), "*fp32")
+    strides = ("cond_stride_b", "cond_stride_k", "uncond_stride_b", "uncond_stride_k")
+    scalars = dict.fromkeys(("K", "N", *strides), "i32:16") | {"step": "i32"}
+    scalars |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
     return OfflineCase(
-        kernel=_guided_sample_kernel,
-        config=f"{name} {dtype} {noise} {rule}" + ("" if guided else " unguided"),
+        kernel=guided_sample_kernel,
+        config=f"{name} {kind} {noise} {rule}" + ("" if guided else " unguided"),
         signature=pointers | scalars,
         constexprs={"GUIDED": guided, "NOISE": noise, "PROBABILITY": rule == "probability"}
         | {"BLOCK_N": _tile(N)},

@@ -1,17 +1,18 @@
-"""The head of the generator and the draw in one: logits never reach memory.
+"""Draw masked tokens from hidden states: head, guidance, noise and argmax without logits in memory.
 
-R rows (masked tokens), D width, N codes. Guidance is linear, so it is mixed on the hidden state:
-one product where two sets of logits would take two. One program makes one BLOCK_R x BLOCK_N tile of
-logits in registers, adds bias and noise, and writes each row's best code of that tile; a second
-launch, one program per row, picks among the tiles. No running argmax over tiles inside a program:
-with 32 rows a tile per program is what fills the chip, and the partial results are a few percent
-of the logits.
+R masked rows. Guidance is linear, so it is applied to the hidden state: one matmul instead of the
+two of a pair of logits. One program makes one BLOCK_R x BLOCK_N tile of logits in registers, adds
+bias and noise, and writes each row's best code of that tile; a second launch, one program per row,
+picks among the tiles. No running argmax over tiles inside a program: with 32 rows a tile per
+program is what fills the chip, and the partial results are a few percent of the logits.
 bfloat16 and float16 run on tensor cores, float32 in IEEE arithmetic without them.
 Floor at R = 256, D = 768, N = 4096, bfloat16: 7 MB and 1.6 GFLOP, 2.1 us on an H100; the noise of
 65 instructions per code adds 2.4 us. Predicted: half of the floor; unfused, 4 MB of logits would
 be written and read several times. At R = 32 the weight is the floor, 1.9 us: predicted 60 %.
-Definition: guided_sample.py on the logits. Callers that want logits make them, and call that.
+Definition: guided_sample.py on the logits; use that where the logits are needed.
 """
+
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,20 @@ from torch.library import wrap_triton
 from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._lm_head_device import head_kernel, pick_kernel
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._sampling import FLOAT_TYPES, check_sampling, check_tensor, draw_ref
-from titok_fast.kernels._values import check_finite, check_in_range, check_no_nan, looks_at_values
+from titok_fast.kernels._sampling import check_sampling, draw_ref, unit_stride
+from titok_fast.kernels._values import (
+    FLOAT_TYPES,
+    INT64,
+    TRITON_NAMES,
+    check_finite,
+    check_in_range,
+    check_no_nan,
+    check_tensors,
+    looks_at_values,
+)
 from titok_fast.kernels.philox import MAX_POSITIONS, TOKEN_STREAM, row_gumbel
 
-MAX_CODES = 2**20  # 32 to a tile at the least, and a grid has 65535 tiles at the most
+MAX_CODES = 2**20  # a tile has at least 32, a grid at most 65535 tiles
 
 
 def lm_head_sample_ref(
@@ -43,10 +53,7 @@ def lm_head_sample_ref(
     noise_temperature: float,
     rule: str,
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel must compute, up to the rounding of the logits to the weight's dtype here.
-
-    Arguments as in `lm_head_sample`.
-    """
+    """Reference of `lm_head_sample`; unlike the kernel it rounds logits to the weight's dtype."""
     h = hidden if rows is None else hidden[rows]
     if uncond_hidden is not None:
         h_uncond = uncond_hidden if rows is None else uncond_hidden[rows]
@@ -96,52 +103,29 @@ def _lm_head_sample(
     scores = torch.empty(R, dtype=torch.float32, device=device)
     if R == 0:
         return candidates, scores
-    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
-    uncond = hidden if uncond_hidden is None else _unit_stride(uncond_hidden)
+    hidden, weight = unit_stride(hidden), unit_stride(weight)
+    uncond = hidden if uncond_hidden is None else unit_stride(uncond_hidden)
     plan = _plan(R, weight.dtype)
     tiles = triton.cdiv(N, plan["BLOCK_N"])
     parts = torch.empty((4, R, tiles), dtype=torch.float32, device=device)
     codes = torch.empty((R, tiles), dtype=torch.int32, device=device)
-    probability = rule == "probability"
-    # row tiles run fastest, so that programs side by side share one tile of the weight in L2
+    # a tensor that the kernel does not read stands in for None
+    vectors = [codes if x is None else x.contiguous() for x in (rows, seeds, positions)]
+    offset = weight if bias is None else bias.contiguous()
+    sizes = (hidden.shape[0], R, N, D, hidden.stride(0), uncond.stride(0), weight.stride(0))
+    scalars = (step, guidance, 1.0 / softmax_temperature, noise_temperature)
+    flags = {"GUIDED": uncond_hidden is not None, "BIASED": bias is not None}
+    flags |= {"GATHERED": rows is not None, "NOISY": noise_temperature != 0.0}
+    flags |= {"PROBABILITY": rule == "probability", "EVEN_D": D % plan["BLOCK_D"] == 0}
+    # row tiles run fastest, so that neighbouring programs share a tile of the weight in L2
     wrap_triton(head_kernel)[(triton.cdiv(R, plan["BLOCK_R"]), tiles)](
-        hidden,
-        uncond,
-        weight,
-        weight if bias is None else bias.contiguous(),
-        codes if rows is None else rows.contiguous(),
-        codes if seeds is None else seeds.contiguous(),
-        codes if positions is None else positions.contiguous(),
-        parts,
-        codes,
-        hidden.shape[0],
-        R,
-        N,
-        D,
-        hidden.stride(0),
-        uncond.stride(0),
-        weight.stride(0),
-        step,
-        guidance,
-        1.0 / softmax_temperature,
-        noise_temperature,
-        GUIDED=uncond_hidden is not None,
-        BIASED=bias is not None,
-        GATHERED=rows is not None,
-        NOISY=noise_temperature != 0.0,
-        PROBABILITY=probability,
-        EVEN_D=D % plan["BLOCK_D"] == 0,
-        **plan,
+        hidden, uncond, weight, offset, *vectors, parts, codes, *sizes, *scalars, **flags, **plan
     )
-    block = triton.next_power_of_2(tiles)
+    block, probability = triton.next_power_of_2(tiles), flags["PROBABILITY"]
     wrap_triton(pick_kernel)[(R,)](
         parts, codes, candidates, scores, R, N, tiles, PROBABILITY=probability, BLOCK_T=block
     )
     return candidates, scores
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def lm_head_sample(
@@ -161,18 +145,17 @@ def lm_head_sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw a code for each masked row straight from the last hidden states.
 
-    The same draw as `guided_sample(hidden @ weight.T + bias, ...)`, from the same counters: the ids
-    differ only where rounding the logits or the mixed hidden state decides between close rivals.
+    The same draw as `guided_sample(hidden @ weight.T + bias, ...)`, with the same noise: ids differ
+    only where rounding of the logits or of the guided hidden state decides between close codes.
 
     Args:
         hidden: (M, D) conditional hidden states, float32, bfloat16 or float16. Any strides; no copy
             is made where the last one is 1.
         uncond_hidden: (M, D), same dtype and device, or None for no guidance.
-        weight: (N, D) head, same dtype and device; N may be a slice of a larger vocabulary, at most
-            2**20.
+        weight: (N, D) head, same dtype and device, N at most 2**20; may be a slice of a larger one.
         bias: (N,), same dtype and device, or None.
         rows: (R,) int64 in [0, M), the rows to draw for, or None for all, R = M.
-        seeds: (R,) int64, of the sample that each row belongs to. May be None, like positions, if
+        seeds: (R,) int64, the seed of each row's sample. May be None, like positions, if
             noise_temperature is 0.
         positions: (R,) int64 in [0, 2**16), each row's token position in its sample.
         step: sampling step, in [0, 2**15).
@@ -187,64 +170,35 @@ def lm_head_sample(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
             not finite, or no source of noise. On a CPU also hidden states that are not finite, and
-            rows or positions out of range; on a GPU, which would have to be waited for, these, and
-            a NaN in the head, raise only under TITOK_FAST_CHECK_VALUES=1: else a NaN gives
-            an unspecified candidate, in range, and a row out of range counts as zeros.
+            rows or positions out of range. A GPU would have to wait: there these, and NaN in the
+            head, raise only under TITOK_FAST_CHECK_VALUES=1. Otherwise NaN gives an unspecified
+            candidate in [0, N), and a row out of range reads as zeros.
     """
-    _check_head(hidden, uncond_hidden, weight, bias)
-    op, device = "lm_head_sample", hidden.device
-    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != device):
-        got = f"{tuple(rows.shape)} {rows.dtype} on {rows.device}"
-        raise ValueError(f"{op} wants rows as an int64 vector on {device}; got {got}")
-    R = (hidden if rows is None else rows).shape[0]
-    for name, x in (("seeds", seeds), ("positions", positions)):
-        if x is not None:
-            check_tensor(op, name, x, (R,), torch.int64, device)
+    op = "lm_head_sample"
+    sizes = check_tensors(
+        op,
+        {"N": MAX_CODES, "D": inf},
+        hidden=(hidden, "MD", FLOAT_TYPES),
+        uncond_hidden=(uncond_hidden, "MD", (hidden.dtype,)),
+        weight=(weight, "ND", (hidden.dtype,)),
+        bias=(bias, "N", (hidden.dtype,)),
+        rows=(rows, "R", INT64),
+        seeds=(seeds, "M" if rows is None else "R", INT64),
+        positions=(positions, "M" if rows is None else "R", INT64),
+    )
     check_sampling(op, rule, step, noise_temperature, softmax_temperature, guidance)
     if (seeds is None or positions is None) and noise_temperature != 0.0:
         raise ValueError(f"{op} wants seeds and positions unless noise_temperature is 0")
     if looks_at_values(hidden, ids_only=True):
         check_finite(op, hidden=hidden, uncond_hidden=uncond_hidden)
-        check_in_range(op, "rows", rows, 0, hidden.shape[0])
+        check_in_range(op, "rows", rows, 0, sizes["M"])
         check_in_range(op, "positions", positions, 0, MAX_POSITIONS)
-    if looks_at_values(hidden, ids_only=False):  # weights: as good at every call as at the first
+    if looks_at_values(hidden, ids_only=False):  # weights do not change between calls
         check_no_nan(op, weight=weight, bias=bias)
     implementation = _lm_head_sample if runs_triton(hidden) else lm_head_sample_ref
-    return implementation(
-        hidden,
-        uncond_hidden,
-        weight,
-        bias,
-        rows,
-        seeds,
-        positions,
-        step,
-        guidance,
-        softmax_temperature,
-        noise_temperature,
-        rule,
-    )
-
-
-def _check_head(
-    hidden: Tensor, uncond_hidden: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> None:
-    op = "lm_head_sample"
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        got = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"{op} wants hidden (M, D) and weight (N, D); got {got}")
-    if 0 in weight.shape:
-        raise ValueError(f"{op} wants N and D at least 1; got weight {tuple(weight.shape)}")
-    if weight.shape[0] > MAX_CODES:
-        raise ValueError(f"{op} wants at most {MAX_CODES} codes; got {weight.shape[0]}")
-    dtype, device = hidden.dtype, hidden.device
-    if dtype not in FLOAT_TYPES:
-        raise ValueError(f"{op} wants float32, bfloat16 or float16; got {dtype}: convert hidden")
-    check_tensor(op, "weight", weight, tuple(weight.shape), dtype, device)
-    if uncond_hidden is not None:
-        check_tensor(op, "uncond_hidden", uncond_hidden, tuple(hidden.shape), dtype, device)
-    if bias is not None:
-        check_tensor(op, "bias", bias, (weight.shape[0],), dtype, device)
+    tensors = (hidden, uncond_hidden, weight, bias, rows, seeds, positions)
+    scalars = (step, guidance, softmax_temperature, noise_temperature, rule)
+    return implementation(*tensors, *scalars)
 
 
 def offline_cases() -> list[OfflineCase]:
@@ -271,7 +225,7 @@ def _head_case(
     name: str, dtype: torch.dtype, shape: tuple[int, int, int], rule: str, plain: bool = False
 ) -> OfflineCase:
     R, N, D = shape
-    kind = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    kind = TRITON_NAMES[dtype]
     streams, width = 1 if plain else 2, dtype.itemsize
     plan = _plan(R, dtype)
     warps, stages = plan.pop("num_warps"), plan.pop("num_stages")

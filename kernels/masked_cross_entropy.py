@@ -2,18 +2,19 @@
 
 R token rows of width D, N codes. Every row counts with its own weight: 1 if masked, 0.1 if not.
 
-Design. Rows are taken in chunks whose logits (32 MiB of bf16) stay in L2: the library's matrix
-product fills a chunk, one kernel, a program of 256 threads to a row, reads it in blocks of up to
-8192, leaves the row's loss and overwrites the logits with their gradient, and two products turn
-that into the gradients of hidden states and head, all in the forward; the backward only scales.
-Gradients are kept without the factor 1 / sum(weights): float16 has no numbers that small.
-Why ours. cut-cross-entropy 25.1 has neither bias nor smoothing. Liger 0.8 has both, but per-token
-weights only through reduction="none", which forms the logits a second time in the backward.
-Floor: 6 R N D operations of the products, which cuBLAS does best: 248 us of an A100's bf16 peak at
+Design. Rows are taken in chunks whose logits (32 MiB of bf16) stay in L2: cuBLAS computes a chunk's
+logits; one kernel, a program of 256 threads per row, reads them in blocks of up to 8192, writes the
+row's loss and overwrites the logits with their gradient; two matmuls turn that into the gradients
+of hidden states and head. All of it runs in the forward; the backward only scales. Gradients are
+stored without the factor 1 / sum(weights), which would underflow in float16.
+Why. cut-cross-entropy 25.1 has neither bias nor smoothing. Liger 0.8 has both, but per-token
+weights only through reduction="none", which recomputes the logits in the backward.
+Floor: 6 R N D operations of matmuls, which cuBLAS does best: 248 us of an A100's bf16 peak at
 R = N = 4096, D = 768. The kernel's 67 MB add up to 33 us; about 70 % of that sum are expected.
 Definition: arXiv:2406.07550 appendix A and the training code of its release.
 """
 
+from math import inf
 from typing import Any
 
 import torch
@@ -26,7 +27,16 @@ from torch.library import wrap_triton
 from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton, without_autocast
 from titok_fast.kernels._masked_cross_entropy_cpu import CpuLoss, scaled_gradients
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._values import check_finite, check_in_range, check_no_nan, looks_at_values
+from titok_fast.kernels._values import (
+    FLOAT_OR_DOUBLE,
+    INT64,
+    TRITON_NAMES,
+    check_finite,
+    check_in_range,
+    check_no_nan,
+    check_tensors,
+    looks_at_values,
+)
 
 _EPS = 1e-8  # of the weighted mean, as in the published training code
 _CHUNK_ELEMENTS = 1 << 24
@@ -41,14 +51,14 @@ def masked_cross_entropy_ref(
     weights: Tensor,
     label_smoothing: float = 0.1,
 ) -> Tensor:
-    """What the op must compute, see `masked_cross_entropy`; differentiable by autograd."""
+    """Reference of `masked_cross_entropy`, differentiable by autograd."""
     with without_autocast(hidden):
         logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lse = torch.logsumexp(logits, dim=1)
         target = logits.gather(1, targets[:, None]).squeeze(1)
         ce = lse - (1 - label_smoothing) * target
-        if label_smoothing > 0:  # else a forbidden code, of logit -inf, must not count: 0 * inf
+        if label_smoothing > 0:  # a forbidden code has logit -inf: 0 * inf is NaN
             ce = ce - label_smoothing * logits.mean(dim=1)
         weights = weights.to(ce.dtype)
         return (weights * ce).sum() / (weights.sum() + _EPS)
@@ -56,7 +66,7 @@ def masked_cross_entropy_ref(
 
 @triton.jit
 def _loss_kernel(
-    logits_ptr,  # (R, N) without bias; on return, if GRAD, the gradient of the weighted loss
+    logits_ptr,  # (R, N) without bias; if GRAD, overwritten by the gradient of the weighted loss
     bias_ptr,  # (N,)
     target_ptr,  # (R,) int64
     weight_ptr,  # (R,)
@@ -80,23 +90,23 @@ def _loss_kernel(
         x += tl.load(bias_ptr + at, mask=at < N, other=0.0).to(tl.float32)
         plain += tl.sum(tl.where(at < N, x, 0.0), axis=0)
         new_top = tl.maximum(top, tl.max(x, axis=0))
-        # as long as all is -inf, subtract 0: -inf minus -inf would be NaN for good
+        # while all values are -inf, subtract 0: -inf - -inf is NaN
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), axis=0)
         top = new_top
     lse = top + tl.log(total)
 
-    # an id outside the codebook makes the loss NaN, where it is seen, and reads no foreign memory
+    # an id outside the codebook gives a NaN loss and reads no memory out of bounds
     known = (target >= 0) & (target < N)
     chosen = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     chosen += tl.load(bias_ptr + target, mask=known, other=0.0).to(tl.float32)
-    # without smoothing a forbidden code, of logit -inf, must not count: 0 * inf is NaN
+    # without smoothing leave out forbidden codes, of logit -inf: 0 * inf is NaN
     uniform = tl.where(SMOOTHING > 0.0, SMOOTHING * (plain / N), 0.0)
     loss = lse - (1.0 - SMOOTHING) * chosen - uniform
     tl.store(loss_ptr + row, weight * loss)
 
     if GRAD:
-        tl.debug_barrier()  # every lane has read the target's logit before it is overwritten
+        tl.debug_barrier()  # all lanes must read the target's logit before it is overwritten
         for n0 in range(0, N, BLOCK):
             at = n0 + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + at, mask=at < N, other=float("-inf")).to(tl.float32)
@@ -120,11 +130,7 @@ def _backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple:
     return scaled_gradients(ctx, g_loss)
 
 
-def _attach_gradient(op: Any) -> None:
-    op.register_autograd(_backward, setup_context=_save)
-
-
-@lazy_triton_op("masked_cross_entropy", setup=_attach_gradient)
+@lazy_triton_op("masked_cross_entropy", _save, _backward)
 def _masked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -163,34 +169,6 @@ def _block(N: int) -> int:
     return min(_MAX_BLOCK, triton.next_power_of_2(N))
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> None:
-    op = "masked_cross_entropy"
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        got = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"{op} wants hidden (R, D) and weight (N, D); got {got}")
-    R, N = hidden.shape[0], weight.shape[0]
-    for name, x, shape in (
-        ("bias", bias, (N,)),
-        ("targets", targets, (R,)),
-        ("weights", weights, (R,)),
-    ):
-        if x.shape != shape:
-            raise ValueError(f"{op} wants {name} of shape {shape}; got {tuple(x.shape)}")
-        if x.device != hidden.device:
-            raise ValueError(f"{op} wants all on {hidden.device}; {name} is on {x.device}: move it")
-    if weight.device != hidden.device:
-        raise ValueError(
-            f"{op} wants all on {hidden.device}; weight is on {weight.device}: move it"
-        )
-    if N == 0:
-        raise ValueError(f"{op} wants at least one code; weight is {tuple(weight.shape)}")
-    if targets.dtype != torch.int64:
-        raise ValueError(f"{op} wants int64 targets; got {targets.dtype}: use .long()")
-    if not all(x.is_floating_point() for x in (hidden, weight, bias, weights)):
-        got = ", ".join(str(x.dtype) for x in (hidden, weight, bias, weights))
-        raise ValueError(f"{op} wants floating-point hidden, weight, bias and weights; got {got}")
-
-
 def masked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -203,13 +181,13 @@ def masked_cross_entropy(
 
     sum(weights * ce) / (sum(weights) + 1e-8), where ce compares with (1 - label_smoothing) on the
     target and label_smoothing / N on every code. The head runs in the dtype of `hidden`, or of
-    autocast where it is on; the rest in float32, or float64 with hidden. Once differentiable.
+    autocast if it is on; the rest in float32, or in float64 if hidden is. Once differentiable.
 
     Args:
         hidden: (R, D) last hidden states, floating point. R may be 0; the loss is then 0.
-        weight: (N, D) head; may be wider than hidden, as master weights are.
+        weight: (N, D) head, floating point; the dtype may differ from hidden's.
         bias: (N,) head bias.
-        targets: (R,) int64 in [0, N). Others: an error on a CPU, a NaN loss on a GPU.
+        targets: (R,) int64 in [0, N). Others raise on a CPU and give a NaN loss on a GPU.
         weights: (R,) at least 0: 1 where masked and 0.1 elsewhere in the published training.
         label_smoothing: in [0, 1).
 
@@ -218,21 +196,27 @@ def masked_cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes, devices or label_smoothing are none of the above, on a CPU also
-            a target. Under TITOK_FAST_CHECK_VALUES=1 also a hidden state that is not finite,
-            a NaN in the head, a target out of range or a negative weight; else a NaN reaches the
-            loss, where training looks for it.
+            a target. Under TITOK_FAST_CHECK_VALUES=1 also a hidden state that is not finite, NaN
+            in the head, a target out of range or a negative weight; otherwise NaN reaches the loss,
+            where a training loop checks for it.
     """
-    _check(hidden, weight, bias, targets, weights)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"masked_cross_entropy wants label_smoothing in [0, 1); got {label_smoothing}"
-        )
     op = "masked_cross_entropy"
+    check_tensors(
+        op,
+        {"N": inf},
+        hidden=(hidden, "RD", FLOAT_OR_DOUBLE),
+        weight=(weight, "ND", FLOAT_OR_DOUBLE),
+        bias=(bias, "N", FLOAT_OR_DOUBLE),
+        targets=(targets, "R", INT64),
+        weights=(weights, "R", FLOAT_OR_DOUBLE),
+    )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{op} wants label_smoothing in [0, 1); got {label_smoothing}")
     if looks_at_values(hidden, ids_only=False):
         check_finite(op, hidden=hidden)
         check_no_nan(op, weight=weight, bias=bias)
         check_in_range(op, "weights", weights, 0, float("inf"))
-    if looks_at_values(targets, ids_only=True):  # few, and no NaN would tell of a bad one
+    if looks_at_values(targets, ids_only=True):  # no NaN would show a bad one
         check_in_range(op, "targets", targets, 0, weight.shape[0])
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -249,29 +233,29 @@ def masked_cross_entropy(
 
 
 def offline_cases() -> list[OfflineCase]:
-    """The first chunk of a training step of 64 images, 4096 codes; products with the head apart."""
-    cases = []
-    N = 4096
-    for name, tokens in (("L-32", 32), ("B-64 and S-128", 64)):
-        R = min(64 * tokens, _CHUNK_ELEMENTS // N)
-        for dtype, width in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-            for grad in (True, False):
-                cases.append(
-                    OfflineCase(
-                        kernel=_loss_kernel,
-                        config=f"{name} {R}x{N} {dtype}" + ("" if grad else " no grad"),
-                        signature={"logits_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
-                        | {"target_ptr": "*i64", "weight_ptr": "*fp32", "loss_ptr": "*fp32"}
-                        | {"N": "i32:16", "SMOOTHING": "fp32"},
-                        constexprs={"GRAD": grad, "BLOCK": _block(N)},
-                        num_warps=8,
-                        num_stages=3,
-                        expects_mma=False,
-                        vector_loads=True,
-                        flops=(12.0 if grad else 8.0) * R * N,
-                        bytes_min=float(width * R * N * (2 if grad else 1) + 4 * N),
-                        # float32 log-softmax, smoothing sum, and both again backwards
-                        bytes_unfused=float(R * N * (width + 4 * (8 if grad else 3))),
-                    )
-                )
-    return cases
+    """The first chunk of a training step of 64 images, 4096 codes, without the head's matmuls."""
+    return [
+        _case(name, min(64 * tokens, _CHUNK_ELEMENTS // 4096), 4096, dtype, grad)
+        for name, tokens in (("L-32", 32), ("B-64 and S-128", 64))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for grad in (True, False)
+    ]
+
+
+def _case(name: str, R: int, N: int, dtype: torch.dtype, grad: bool) -> OfflineCase:
+    kind, width = TRITON_NAMES[dtype], dtype.itemsize
+    return OfflineCase(
+        kernel=_loss_kernel,
+        config=f"{name} {R}x{N} {kind}" + ("" if grad else " no grad"),
+        signature={"logits_ptr": f"*{kind}", "bias_ptr": "*fp32", "target_ptr": "*i64"}
+        | {"weight_ptr": "*fp32", "loss_ptr": "*fp32", "N": "i32:16", "SMOOTHING": "fp32"},
+        constexprs={"GRAD": grad, "BLOCK": _block(N)},
+        num_warps=8,
+        num_stages=3,
+        expects_mma=False,
+        vector_loads=True,
+        flops=(12.0 if grad else 8.0) * R * N,
+        bytes_min=float(width * R * N * (2 if grad else 1) + 4 * N),
+        # float32 log-softmax, smoothing sum, and both again in the backward
+        bytes_unfused=float(R * N * (width + 4 * (8 if grad else 3))),
+    )

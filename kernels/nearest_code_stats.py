@@ -1,12 +1,12 @@
-"""Nearest codes with all that training asks of the quantiser.
+"""Nearest codes with all that training needs from the quantiser: losses, gradients, code usage.
 
-N latent rows, K codes, C channels, as in `nearest_code`.
+R latent rows, N codes, C channels, as in `nearest_code`.
 
 Design. The search of `nearest_code` leaves its packed minima. In one more kernel a warp takes 16
-rows, 64 channels at a time: it gathers the winners, forms the straight-through output and each
-row's squared error, and counts usage with integer atomics, so every output repeats bit for bit.
-Why. PyTorch needs some twelve passes over (N, C) for it, and a (N, K) one-hot matrix for usage.
-Floor. Reads z and the chosen codes once, writes (N, C) float32: memory-bound. 16384 rows of 64
+rows, 64 channels at a time: it gathers the nearest codes, forms the straight-through output and the
+squared error per row, and counts usage with integer atomics, so outputs repeat bit for bit.
+Why. PyTorch needs some twelve passes over (R, C) for it, and a (R, N) one-hot matrix for usage.
+Floor. Reads z and the chosen codes once, writes (R, C) float32: memory-bound. 16384 rows of 64
 channels need 6.4 us of an A100's bandwidth, of which about 60 % are expected, as a warp waits for
 its gathers; fewer or narrower rows need less than a launch. The backward is plain PyTorch: five
 passes and one `index_add_`, whose order `torch.use_deterministic_algorithms` fixes.
@@ -41,7 +41,7 @@ _WARPS = 1  # few rows to a program: a warp then reads four channels at a time
 
 
 class CodeStats(NamedTuple):
-    """What training needs of the quantiser, see `nearest_code_stats`."""
+    """Result of `nearest_code_stats`, which describes the fields."""
 
     ids: Tensor
     quantized: Tensor
@@ -50,10 +50,10 @@ class CodeStats(NamedTuple):
     counts: Tensor
 
 
-def count_codes(ids: Tensor, K: int) -> Tensor:
-    """(K,) int64: how often each code is among int64 ids in [0, K). No wait: bincount has one."""
+def count_codes(ids: Tensor, N: int) -> Tensor:
+    """(N,) int64: how often each code occurs in ids. Unlike bincount it never waits for a GPU."""
     ids = ids.flatten()
-    return torch.zeros(K, dtype=torch.int64, device=ids.device).scatter_add(
+    return torch.zeros(N, dtype=torch.int64, device=ids.device).scatter_add(
         0, ids, torch.ones_like(ids)
     )
 
@@ -61,11 +61,11 @@ def count_codes(ids: Tensor, K: int) -> Tensor:
 def nearest_code_stats_ref(
     z: Tensor, codebook: Tensor, metric: str = "euclidean", beta: float = 0.25
 ) -> CodeStats:
-    """What the training kernel must compute, with gradients by autograd."""
+    """Reference of `nearest_code_stats`, with gradients by autograd."""
     ids = nearest_code_ref(z.flatten(0, -2), codebook, metric).view(z.shape[:-1])
     with without_autocast(z):
         f, q = unit_rows(z, metric), unit_rows(F.embedding(ids, codebook), metric)
-        # in the order of the published code, by which autograd adds up the gradient of f
+        # in the order of the published code, which is the order of autograd's sum for f
         commitment, codebook_loss = beta * F.mse_loss(f, q.detach()), F.mse_loss(q, f.detach())
         straight = f + (q - f).detach()
         counts = count_codes(ids, codebook.shape[0])
@@ -74,35 +74,35 @@ def nearest_code_stats_ref(
 
 @triton.jit
 def _finish_kernel(
-    keys_ptr,  # (N, SPLITS) int64: SPLITS is a power of two
-    z_ptr,  # (N, C)
-    e_ptr,  # (K, C)
-    ids_ptr,  # (N,) int64
-    quantized_ptr,  # (N, C) float32
-    error_ptr,  # (N,) float32
-    counts_ptr,  # (K,) int64, zeros
+    keys_ptr,  # (R, SPLITS) int64: SPLITS is a power of two
+    z_ptr,  # (R, C)
+    e_ptr,  # (N, C)
+    ids_ptr,  # (R,) int64
+    quantized_ptr,  # (R, C) float32
+    error_ptr,  # (R,) float32
+    counts_ptr,  # (N,) int64, zeros
+    R,
     N,
-    K,
     EPS,
     SPLITS: tl.constexpr,
     C: tl.constexpr,
     UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = rows < N
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = rows < R
     at = rows[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
     keys = tl.load(keys_ptr + at, mask=live[:, None], other=0)
     k = tl.min(keys, axis=1) & 0xFFFFFFFF
     tl.store(ids_ptr + rows, k, mask=live)
-    tl.atomic_add(counts_ptr + k, tl.full((BLOCK_N,), 1, tl.int64), mask=live, sem="relaxed")
-    z_length, _ = measure(z_ptr, rows, N, EPS, C, UNIT, BLOCK_C)
-    e_length, _ = measure(e_ptr, k, K, EPS, C, UNIT, BLOCK_C)
-    error = tl.zeros((BLOCK_N,), tl.float32)
+    tl.atomic_add(counts_ptr + k, tl.full((BLOCK_R,), 1, tl.int64), mask=live, sem="relaxed")
+    z_length, _ = measure(z_ptr, rows, R, EPS, C, UNIT, BLOCK_C)
+    e_length, _ = measure(e_ptr, k, N, EPS, C, UNIT, BLOCK_C)
+    error = tl.zeros((BLOCK_R,), tl.float32)
     for c0 in range(0, C, BLOCK_C):
-        z = load_tile(z_ptr, rows, N, c0, z_length, C, UNIT, BLOCK_C)
-        e = load_tile(e_ptr, k, K, c0, e_length, C, UNIT, BLOCK_C)
+        z = load_tile(z_ptr, rows, R, c0, z_length, C, UNIT, BLOCK_C)
+        e = load_tile(e_ptr, k, N, c0, e_length, C, UNIT, BLOCK_C)
         chans = c0 + tl.arange(0, BLOCK_C)
         o_mask = live[:, None] & (chans[None, :] < C)
         out = quantized_ptr + rows[:, None] * C + chans[None, :]
@@ -112,16 +112,16 @@ def _finish_kernel(
 
 
 def _finish_tile(C: int) -> dict[str, int]:
-    return {"BLOCK_N": 16, "BLOCK_C": min(64, max(16, triton.next_power_of_2(C)))}
+    return {"BLOCK_R": 16, "BLOCK_C": min(64, max(16, triton.next_power_of_2(C)))}
 
 
 def _through_length(grad: Tensor, x: Tensor, metric: str) -> Tensor:
-    """Gradient with respect to the rows of x, given the one of `unit_rows(x, metric)`."""
+    """Gradient of x from `grad`, that of `unit_rows(x, metric)`."""
     if metric == "euclidean":
         return grad
     length = x.norm(dim=-1, keepdim=True)
     unit = x / length.clamp_min(EPS)
-    # below the bound the length is a constant, and so has no gradient
+    # a length below the bound is a constant without gradient
     radial = torch.where(length < EPS, 0.0, (grad * unit).sum(-1, keepdim=True))
     return (grad - radial * unit) / length.clamp_min(EPS)
 
@@ -135,12 +135,12 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple:
-    """Straight through to z, index-add to the codebook (see torch.use_deterministic_algorithms)."""
+    """Straight through to z; the codebook gets an index_add_."""
     z, codebook, ids = ctx.saved_tensors
     _, g_quantized, g_commitment, g_codebook, _ = grads
     f, q = z.float(), codebook[ids].float()
     unit_f, unit_q, factor = unit_rows(f, ctx.metric), unit_rows(q, ctx.metric), 2 / z.numel()
-    # each loss holds the other side constant, in second derivatives too
+    # each loss treats the other side as a constant, in second derivatives too
     to_z, to_code = (unit_f - unit_q.detach()) * factor, (unit_q - unit_f.detach()) * factor
     g_z = _through_length(g_quantized + ctx.beta * g_commitment * to_z, f, ctx.metric)
     g_q = _through_length(g_codebook * to_code, q, ctx.metric)
@@ -148,55 +148,51 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple:
     return g_z.to(z.dtype), g_e.to(codebook.dtype), None, None
 
 
-def _attach_gradient(op: Any) -> None:
-    op.register_autograd(_backward, setup_context=_save)
-
-
-@lazy_triton_op("nearest_code_stats", setup=_attach_gradient)
+@lazy_triton_op("nearest_code_stats", _save, _backward)
 def _nearest_code_stats(
     z: Tensor, codebook: Tensor, metric: str, beta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z, codebook, unit = z.contiguous(), codebook.contiguous(), metric == "cosine"
-    (N, C), K = z.shape, codebook.shape[0]
+    (R, C), N = z.shape, codebook.shape[0]
     found = search_codes(z, codebook, unit, packed=True)
     splits = found.shape[1]
-    ids = torch.empty(N, dtype=torch.int64, device=z.device)
-    quantized = torch.empty(N, C, dtype=torch.float32, device=z.device)
-    error = torch.empty(N, dtype=torch.float32, device=z.device)
-    counts = torch.zeros(K, dtype=torch.int64, device=z.device)
-    args = (found, z, codebook, ids, quantized, error, counts, N, K, EPS, splits, C, unit)
+    ids = torch.empty(R, dtype=torch.int64, device=z.device)
+    quantized = torch.empty(R, C, dtype=torch.float32, device=z.device)
+    error = torch.empty(R, dtype=torch.float32, device=z.device)
+    counts = torch.zeros(N, dtype=torch.int64, device=z.device)
+    args = (found, z, codebook, ids, quantized, error, counts, R, N, EPS, splits, C, unit)
     tile = _finish_tile(C)
-    grid = (triton.cdiv(N, tile["BLOCK_N"]),)
+    grid = (triton.cdiv(R, tile["BLOCK_R"]),)
     wrap_triton(_finish_kernel)[grid](*args, **tile, num_warps=_WARPS, num_stages=1)
-    mean = error.sum() / (N * C)
+    mean = error.sum() / (R * C)
     return ids, quantized, mean * beta, mean * 1.0, counts
 
 
 def nearest_code_stats(
     z: Tensor, codebook: Tensor, *, metric: str = "euclidean", beta: float = 0.25
 ) -> CodeStats:
-    """Nearest code of each latent with all that training asks of it, in one pass.
+    """Nearest code of each latent with the losses and counts of training, in one pass.
 
     Let f be the latents and q their nearest codes, both of unit length if the metric is cosine.
 
     Args:
-        z: (N, C) latents, as for `nearest_code`; or (B, H, W, C), and any other shape before C.
-        codebook: (K, C), as for `nearest_code`.
+        z: (R, C) latents as for `nearest_code`, or (B, H, W, C) or any other shape before C.
+        codebook: (N, C), as for `nearest_code`.
         metric: "euclidean" or "cosine".
         beta: weight of the commitment loss, 0.25 in the published models; finite, at least 0.
 
     Returns:
-        ids: (N,) int64 in [0, K), no gradient; shaped as z before C.
+        ids: (R,) int64 in [0, N), no gradient; shaped as z before C.
         quantized: shape of z in float32, f + (q - f); its gradient goes straight through to f.
         commitment_loss: scalar float32, beta * mean((q - f)^2), gradient to z only.
         codebook_loss: scalar float32, mean((q - f)^2), gradient to the codebook only. Rows are
-            added up with `index_add_`: `torch.use_deterministic_algorithms` fixes their order.
-        counts: (K,) int64, how many rows chose each code, no gradient.
+            summed with `index_add_`: `torch.use_deterministic_algorithms` fixes their order.
+        counts: (N,) int64, rows per code, no gradient.
 
     Raises:
         ValueError: shapes, dtypes, devices, metric or beta are none of the above. Under
-            TITOK_FAST_CHECK_VALUES=1 also values that are not finite; else they reach the
-            losses, where training looks for them.
+            TITOK_FAST_CHECK_VALUES=1 also values that are not finite; otherwise they reach the
+            losses, where a training loop checks for them.
     """
     rows = z.flatten(0, -2) if z.ndim > 2 else z
     check_codes("nearest_code_stats", rows, codebook, metric)
@@ -219,22 +215,22 @@ def offline_cases() -> list[OfflineCase]:
     ]
 
 
-def _finish_case(name: str, N: int, K: int, C: int, unit: bool) -> OfflineCase:
-    splits = plan_search(N, K, C)["splits"]
+def _finish_case(name: str, R: int, N: int, C: int, unit: bool) -> OfflineCase:
+    splits = plan_search(R, N, C)["splits"]
     outputs = {"ids_ptr": "*i64", "quantized_ptr": "*fp32", "error_ptr": "*fp32"}
     return OfflineCase(
         kernel=_finish_kernel,
         config=name,
         signature={"keys_ptr": "*i64", "z_ptr": "*fp32", "e_ptr": "*fp32"}
         | outputs
-        | {"counts_ptr": "*i64", "N": "i32:16", "K": "i32:16", "EPS": "fp32"},
+        | {"counts_ptr": "*i64", "R": "i32:16", "N": "i32:16", "EPS": "fp32"},
         constexprs={"SPLITS": splits, "C": C, "UNIT": unit} | _finish_tile(C),
         num_warps=_WARPS,
         num_stages=1,
         expects_mma=False,
         vector_loads=True,
-        flops=8.0 * N * C,
-        bytes_min=N * (8 * splits + 12 * C + 12) + 8 * K,
+        flops=8.0 * R * C,
+        bytes_min=R * (8 * splits + 12 * C + 12) + 8 * N,
         # gather, two normalisations, two subtractions, a sum, two squared means, the histogram
-        bytes_unfused=N * (8 * splits + 4 * C * 14 + 16) + 8 * K,
+        bytes_unfused=R * (8 * splits + 4 * C * 14 + 16) + 8 * N,
     )

@@ -1,9 +1,9 @@
-"""Keep the most confident tokens of each image and mask the rest, each image its own count.
+"""Mask the least confident tokens of each image again, a given number of them per image.
 
-B images, K tokens of each, K up to 1024. One program per image sorts its confidences in registers
-and shared memory, reads the one at the wanted rank and compares: one launch where torch takes
-noise, sort, gather, compare and select. Four values to a thread: up to 128 tokens, which is every
-published model, one warp does all and there is no barrier.
+K up to 1024. One program per image sorts its confidences in registers and shared memory, reads the
+one at the wanted rank and compares: one launch instead of torch's noise, sort, gather, compare and
+select. Four values to a thread: up to 128 tokens, which is every published model, one warp does all
+of it without a barrier.
 Floor: 20 * B * K bytes, 5 KB at B = 8, K = 32: the launch is all of the cost, so the prediction is
 1/8 of the time of the eight launches it replaces, not a share of bandwidth.
 Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arXiv:2202.04200).
@@ -20,12 +20,17 @@ from torch.library import wrap_triton
 
 from titok_fast.kernels._launch import is_plain_cpu, lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
-from titok_fast.kernels._sampling import check_sampling, check_tensor
-from titok_fast.kernels._values import check_in_range, check_no_nan, looks_at_values
+from titok_fast.kernels._sampling import LARGEST, check_sampling
+from titok_fast.kernels._values import (
+    INT64,
+    check_in_range,
+    check_no_nan,
+    check_tensors,
+    looks_at_values,
+)
 from titok_fast.kernels.philox import remask_gumbel, remask_noise, remask_noise_numpy
 
-MAX_TOKENS = 1024  # of one image: what one program sorts without spilling
-_LARGEST = float(np.finfo(np.float32).max)
+MAX_TOKENS = 1024  # of one image: one program sorts as many without spilling
 
 
 def remask_ref(
@@ -39,14 +44,14 @@ def remask_ref(
     noise_temperature: float,
     rule: str,
 ) -> Tensor:
-    """What the kernel must compute; arguments as in `remask`."""
+    """Reference of `remask`."""
     B, K = scores.shape
     unknown = scores != float("inf")
     confidence = scores
     if noise_temperature != 0.0:
         if noise is not None:
-            # set again: a given noise of -inf would have made NaN of +inf
             confidence = torch.add(scores, noise, alpha=noise_temperature)
+            # noise of -inf turned the +inf of known tokens into NaN
             confidence = confidence.masked_fill(~unknown, float("inf"))
         else:
             assert seeds is not None  # remask has checked
@@ -73,9 +78,9 @@ def _remask_numpy(
     noise_temperature: float,
     rule: str,
 ) -> Tensor:
-    """The reference for eager CPU tensors: a few hundred numbers, and NumPy's calls cost half.
+    """The reference for eager CPU tensors: NumPy's calls cost half as much as torch's.
 
-    It meets a NaN, which sorts last, and a negative count on its way, and raises then.
+    Raises for NaN, which sorts last, and for a negative count.
     """
     K, score, counts = scores.shape[1], scores.detach().numpy(), num_masked.tolist()
     confidence = score
@@ -87,17 +92,17 @@ def _remask_numpy(
             confidence += score
         else:
             check_no_nan("remask", noise=noise)
-            with np.errstate(invalid="ignore"):  # a given noise of -inf makes NaN of +inf
+            with np.errstate(invalid="ignore"):  # noise of -inf turns +inf into NaN
                 confidence = score + noise_temperature * noise.detach().numpy()
             confidence[score == np.inf] = np.inf
     ascending = np.sort(confidence)
     if min(counts, default=0) < 0 or any(last != last for last in ascending[:, -1].tolist()):
         _check_values(scores, num_masked, noise)
-    # one number of each row by Python: NumPy's ways to pick them take longer
+    # cutoffs by Python: NumPy's indexing is slower for one number per row
     if rule == "logit":
-        # below the +inf of known tokens; what is compared with NaN stays
+        # below the +inf of known tokens; a cutoff of NaN masks nothing
         cutoff = [
-            min(ascending.item(b, min(n, K) - 1), _LARGEST) if n > 0 else math.nan
+            min(ascending.item(b, min(n, K) - 1), LARGEST) if n > 0 else math.nan
             for b, n in enumerate(counts)
         ]
         masked = confidence <= np.array(cutoff, np.float32)[:, None]
@@ -139,7 +144,7 @@ def _remask_kernel(
     elif NOISE == "given":
         g = tl.load(noise_ptr + b * K + k, mask=inside, other=0.0)
         confidence += noise_temperature * g
-    # set again: a given noise of -inf would have made NaN of +inf
+    # noise of -inf turned the +inf of known tokens into NaN
     confidence = tl.where(unknown, confidence, float("inf"))
 
     n = tl.load(num_masked_ptr + b)
@@ -178,22 +183,14 @@ def _remask(
     if B == 0:
         return out
     source = "given" if noise is not None else "counter"
-    block = triton.next_power_of_2(K)
+    flags: dict[str, object] = {"NOISE": "none" if noise_temperature == 0.0 else source}
+    flags["PROBABILITY"] = rule == "probability"
+    # a tensor that the kernel does not read stands in for None
+    seeds, noise = num_masked if seeds is None else seeds, scores if noise is None else noise
+    tensors = [x.contiguous() for x in (candidates, scores, num_masked, seeds, noise)]
+    block, scalars = triton.next_power_of_2(K), (mask_id, step, noise_temperature)
     wrap_triton(_remask_kernel)[(B,)](
-        candidates.contiguous(),
-        scores.contiguous(),
-        num_masked.contiguous(),
-        num_masked if seeds is None else seeds.contiguous(),
-        scores if noise is None else noise.contiguous(),
-        out,
-        K,
-        mask_id,
-        step,
-        noise_temperature,
-        NOISE="none" if noise_temperature == 0.0 else source,
-        PROBABILITY=rule == "probability",
-        BLOCK_K=block,
-        num_warps=_warps(block),
+        *tensors, out, K, *scalars, **flags, BLOCK_K=block, num_warps=_warps(block)
     )
     return out
 
@@ -214,17 +211,16 @@ def remask(
 
     The two rules differ when confidences tie: "logit" (TiTok) masks those that are at most the
     num_masked-th smallest, so ties enlarge the mask; "probability" (MaskGIT) masks those below the
-    next larger one, so ties shrink it. A score of +inf marks a known token: it is never masked, so
-    fewer than num_masked are masked where fewer are unknown.
+    next larger one, so ties shrink it. A score of +inf marks a known token, which is never masked.
 
     Args:
         candidates: (B, K) int64, K at most 1024.
         scores: (B, K) float32, as `guided_sample` returns them, same device.
-        num_masked: (B,) int64, how many to mask in each image, at least 0; K or more masks all that
-            are unknown.
-        mask_id: what to write for a masked token.
-        seeds: (B,) int64, one per sample; its noise depends on nothing else but step and position.
-            May be None if noise is given or noise_temperature is 0.
+        num_masked: (B,) int64, tokens to mask in each image, at least 0; K or more masks all
+            unknown ones.
+        mask_id: id of a masked token.
+        seeds: (B,) int64, one per sample: seed, step and position alone decide the noise. May be
+            None if noise is given or noise_temperature is 0.
         step: sampling step, in [0, 2**15).
         noise_temperature: at least 0.
         rule: "logit" or "probability".
@@ -235,25 +231,20 @@ def remask(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, K above 1024, an unknown rule, a
-            temperature that is negative or not finite, or no source of noise. On a CPU also a NaN
-            among scores or noise, or a negative num_masked; on a GPU, which would have to be waited
-            for, these raise only under TITOK_FAST_CHECK_VALUES=1: else a negative num_masked
-            masks none, and a NaN has no place in the order.
+            temperature that is negative or not finite, or no source of noise. On a CPU also NaN
+            among scores or noise, or a negative num_masked. A GPU would have to wait: there these
+            raise only under TITOK_FAST_CHECK_VALUES=1. Otherwise a negative num_masked masks
+            nothing, and the order of NaN is unspecified.
     """
-    if scores.ndim != 2 or not 1 <= scores.shape[1] <= MAX_TOKENS:
-        raise ValueError(
-            f"remask wants scores (B, K) with K in [1, {MAX_TOKENS}]; got {tuple(scores.shape)}"
-        )
-    B, K = scores.shape
-    for name, x, shape, dtype in (
-        ("scores", scores, (B, K), torch.float32),
-        ("candidates", candidates, (B, K), torch.int64),
-        ("num_masked", num_masked, (B,), torch.int64),
-        ("seeds", seeds, (B,), torch.int64),
-        ("noise", noise, (B, K), torch.float32),
-    ):
-        if x is not None:
-            check_tensor("remask", name, x, shape, dtype, scores.device)
+    check_tensors(
+        "remask",
+        {"K": MAX_TOKENS},
+        scores=(scores, "BK", (torch.float32,)),
+        candidates=(candidates, "BK", INT64),
+        num_masked=(num_masked, "B", INT64),
+        seeds=(seeds, "B", INT64),
+        noise=(noise, "BK", (torch.float32,)),
+    )
     check_sampling("remask", rule, step, noise_temperature)
     if seeds is None and noise is None and noise_temperature != 0.0:
         raise ValueError("remask wants seeds or noise unless noise_temperature is 0")

@@ -1,4 +1,4 @@
-"""For the tests that treat all kernels alike: one call of each, and how operators are checked."""
+"""Shared by the kernel tests: calls of every kernel, checks of operators, seeds and draws."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from draws import any_seeds
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from torch.library import opcheck
 
+from titok_fast import kernels
 from titok_fast.kernels import (
     add_group_norm_silu,
     group_norm_silu,
@@ -22,6 +23,10 @@ from titok_fast.kernels import (
     soft_codes,
 )
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+quick = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -32,7 +37,7 @@ class OpCall:
     Attributes:
         fn: the function of its tensors.
         leaves: tensors with gradients.
-        others: the rest.
+        others: the remaining tensors.
     """
 
     fn: Function
@@ -40,17 +45,17 @@ class OpCall:
     others: tuple[Tensor, ...] = ()
 
     def outputs(self, fn: Function | None = None) -> list[Tensor]:
-        """What `fn`, or a compiled form of it, returns."""
+        """Outputs of `fn` or of a compiled form of it."""
         out = (fn or self.fn)(*self.leaves, *self.others)
         return [out] if isinstance(out, Tensor) else list(out)
 
     def results(self, fn: Function | None = None) -> list[Tensor]:
-        """The outputs, and the gradients of the leaves where there are any."""
+        """The outputs, then the gradients of the leaves."""
         if not self.leaves:
             return self.outputs(fn)
         call = self.with_gradients()
         outputs = call.outputs(fn)
-        # every number has a weight of its own, so that none can take another's place
+        # every number has its own weight, so that swapped numbers change the loss
         loss = sum(
             (x * torch.arange(1.0, x.numel() + 1, device=x.device).cos().view(x.shape)).sum()
             for x in outputs
@@ -65,13 +70,13 @@ class OpCall:
 
 
 def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
-    """By name of the public function, with a word more where it is called in several ways.
+    """Calls by name of the public function, with a suffix for further options.
 
     Sizes are odd, and small: Triton's interpreter takes milliseconds for a program.
 
     Args:
         device: of the tensors.
-        batch: images; all that depends on their number has this size or a multiple.
+        batch: number of images; sizes that depend on it are multiples.
     """
     B, K, N, D = batch, 6, 70, 24
     R = B * K
@@ -140,6 +145,38 @@ def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
     }
 
 
+def call_with(name: str, **change: Any) -> Any:
+    """The public kernel `name` on small valid arguments, some of them changed."""
+    return getattr(kernels, name)(**arguments_of(name) | change)
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """Small valid arguments of the public kernel `name`, by keyword."""
+    logits, noise = torch.randn(2, 2, 3, 5).unbind()
+    hidden, head = torch.randn(4, 6), {"weight": torch.randn(7, 6), "bias": torch.randn(7)}
+    latents = {"z": torch.randn(4, 3), "codebook": torch.randn(9, 3)}
+    x = {"x": torch.randn(1, 4, 2, 2), "weight": torch.ones(4), "bias": torch.zeros(4), "groups": 2}
+    arguments: dict[str, dict[str, Any]] = {
+        "guided_sample": {"logits": logits, "uncond_logits": torch.randn(2, 3, 5)}
+        | {"mask": torch.ones(2, 3, dtype=torch.bool), "ids": torch.zeros(2, 3).long()}
+        | {"noise": noise, "guidance": 1.0, "noise_temperature": 1.0},
+        "lm_head_sample": {"hidden": hidden, "uncond_hidden": torch.randn(4, 6), **head}
+        | {"rows": torch.tensor([0, 3]), "seeds": torch.tensor([1, 2])}
+        | {"positions": torch.tensor([0, 9]), "guidance": 1.0, "noise_temperature": 1.0},
+        "remask": {"candidates": torch.zeros(2, 4).long(), "scores": torch.randn(2, 4)}
+        | {"num_masked": torch.tensor([1, 2]), "noise": torch.randn(2, 4)}
+        | {"mask_id": 9, "noise_temperature": 1.0},
+        "nearest_code": latents,
+        "nearest_code_stats": latents,
+        "soft_codes": {"logits": torch.randn(4, 9), "codebook": torch.randn(9, 3)},
+        "group_norm_silu": x,
+        "add_group_norm_silu": x | {"residual": torch.randn(1, 4, 2, 2)},
+        "masked_cross_entropy": {"hidden": hidden, **head}
+        | {"targets": torch.tensor([0, 6, 1, 2]), "weights": torch.ones(4)},
+    }
+    return arguments[name]
+
+
 def check_operator(op: Any, args: Sequence[Any]) -> None:
     """`torch.library.opcheck` of an operator, such as torch.ops.titok_fast.remask.default.
 
@@ -152,6 +189,42 @@ def check_operator(op: Any, args: Sequence[Any]) -> None:
     opcheck(op, args, test_utils=checks)
     out = op(*args)
     if not (out if isinstance(out, Tensor) else out[0]).is_floating_point():
-        # torch adds all outputs to the first in place, which integers refuse: so no gradients
+        # torch adds all outputs to the first one, which fails for integers: so no gradients
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     opcheck(op, args, test_utils="test_aot_dispatch_dynamic")
+
+
+def any_seeds(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """(count,) int64 over the whole range."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+
+
+def assert_same_draws(
+    noisy: Tensor, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolerance: float
+) -> None:
+    """Equal candidates or equally good ones; equal scores where the candidates agree.
+
+    Args:
+        noisy: (..., N) float32, what the candidates are the argmax of. May hold infinities.
+        got: candidates (...) and scores (...) of a kernel.
+        want: those of the reference.
+        tolerance: absolute for values up to 1, relative above. 0 wants the same candidates.
+    """
+    assert got[0].dtype == torch.int64
+    assert got[1].dtype == torch.float32
+    assert got[0].shape == want[0].shape == got[1].shape
+    same = got[0] == want[0]
+    if tolerance == 0:
+        assert same.all()
+    reached = noisy.gather(-1, got[0].unsqueeze(-1)).squeeze(-1)
+    best = noisy.gather(-1, want[0].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(reached, best, rtol=tolerance, atol=tolerance)
+    score_tolerance = max(tolerance, 1e-5)
+    torch.testing.assert_close(
+        got[1][same], want[1][same], rtol=score_tolerance, atol=score_tolerance, equal_nan=True
+    )
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the error over the norm of `want`."""
+    return float((got.double() - want).norm() / want.norm())

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: where kernels run, and memory that cannot pass for a result."""
+"""Fixtures of the kernel tests: where kernels run, and poisoned uninitialised memory."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from titok_fast.kernels._launch import interpret_on_cpu
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    """Fill what torch.empty and its kin return with NaN, or the largest integer.
+    """Fill uninitialised tensors with NaN or the largest integer.
 
-    That is what PyTorch does in deterministic mode. warn_only: the filling is all we are after.
+    PyTorch does so in deterministic mode; warn_only allows the operations that it would refuse.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -29,7 +29,7 @@ def _poisoned() -> Iterator[None]:
 
 
 def _dot(self: InterpreterBuilder, a: Any, b: Any, d: Any, *_: Any) -> TensorHandle:
-    """Product of two interpreted tiles; Triton 3.8's own multiplies bfloat16 bit patterns."""
+    """Matmul of two interpreted tiles; Triton 3.8 multiplies bfloat16 bit patterns."""
     x, y = (
         (tile.data.astype(np.uint32) << 16).view(np.float32)
         if tile.dtype.scalar == tl.bfloat16
@@ -43,7 +43,7 @@ _convert_float = interpreter._convert_float
 
 
 def _convert(x: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
-    """Triton 3.8's own cuts float32 off where a GPU rounds it, and misreads subnormal bfloat16."""
+    """Triton 3.8 truncates float32 where a GPU rounds, and misreads subnormal bfloat16."""
     if source == tl.float32 and target == tl.bfloat16:
         return torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
     if source == tl.bfloat16 and target == tl.float32:
@@ -59,15 +59,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
     monkeypatch.setattr(interpreter, "_convert_float", _convert)
-    # NumPy warns of the infinities and NaN that some tests are about
+    # NumPy warns of infinities and NaN, which some tests use
     with interpret_on_cpu(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
 
 
 @pytest.fixture(params=["reference", "kernel"])
-def place(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
-    """The device to put tensors on so that this implementation runs."""
+def op_device(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """The device on which this implementation runs."""
     if request.param == "reference":
         return torch.device("cpu")
     request.getfixturevalue("interpreted")

@@ -1,11 +1,14 @@
-"""What the sampling ops draw: the same on every path, and by the law of the softmax."""
+"""The sampling ops draw the same on every path, and from the softmax."""
+
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from draws import any_seeds
+from calls import any_seeds, arguments_of
 from torch import Tensor
 
+from titok_fast import kernels
 from titok_fast.kernels._launch import runs_triton
 from titok_fast.kernels._sampling import RULES
 from titok_fast.kernels.guided_sample import guided_sample
@@ -17,7 +20,7 @@ Inputs = dict[str, Tensor]
 
 
 def inputs_of(numbers: str) -> Inputs:
-    """Of whole numbers sums and mixes are exact in any order: all four have the same logits."""
+    """Sums of whole numbers are exact in any order, so all paths have the same logits."""
     shapes = {"hidden": (B, K, D), "uncond": (B, K, D), "weight": (N, D), "bias": (N,)}
     inputs = {
         name: torch.randint(-2, 3, shape).float() if numbers == "whole" else torch.randn(shape)
@@ -30,20 +33,19 @@ def inputs_of(numbers: str) -> Inputs:
 def draw(
     inputs: Inputs, mask: Tensor, guidance: float | None, noise_temperature: float, rule: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Candidates and scores of the masked tokens, of guided_sample and of lm_head_sample."""
+    """Candidates and scores of the masked tokens by guided_sample and by lm_head_sample."""
     hidden, uncond, seeds = inputs["hidden"], inputs["uncond"], inputs["seeds"]
     head = inputs["weight"], inputs["bias"]
     common = {"step": 4, "guidance": guidance or 0.0, "softmax_temperature": 0.5}
     common |= {"noise_temperature": noise_temperature, "rule": rule}
-    candidates, scores = guided_sample(
-        F.linear(hidden, *head), None if guidance is None else F.linear(uncond, *head),
-        mask=mask, ids=inputs["ids"], seeds=seeds, **common,
-    )  # fmt: skip
+    logits = [F.linear(x, *head) for x in (hidden, uncond)]
+    if guidance is None:
+        logits.pop()
+    candidates, scores = guided_sample(*logits, mask=mask, ids=inputs["ids"], seeds=seeds, **common)
     sample, position = mask.nonzero(as_tuple=True)
-    fused = lm_head_sample(
-        hidden.flatten(0, 1), None if guidance is None else uncond.flatten(0, 1), *head,
-        rows=sample * K + position, seeds=seeds[sample], positions=position, **common,
-    )  # fmt: skip
+    states = hidden.flatten(0, 1), None if guidance is None else uncond.flatten(0, 1)
+    common |= {"rows": sample * K + position, "seeds": seeds[sample], "positions": position}
+    fused = lm_head_sample(*states, *head, **common)
     return [(candidates[mask], scores[mask]), fused]
 
 
@@ -83,9 +85,9 @@ def assert_drawn_from(logits: Tensor, ids: Tensor) -> None:
     limit = freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations above the mean
     counts = torch.bincount(ids, minlength=len(logits))
     expected, warmer = ((logits.double() / t).softmax(0) * len(ids) for t in (1.0, 1.05))
-    assert expected.min() > 5  # below, the chi-square law is no good approximation
+    assert expected.min() > 5  # below, the chi-square approximation is poor
     assert ((counts - expected) ** 2 / expected).sum() < limit
-    # and it can fail: against the law of a temperature 5 % higher
+    # the test can fail: it rejects a temperature 5 % higher
     assert ((counts - warmer) ** 2 / warmer).sum() > limit
 
 
@@ -103,10 +105,14 @@ def test_guided_sample_follows_the_softmax(
     logits = (torch.rand(codes) * 3 - 1.5) * temperature
     mask = torch.ones(images, tokens, dtype=torch.bool)
     candidates, _ = guided_sample(
-        logits.expand(images, tokens, codes), mask=mask, ids=mask.long(),
-        seeds=any_seeds(images), step=5,
-        softmax_temperature=softmax_temperature, noise_temperature=noise_temperature,
-    )  # fmt: skip
+        logits.expand(images, tokens, codes),
+        mask=mask,
+        ids=mask.long(),
+        seeds=any_seeds(images),
+        step=5,
+        softmax_temperature=softmax_temperature,
+        noise_temperature=noise_temperature,
+    )
     assert_drawn_from(logits / temperature, candidates.flatten())
 
 
@@ -118,10 +124,15 @@ def test_lm_head_sample_follows_the_softmax(
     temperature = softmax_temperature * noise_temperature
     hidden, weight = torch.ones(R, width), (torch.rand(codes, width) - 0.5) * temperature
     candidates, _ = lm_head_sample(
-        hidden, None, weight, None, seeds=any_seeds(R),
-        positions=torch.arange(R) % 2**16, softmax_temperature=softmax_temperature,
+        hidden,
+        None,
+        weight,
+        None,
+        seeds=any_seeds(R),
+        positions=torch.arange(R) % 2**16,
+        softmax_temperature=softmax_temperature,
         noise_temperature=noise_temperature,
-    )  # fmt: skip
+    )
     assert_drawn_from(weight.sum(1) / temperature, candidates)
 
 
@@ -133,11 +144,37 @@ def test_token_that_remask_keeps_follows_the_softmax(
     images, tokens = 100_000, 6
     scores = (torch.arange(tokens, device=device) / 3 * noise_temperature).expand(images, tokens)
     ids = remask(
-        torch.zeros_like(scores, dtype=torch.int64), scores,
-        torch.full((images,), tokens - 1, device=device), mask_id=1,
-        seeds=any_seeds(images, device), step=2,
+        torch.zeros_like(scores, dtype=torch.int64),
+        scores,
+        torch.full((images,), tokens - 1, device=device),
+        mask_id=1,
+        seeds=any_seeds(images, device),
+        step=2,
         noise_temperature=noise_temperature,
-    )  # fmt: skip
+    )
     kept = ids.cpu() == 0
     assert (kept.sum(1) == 1).all()
     assert_drawn_from(scores[0].cpu() / noise_temperature, kept.nonzero()[:, 1])
+
+
+@pytest.mark.parametrize("op", ["guided_sample", "lm_head_sample", "remask"])
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [("aot_eager", (1, 2)), pytest.param("inductor", range(4), marks=pytest.mark.slow)],
+)
+def test_compiled_equals_eager_at_every_step(backend: str, steps: Sequence[int], op: str) -> None:
+    eager = getattr(kernels, op)
+    compiled = torch.compile(eager, fullgraph=True, backend=backend)
+    for step in steps:  # step 3 without noise
+        arguments = arguments_of(op) | {"seeds": any_seeds(2), "step": step}
+        arguments |= {"noise_temperature": 3.0 - step, "rule": RULES[step % 2]}
+        if op != "lm_head_sample":
+            arguments["noise"] = None
+        if op != "remask":
+            arguments |= {"guidance": 0.5 * step, "softmax_temperature": 1.2 - 0.1 * step}
+        got, want = compiled(**arguments), eager(**arguments)
+        if op == "remask":
+            assert torch.equal(got, want)
+        else:
+            assert torch.equal(got[0], want[0])
+            torch.testing.assert_close(got[1], want[1])

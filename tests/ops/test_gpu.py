@@ -1,4 +1,4 @@
-"""Every kernel on a GPU against its definition: published shapes and odd ones, every dtype.
+"""Every kernel on a GPU against float64: published shapes and odd ones, every dtype.
 
 One table, TABLE: a check and the shapes it takes. A check makes inputs, runs the public function on
 the device and compares with float64, or with the reference where both draw from the same counters.
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from draws import any_seeds, assert_same_draws
+from calls import DTYPES, any_seeds, assert_same_draws
 from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Shape = tuple[int, ...]
 Check = Callable[[Shape, torch.dtype, torch.device], None]
 
@@ -36,7 +35,7 @@ Check = Callable[[Shape, torch.dtype, torch.device], None]
 def clear_codes(
     shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, C) latents that have one clear winner of (N, C) codes, and its ids (R,)."""
+    """(R, C) latents, (N, C) codes, and the clearly nearest ids (R,)."""
     R, N, C = shape
     codebook = torch.randn(N, C, device=device)
     want = torch.randint(N, (R,), device=device)
@@ -48,7 +47,7 @@ def check_nearest_code(shape: Shape, dtype: torch.dtype, device: torch.device) -
     z, codebook, want = clear_codes(shape, dtype, device)
     for metric in METRICS:
         assert torch.equal(nearest_code(z, codebook, metric=metric), want)
-    rivals = torch.randn_like(z)  # no clear winner: products are added in another order
+    rivals = torch.randn_like(z)  # no clear winner: sums are in another order
     for metric in METRICS:
         ids = nearest_code(rivals, codebook, metric=metric)
         same = ids == nearest_code_ref(rivals, codebook, metric)
@@ -77,7 +76,7 @@ def check_nearest_code_stats(shape: Shape, dtype: torch.dtype, device: torch.dev
             torch.autograd.grad((s.quantized * g).sum() + s.commitment_loss + s.codebook_loss, x)
             for s, x in ((got, leaves), (want, wide))
         )
-        # of unit rows, what points along the row cancels; and q - f is smaller than either
+        # gradients along a unit row cancel; and q - f is smaller than either
         shortest = [float(x.detach().float().norm(dim=1).min()) for x in (z, codebook)]
         rows_of_code = max(1.0, R / len(codebook))
         scales = (float(g.norm()) / shortest[0], 2 / C * (rows_of_code / R) ** 0.5 / shortest[1])
@@ -91,13 +90,13 @@ def near_in_norm(
     terms: int,
     scales: Sequence[float] | None = None,
 ) -> None:
-    """Gradients: norm of the error within a few roundings of the dtype worked in.
+    """Assert that the norm of each gradient's error is within a few roundings of its dtype.
 
     Args:
         got: what autograd returned.
         want: the same in float64.
-        dtypes: what each was worked out in.
-        terms: how many numbers an entry adds up.
+        dtypes: in which each was computed.
+        terms: numbers summed in an entry.
         scales: norms of the numbers that may cancel in an entry; 0 where none do.
     """
     for i, (mine, theirs, dtype) in enumerate(zip(got, want, dtypes, strict=True)):
@@ -114,11 +113,10 @@ def check_guided_sample(shape: Shape, dtype: torch.dtype, device: torch.device) 
     ids, seeds = torch.randint(N, (B, K), device=device), any_seeds(B, device)
     noise = gumbel(seeds, 5, torch.arange(K, device=device), N, TOKEN_STREAM)
     mixed = (logits.float() + 2.25 * (logits.float() - uncond.float())) / 0.9
+    options = {"mask": mask, "ids": ids, "seeds": seeds, "step": 5, "guidance": 2.25}
+    options |= {"softmax_temperature": 0.9, "noise_temperature": 4.75}
     for rule in RULES:
-        got = guided_sample(
-            logits, uncond, mask=mask, ids=ids, seeds=seeds, step=5, guidance=2.25,
-            softmax_temperature=0.9, noise_temperature=4.75, rule=rule,
-        )  # fmt: skip
+        got = guided_sample(logits, uncond, **options, rule=rule)
         want = guided_sample_ref(logits, uncond, mask, ids, seeds, None, 5, 2.25, 0.9, 4.75, rule)
         assert torch.equal(got[0][~mask], ids[~mask])
         assert (got[1][~mask] == torch.inf).all()
@@ -144,7 +142,7 @@ def check_remask(shape: Shape, dtype: torch.dtype, device: torch.device) -> None
 
 def check_lm_head_sample(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
     R, N, D = shape
-    # few bits, so that the mix is exact in every dtype: rounded the other way, it moves a logit
+    # few bits, so that guidance is exact in every dtype: another rounding would change a logit
     hidden, uncond = (torch.randint(-8, 9, (2, R + 3, D), device=device) / 4).to(dtype)
     weight = (torch.randn(N, D, device=device) / D**0.5).to(dtype)
     bias = torch.randn(N, device=device).to(dtype)
@@ -153,17 +151,14 @@ def check_lm_head_sample(shape: Shape, dtype: torch.dtype, device: torch.device)
     mixed = (hidden.float() + 2.0 * (hidden.float() - uncond.float())).to(dtype)[rows]
     l = F.linear(mixed.double(), weight.double(), bias.double()).float()
     noisy = l + 4.75 * row_gumbel(seeds, 5, positions, N, TOKEN_STREAM)
+    options = {"rows": rows, "seeds": seeds, "positions": positions, "step": 5}
+    options |= {"guidance": 2.0, "noise_temperature": 4.75}
+    # the reference on float32: the kernel's logits are float32 too
+    head = (mixed.float(), None, weight.float(), bias.float(), None)
     for rule in RULES:
-        got = lm_head_sample(
-            hidden, uncond, weight, bias, rows=rows, seeds=seeds, positions=positions, step=5,
-            guidance=2.0, noise_temperature=4.75, rule=rule,
-        )  # fmt: skip
-        # the definition, with logits in float32 as the kernel has them
-        want = lm_head_sample_ref(
-            mixed.float(), None, weight.float(), bias.float(), None, seeds, positions, 5, 0.0, 1.0,
-            4.75, rule,
-        )  # fmt: skip
-        # D products are added in another order
+        got = lm_head_sample(hidden, uncond, weight, bias, **options, rule=rule)
+        want = lm_head_sample_ref(*head, seeds, positions, 5, 0.0, 1.0, 4.75, rule)
+        # sums of D terms in another order
         assert_same_draws(noisy, got, want, 1e-5 + D**0.5 * 2.0**-21)
 
 
@@ -177,7 +172,7 @@ def check_soft_codes(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     assert_near(got, want, terms=N, scale=4.0)
     mine = torch.autograd.grad(got, (logits, codebook), g)
     theirs = torch.autograd.grad(want, wide, g.double())
-    if N > 1:  # of a single code the probability is 1, and its gradient 0
+    if N > 1:  # a single code has probability 1 and gradient 0
         near_in_norm(mine, theirs, (dtype, dtype), terms=max(M, N))
 
 
@@ -193,7 +188,7 @@ def check_group_norm_silu(shape: Shape, dtype: torch.dtype, device: torch.device
     got, added = add_group_norm_silu(*leaves, groups=groups)
     total = wide[0] + wide[1]
     assert_near(added, total)
-    # the sum is rounded to the dtype before it is normalised: that is part of the definition
+    # by definition the sum is rounded to the dtype before the normalisation
     rounded = total + (added.double() - total).detach()
     want = F.silu(F.group_norm(rounded, groups, wide[2], wide[3], 1e-6))
     terms = C // groups * side * side
@@ -202,7 +197,7 @@ def check_group_norm_silu(shape: Shape, dtype: torch.dtype, device: torch.device
     assert_near(plain, want, terms=terms, scale=4.0)
     mine = torch.autograd.grad(got, leaves, g)
     theirs = torch.autograd.grad(want, wide, g.double())
-    # a group of two numbers comes out as -1 and 1 whatever they are: its gradients cancel
+    # two numbers are always normalised to -1 and 1: their gradients cancel
     spread = added.detach().double().reshape(B, groups, -1).var(dim=2, correction=0)
     cancels = float(g.double().norm() * (spread + 1e-6).rsqrt().max())
     near_in_norm(mine, theirs, [dtype] * 4, terms=B * terms, scales=(cancels, cancels, 0.0, 0.0))

@@ -1,9 +1,8 @@
-"""How the kernels behave on a GPU: compiled, repeated, captured in a graph, beside the CPU."""
+"""Kernels on a GPU: compiled, repeated, captured in a CUDA graph, compared with the CPU."""
 
 import pytest
 import torch
-from calls import calls
-from draws import any_seeds, assert_same_draws
+from calls import any_seeds, assert_same_draws, calls
 
 from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
@@ -23,7 +22,7 @@ def test_compiled_equals_eager(device: torch.device, name: str) -> None:
         call = calls(device, batch)[name]
         got, want = call.results(compiled), call.results()
         for i, (mine, theirs) in enumerate(zip(got, want, strict=True)):
-            # gradients are sums, which Inductor adds up in its own order
+            # gradients are sums, which Inductor computes in another order
             tolerance = 1e-5 if i < len(call.outputs()) else 1e-4
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
@@ -43,9 +42,9 @@ def test_repeats_bit_for_bit_and_never_waits(device: torch.device, name: str) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_replayed_from_a_cuda_graph(device: torch.device, name: str) -> None:
-    """The sampling loop is to be captured whole: no op may allocate outside or ask the host."""
+    """The sampling loop is captured whole: no op may allocate outside the graph or wait."""
     call = calls(device)[name]
-    want = call.outputs()  # compiles the kernels, which a capture must not
+    want = call.outputs()  # compiles the kernels before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = call.outputs()
@@ -55,7 +54,7 @@ def test_replayed_from_a_cuda_graph(device: torch.device, name: str) -> None:
 
 
 def test_cpu_and_gpu_draw_the_same(device: torch.device) -> None:
-    """A picture does not depend on the device its noise was made on."""
+    """An image does not depend on the device that made its noise."""
     logits = torch.randn(4, 32, 4096)
     mask, ids = torch.ones(4, 32, dtype=torch.bool), torch.zeros(4, 32, dtype=torch.int64)
     seeds = any_seeds(4)

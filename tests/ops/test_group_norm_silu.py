@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from calls import DTYPES, quick, relative_error
+from hypothesis import given
 from hypothesis import strategies as st
 from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
@@ -20,7 +21,6 @@ from titok_fast.kernels.group_norm_silu import (
 
 # the package re-exports the function under the name of its file
 module = importlib.import_module("titok_fast.kernels.group_norm_silu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-6
 
 
@@ -32,13 +32,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     return F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), EPS))
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@quick
 @given(
     B=st.integers(0, 3),
     groups=st.sampled_from((1, 2, 3, 7, 32)),
@@ -71,9 +65,9 @@ def test_kernel_against_float64(
     assert got.dtype == dtype
     assert got.shape == x.shape
     if B == 0 or width * H * W == 1:
-        return  # one number has no deviation: what is left is noise divided by eps
+        return  # a single number has no deviation: the result is noise divided by eps
     assert got.is_contiguous(memory_format=torch.channels_last)
-    # the deviation of two nearby numbers may be small: errors of their mean are divided by it
+    # errors of the mean are divided by the deviation, which may be small
     spread = x.double().reshape(B, groups, -1).std(-1, correction=0).min()
     scale = float(weight.abs().max() * (1 + abs(offset)) / spread.clamp_min(1e-3)) + 3
     assert_near(got, exact(x, weight, bias, groups), terms=width * H * W, scale=scale)
@@ -82,7 +76,7 @@ def test_kernel_against_float64(
 @pytest.mark.parametrize("C", [128, 256, 512])
 def test_published_widths(interpreted: None, device: torch.device, C: int) -> None:
     x = channels_last(torch.randn(1, C, 16, 16, device=device))
-    weight, bias = torch.randn(C, device=device), torch.randn(C, device=device)
+    weight, bias = torch.randn(2, C, device=device)
     got = group_norm_silu(x, weight, bias)
     assert_near(got, exact(x, weight, bias, 32), terms=256)
 
@@ -90,7 +84,7 @@ def test_published_widths(interpreted: None, device: torch.device, C: int) -> No
 def test_runs_of_several_tiles(interpreted: None, device: torch.device) -> None:
     """More pixels than 64 runs of one tile, and a last run and tile that are not full."""
     x = channels_last(torch.randn(2, 513, 40, 17, device=device))
-    weight, bias = torch.randn(513, device=device), torch.randn(513, device=device)
+    weight, bias = torch.randn(2, 513, device=device)
     got = group_norm_silu(x, weight, bias, 27)
     assert_near(got, exact(x, weight, bias, 27), terms=1000)
 
@@ -98,7 +92,7 @@ def test_runs_of_several_tiles(interpreted: None, device: torch.device) -> None:
 def test_many_images_need_one_dimension_of_the_grid(
     interpreted: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA ends the second and third at 65535."""
+    """CUDA limits the second and third grid dimension to 65535."""
     grids: list[tuple[int, ...]] = []
 
     class Launch:
@@ -119,7 +113,7 @@ def test_many_images_need_one_dimension_of_the_grid(
 @pytest.mark.gpu
 def test_many_images(device: torch.device) -> None:
     x = channels_last(torch.randn(70000, 4, 1, 2, device=device))
-    weight, bias = torch.randn(4, device=device), torch.randn(4, device=device)
+    weight, bias = torch.randn(2, 4, device=device)
     got, want = group_norm_silu(x, weight, bias, 1), exact(x, weight, bias, 1)
     assert_near(got, want, terms=8, scale=8.0)
 
@@ -135,7 +129,7 @@ def test_large_mean_costs_no_digits(interpreted: None, device: torch.device) -> 
 def test_equal_numbers(interpreted: None, device: torch.device) -> None:
     """No deviation: eps keeps the result at silu(bias)."""
     x = channels_last(torch.full((1, 8, 5, 5), 3.0, device=device))
-    weight, bias = torch.randn(8, device=device), torch.randn(8, device=device)
+    weight, bias = torch.randn(2, 8, device=device)
     want = F.silu(bias)[None, :, None, None].expand(1, 8, 5, 5)
     assert_near(group_norm_silu(x, weight, bias, 4), want)
 
@@ -145,7 +139,7 @@ def test_extremes_stay_in_their_group(
     interpreted: None, device: torch.device, value: float
 ) -> None:
     x = channels_last(torch.randn(2, 8, 5, 5, device=device))
-    weight, bias = torch.randn(8, device=device), torch.randn(8, device=device)
+    weight, bias = torch.randn(2, 8, device=device)
     clean = group_norm_silu(x, weight, bias, 4)
     x[0, 1, 2, 2] = value
     got = group_norm_silu(x, weight, bias, 4)
@@ -162,11 +156,7 @@ def test_extremes_stay_in_their_group(
     ("shape", "groups"), [((2, 64, 5, 7), 32), ((1, 9, 1, 11), 3), ((2, 40, 40, 13), 5)]
 )
 def test_gradients(
-    interpreted: None,
-    device: torch.device,
-    shape: tuple[int, ...],
-    groups: int,
-    dtype: torch.dtype,
+    interpreted: None, device: torch.device, shape: tuple[int, ...], groups: int, dtype: torch.dtype
 ) -> None:
     x = channels_last(torch.randn(shape, device=device)).to(dtype).requires_grad_()
     weight = torch.randn(shape[1], device=device, requires_grad=True)
@@ -193,7 +183,7 @@ def test_residual(interpreted: None, device: torch.device, dtype: torch.dtype) -
     weight = torch.randn(12, device=device, requires_grad=True)
     bias = torch.randn(12, device=device, requires_grad=True)
     got, total = add_group_norm_silu(x, residual, weight, bias, 3)
-    # one rounding of the sum; the interpreter cuts float32 to bfloat16 where a GPU rounds
+    # one rounding of the sum
     assert_near(total, x.double() + residual.double(), scale=0.0)
     inputs = (x, residual, weight, bias)
     mine = torch.autograd.grad((got, total), inputs, (grad, grad_total))
@@ -252,65 +242,3 @@ def test_channels_first_falls_back(interpreted: None, device: torch.device) -> N
     x, weight, bias = (torch.randn(s, device=device) for s in ((2, 64, 6, 5), (64,), (64,)))
     got = group_norm_silu(x, weight, bias)
     assert (got == group_norm_silu_ref(x, weight, bias, 32, EPS)).all()
-
-
-def test_compiled_equals_eager() -> None:
-    x = channels_last(torch.randn(2, 64, 6, 5)).requires_grad_()
-    weight, bias = torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True)
-    got = torch.compile(group_norm_silu, fullgraph=True)(x, weight, bias)
-    want = group_norm_silu(x, weight, bias)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    assert_near(got, want, terms=60)
-    inputs = (x, weight, bias)
-    for mine, theirs in zip(
-        torch.autograd.grad(got.sum(), inputs),
-        torch.autograd.grad(want.sum(), inputs),
-        strict=True,
-    ):
-        assert_near(mine, theirs, terms=60)
-
-
-@pytest.mark.parametrize(
-    ("shape", "channels", "groups", "dtype", "told"),
-    [
-        ((2, 6, 4), 6, 3, torch.float32, r"\(2, 6, 4\)"),
-        ((2, 6, 0, 4), 6, 3, torch.float32, r"\(2, 6, 0, 4\)"),
-        ((2, 6, 4, 4), 5, 3, torch.float32, r"\(6,\); got \(5,\)"),
-        ((2, 6, 4, 4), 6, 4, torch.float32, "divides 6 channels; got 4"),
-        ((2, 6, 4, 4), 6, 0, torch.float32, "got 0"),
-        ((2, 6, 4, 4), 6, 3, torch.int64, "int64"),
-    ],
-)
-def test_bad_input_is_named(
-    shape: tuple[int, ...], channels: int, groups: int, dtype: torch.dtype, told: str
-) -> None:
-    x, weight = torch.zeros(shape, dtype=dtype), torch.zeros(channels)
-    with pytest.raises(ValueError, match=f"^group_norm_silu wants.*{told}"):
-        group_norm_silu(x, weight, weight, groups)
-    with pytest.raises(ValueError, match=f"^add_group_norm_silu wants.*{told}"):
-        add_group_norm_silu(x, x, weight, weight, groups)
-
-
-def test_bad_companions_are_named() -> None:
-    x, weight = torch.zeros(2, 6, 4, 4), torch.zeros(6)
-    with pytest.raises(ValueError, match=r"one device.*meta"):
-        group_norm_silu(x, weight, weight.to("meta"), 3)
-    with pytest.raises(ValueError, match=r"residual like x.*\(2, 6, 4, 3\)"):
-        add_group_norm_silu(x, x[..., :3], weight, weight, 3)
-    with pytest.raises(ValueError, match=r"residual like x.*float64"):
-        add_group_norm_silu(x, x.double(), weight, weight, 3)
-    with pytest.raises(ValueError, match=r"residual like x.* on cpu; got .* on meta"):
-        add_group_norm_silu(x, x.to("meta"), weight, weight, 3)
-    for wrong in ((weight.long(), weight), (weight, weight.long())):
-        for call in (group_norm_silu, lambda x, *of: add_group_norm_silu(x, x, *of)):
-            with pytest.raises(ValueError, match=r"floating-point x, weight and bias.*int64"):
-                call(x, *wrong, 3)
-
-
-@pytest.mark.parametrize("eps", [-1e-6, float("inf"), float("nan")])
-def test_bad_eps_is_named(eps: float) -> None:
-    x, weight = torch.zeros(2, 6, 4, 4), torch.zeros(6)
-    with pytest.raises(ValueError, match=f"^group_norm_silu wants a finite eps.*got {eps}"):
-        group_norm_silu(x, weight, weight, 3, eps)
-    with pytest.raises(ValueError, match=f"^add_group_norm_silu wants a finite eps.*got {eps}"):
-        add_group_norm_silu(x, x, weight, weight, 3, eps)

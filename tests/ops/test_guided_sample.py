@@ -1,11 +1,11 @@
-"""guided_sample: the official arithmetic, the kernel against it, and the law of its draws."""
+"""guided_sample: the official arithmetic, and the kernel against the reference."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from draws import any_seeds, assert_same_draws
-from hypothesis import HealthCheck, given, settings
+from calls import DTYPES, any_seeds, assert_same_draws, quick
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,16 +13,11 @@ from titok_fast.kernels._sampling import RULES
 from titok_fast.kernels.guided_sample import guided_sample, guided_sample_ref
 from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values (B, K, N) in memory of another layout."""
+    """(B, K, N) values in another memory layout."""
     B, K, N = x.shape
-    if layout == "sliced":  # what a generator returns: a class token, and rows for special ids
+    if layout == "sliced":  # as a generator returns them, class token and special ids cut off
         big = x.new_full((B, K + 1, N + 3), float("nan"))
         big[:, 1:, :N] = x
         return big[:, 1:, :N]
@@ -32,7 +27,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def filled(shape: tuple[int, ...], values: str, dtype: torch.dtype) -> Tensor:
-    """Logits of a kind that could go wrong."""
+    """Logits, some of them at the limits of the dtype."""
     x = torch.randn(shape) * 4
     if values == "equal":
         x = torch.full(shape, 1.5)
@@ -96,11 +91,9 @@ def test_kernel_follows_the_reference(
     noise = gumbel(seeds, 3, torch.arange(K, device=device), N, TOKEN_STREAM)
     noise_temperature = 0.0 if source == "none" else 4.75
     given = noise if source == "given" else None
-    got = guided_sample(
-        logits, uncond, mask=mask, ids=ids, seeds=seeds, step=3, guidance=guidance,
-        softmax_temperature=temperature, noise_temperature=noise_temperature, rule=rule,
-        noise=given,
-    )  # fmt: skip
+    options = {"mask": mask, "ids": ids, "seeds": seeds, "step": 3, "guidance": guidance}
+    options |= {"softmax_temperature": temperature, "noise_temperature": noise_temperature}
+    got = guided_sample(logits, uncond, **options, rule=rule, noise=given)
     common = (mask, ids, seeds, given, 3, guidance, temperature, noise_temperature, rule)
     want = guided_sample_ref(logits, uncond, *common)
     assert torch.equal(got[0][~mask], ids[~mask])
@@ -115,15 +108,18 @@ def test_kernel_follows_the_reference(
     assert_same_draws(noisy, chosen[0], chosen[1], 0.0 if exact else 1e-5)
 
 
+def draw(logits: Tensor, uncond: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """guided_sample with every token masked, greedy unless the options say otherwise."""
+    mask = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    options = {"noise_temperature": 0.0} | options
+    return guided_sample(logits, uncond, mask=mask, ids=mask.long(), **options)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("values", ["all -inf", "one +inf"])
 def test_infinite_logits(interpreted: None, device: torch.device, values: str, rule: str) -> None:
     logits = filled((2, 3, 11), values, torch.float32).to(device)
-    mask = torch.ones(2, 3, dtype=torch.bool, device=device)
-    seeds = any_seeds(2, device)
-    candidates, scores = guided_sample(
-        logits, mask=mask, ids=mask.long(), seeds=seeds, noise_temperature=2.0, rule=rule
-    )
+    candidates, scores = draw(logits, seeds=any_seeds(2, device), noise_temperature=2.0, rule=rule)
     assert (candidates == (0 if values == "all -inf" else 10)).all()
     if rule == "logit":
         assert (scores == logits[0, 0, -1]).all()
@@ -132,48 +128,37 @@ def test_infinite_logits(interpreted: None, device: torch.device, values: str, r
 @pytest.mark.parametrize("guidance", [-1.5, 0.0, 2.0])
 @pytest.mark.parametrize("rule", RULES)
 def test_guidance_keeps_a_forbidden_code_forbidden(
-    place: torch.device, rule: str, guidance: float
+    op_device: torch.device, rule: str, guidance: float
 ) -> None:
-    """Whatever the other stream says of it."""
+    """Whatever its unconditional logit is."""
     inf = torch.inf
-    logits = torch.tensor([[[-inf, -inf, 1.0, 3.0, -inf]]], device=place)
-    uncond = torch.tensor([[[-inf, 0.0, 0.5, 2.5, inf]]], device=place)
-    mask = torch.ones(1, 1, dtype=torch.bool, device=place)
-    candidates, scores = guided_sample(
-        logits, uncond, mask=mask, ids=mask.long(), guidance=guidance, noise_temperature=0.0,
-        rule=rule,
-    )  # fmt: skip
+    logits = torch.tensor([[[-inf, -inf, 1.0, 3.0, -inf]]], device=op_device)
+    uncond = torch.tensor([[[-inf, 0.0, 0.5, 2.5, inf]]], device=op_device)
+    candidates, scores = draw(logits, uncond, guidance=guidance, rule=rule)
     l = torch.tensor([1.0, 3.0]) + guidance * 0.5
     want = l if rule == "logit" else l.log_softmax(0)
     assert candidates.item() == 3
     assert scores.item() == pytest.approx(want[1].item(), rel=1e-5, abs=1e-5)
 
 
-def test_a_code_forbidden_without_the_condition_alone_wins(place: torch.device) -> None:
-    """Its logit less -inf is +inf; without guidance nothing comes of that."""
-    logits = torch.tensor([[[1.0, 0.0]]], device=place)
-    uncond = torch.tensor([[[1.0, -torch.inf]]], device=place)
-    mask = torch.ones(1, 1, dtype=torch.bool, device=place)
+def test_a_code_forbidden_only_without_condition_wins(op_device: torch.device) -> None:
+    """Its logit minus -inf is +inf; without guidance it has no effect."""
+    logits = torch.tensor([[[1.0, 0.0]]], device=op_device)
+    uncond = torch.tensor([[[1.0, -torch.inf]]], device=op_device)
     for guidance, code, score in ((0.0, 0, 1.0), (0.5, 1, torch.inf)):
-        drawn = guided_sample(
-            logits, uncond, mask=mask, ids=mask.long(), guidance=guidance, noise_temperature=0.0
-        )
-        assert [x.item() for x in drawn] == [code, score]
+        assert [x.item() for x in draw(logits, uncond, guidance=guidance)] == [code, score]
 
 
 def test_nan_logits_give_codes_in_range(interpreted: None, device: torch.device) -> None:
-    logits = torch.full((1, 2, 5), torch.nan, device=device)
-    mask = torch.ones(1, 2, dtype=torch.bool, device=device)
-    candidates, _ = guided_sample(logits, mask=mask, ids=mask.long(), noise_temperature=0.0)
+    candidates, _ = draw(torch.full((1, 2, 5), torch.nan, device=device))
     assert ((candidates >= 0) & (candidates < 5)).all()
 
 
-def test_first_of_equal_codes_wins(place: torch.device) -> None:
-    logits = torch.zeros(1, 3, 5000, device=place)
+def test_first_of_equal_codes_wins(op_device: torch.device) -> None:
+    logits = torch.zeros(1, 3, 5000, device=op_device)
     logits[0, 1, [4999, 4000, 70]] = 2.0
     logits[0, 2, [2048, 2047]] = 2.0
-    mask = torch.ones(1, 3, dtype=torch.bool, device=place)
-    candidates, scores = guided_sample(logits, mask=mask, ids=mask.long(), noise_temperature=0.0)
+    candidates, scores = draw(logits)
     assert candidates.tolist() == [[0, 70, 2047]]
     assert scores.tolist() == [[0.0, 2.0, 2.0]]
 
@@ -186,10 +171,9 @@ def test_official_arithmetic_on_given_noise(step: int, rule: str) -> None:
     guidance, t, anneal = 4.5 * step / 8, 9.5 * (1 - ratio), 0.5 + 0.8 * (1 - ratio)
     cond, uncond, noise = torch.randn(3, 4, 50), torch.randn(3, 4, 50), -torch.rand(3, 4, 50).log()
     mask, ids = torch.rand(3, 4) < 0.6, torch.randint(50, (3, 4))
-    candidates, scores = guided_sample(
-        cond, uncond, mask=mask, ids=ids, guidance=guidance, softmax_temperature=anneal,
-        noise_temperature=t, rule=rule, noise=noise,
-    )  # fmt: skip
+    options = {"mask": mask, "ids": ids, "noise": noise, "guidance": guidance, "rule": rule}
+    options |= {"softmax_temperature": anneal, "noise_temperature": t}
+    candidates, scores = guided_sample(cond, uncond, **options)
     for b in range(3):
         for k in range(4):
             if not mask[b, k]:
@@ -206,87 +190,9 @@ def test_official_arithmetic_on_given_noise(step: int, rule: str) -> None:
             assert scores[b, k].item() == pytest.approx(score.item(), rel=1e-5, abs=1e-5)
 
 
-def test_a_sample_does_not_depend_on_its_batch(place: torch.device) -> None:
-    logits = torch.randn(4, 3, 40, device=place)
-    mask = torch.ones(4, 3, dtype=torch.bool, device=place)
-    seeds = any_seeds(4, place)
-
-    def draw(part: slice) -> Tensor:
-        return guided_sample(
-            logits[part], mask=mask[part], ids=mask[part].long(), seeds=seeds[part],
-            noise_temperature=3.0,
-        )[0]  # fmt: skip
-
-    together = draw(slice(None))
+def test_a_sample_does_not_depend_on_its_batch(op_device: torch.device) -> None:
+    logits, seeds = torch.randn(4, 3, 40, device=op_device), any_seeds(4, op_device)
+    together = draw(logits, seeds=seeds, noise_temperature=3.0)[0]
     for b in range(4):
-        assert torch.equal(draw(slice(b, b + 1))[0], together[b])
-
-
-def compiled_arguments(step: int) -> dict[str, object]:
-    return {
-        "mask": torch.rand(2, 3) < 0.7,
-        "ids": torch.randint(9, (2, 3)),
-        "seeds": any_seeds(2),
-        "step": step,
-        "guidance": 0.5 * step,
-        "softmax_temperature": 1.2 - 0.1 * step,
-        "noise_temperature": 3.0 - step,
-        "rule": "probability",
-    }
-
-
-@pytest.mark.parametrize(
-    ("backend", "steps"),
-    [("aot_eager", (1, 2)), pytest.param("inductor", range(4), marks=pytest.mark.slow)],
-)
-def test_compiled_equals_eager(backend: str, steps: Sequence[int]) -> None:
-    compiled = torch.compile(guided_sample, fullgraph=True, backend=backend)
-    logits, uncond = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
-    for step in steps:  # step 3 without noise
-        arguments = compiled_arguments(step)
-        got = compiled(logits, uncond, **arguments)
-        want = guided_sample(logits, uncond, **arguments)
-        assert torch.equal(got[0], want[0])
-        torch.testing.assert_close(got[1], want[1])
-
-
-LOGITS = torch.zeros(2, 3, 9)
-MASK = torch.ones(2, 3, dtype=torch.bool)
-GOOD = {"mask": MASK, "ids": MASK.long(), "seeds": torch.zeros(2).long(), "noise_temperature": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("logits", "changed", "message"),
-    [
-        (LOGITS[0], {}, r"logits \(B, K, N\).*\(3, 9\)"),
-        (LOGITS[:, :, :0], {}, "at least 1"),
-        (torch.zeros(1).expand(1, 2**16 + 1, 1), {}, "at most 65536 tokens; got 65537"),
-        (LOGITS.long(), {}, "convert them"),
-        (LOGITS, {"uncond_logits": LOGITS[:1]}, "uncond_logits"),
-        (LOGITS, {"uncond_logits": LOGITS.half()}, "uncond_logits .*float32.*float16"),
-        (LOGITS, {"uncond_logits": LOGITS.to("meta")}, "uncond_logits .*cpu.*meta"),
-        (LOGITS, {"mask": MASK.long()}, "mask .*bool.*int64"),
-        (LOGITS, {"mask": MASK[:, :2]}, r"mask .*\(2, 3\).*\(2, 2\)"),
-        (LOGITS, {"ids": MASK.int()}, "ids .*int64.*int32"),
-        (LOGITS, {"seeds": torch.zeros(3).long()}, r"seeds .*\(2,\).*\(3,\)"),
-        (LOGITS, {"seeds": None}, "seeds or noise"),
-        (LOGITS, {"noise": LOGITS.half()}, "noise .*float32.*float16"),
-        (LOGITS, {"noise": LOGITS[:1]}, "noise"),
-        (LOGITS, {"rule": "entropy"}, "rule .*entropy"),
-        (LOGITS, {"step": -1}, "step"),
-        (LOGITS, {"softmax_temperature": 0.0}, "softmax_temperature > 0"),
-        (LOGITS, {"softmax_temperature": float("nan")}, "softmax_temperature > 0"),
-        (LOGITS, {"noise_temperature": -1.0}, "noise_temperature >= 0"),
-        (LOGITS, {"softmax_temperature": float("inf")}, "softmax_temperature .*float32; got inf"),
-        (LOGITS, {"softmax_temperature": 1e39}, r"softmax_temperature .*float32; got 1e\+39"),
-        (LOGITS, {"noise_temperature": float("nan")}, "noise_temperature >= 0"),
-        (LOGITS, {"noise_temperature": float("inf")}, "noise_temperature .*float32; got inf"),
-        (LOGITS, {"guidance": float("nan")}, "guidance to be finite.*nan"),
-        (LOGITS, {"guidance": float("-inf")}, "guidance to be finite.*-inf"),
-    ],
-)
-def test_bad_input_is_named(
-    place: torch.device, logits: Tensor, changed: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=f"guided_sample wants .*{message}"):
-        guided_sample(logits, **(GOOD | changed))
+        alone = draw(logits[b : b + 1], seeds=seeds[b : b + 1], noise_temperature=3.0)[0]
+        assert torch.equal(alone[0], together[b])

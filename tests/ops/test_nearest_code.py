@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from calls import DTYPES, quick
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,14 +19,9 @@ from titok_fast.kernels.nearest_code import (
     search_codes,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-quick = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
 
 def distances(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """(N, K) squared distances in float64."""
+    """(R, N) squared distances in float64."""
     z, codebook = z.double(), codebook.double()
     if metric == "cosine":
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
@@ -45,7 +41,7 @@ def assert_nearest(ids: Tensor, z: Tensor, codebook: Tensor, metric: str) -> Non
     rows, codes = z.double(), codebook.double()
     if metric == "cosine":
         rows, codes = F.normalize(rows, dim=-1), F.normalize(codes, dim=-1)
-    # |f|^2 + |e|^2 - 2 f.e: roundings of terms of that size, more of them with more channels
+    # |f|^2 + |e|^2 - 2 f.e rounds at the size of its terms, more often with more channels
     size = rows.square().sum(1) + codes.square().sum(1).max()
     bound = 2.0**-23 * (4 + z.shape[1] ** 0.5) * size
     assert (reached - d.amin(1) <= bound).all()
@@ -103,19 +99,11 @@ def test_largest_codebook(device: torch.device) -> None:
     assert (ids[:3] == want).all()
 
 
-def test_no_larger_codebook() -> None:
-    with pytest.raises(ValueError, match=rf"1 to {2**18} codes; got 2 and {2**18 + 1}"):
-        nearest_code(torch.zeros(1, 2), torch.zeros(2**18 + 1, 2))
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_widest_codes(interpreted: None, device: torch.device, metric: str) -> None:
     z = torch.randn(20, MAX_CHANNELS, device=device)
     codebook = torch.randn(90, MAX_CHANNELS, device=device)
     assert_nearest(nearest_code(z, codebook, metric=metric), z, codebook, metric)
-    wider = torch.zeros(20, 257)
-    with pytest.raises(ValueError, match=r"1 to 256 channels .* got 257"):
-        nearest_code(wider, wider, metric=metric)
 
 
 # 700 codes: eight programs share eleven tiles, so some see two; 2100 rows: large tiles
@@ -138,7 +126,7 @@ def test_all_codes_equal(interpreted: None, device: torch.device) -> None:
 
 
 def test_rounding_decides_as_published() -> None:
-    """Distances are |f|^2 + |e|^2 - 2 f.e: nearer rivals than it can tell tie."""
+    """Codes whose distances |f|^2 + |e|^2 - 2 f.e round to the same number tie."""
     # the exact distances are 1000^2 and (1000 - 2**-16)^2; their difference, 0.03, is lost
     z = torch.tensor([[1000.0]])
     codebook = torch.tensor([[0.0], [2.0**-16]])
@@ -155,7 +143,7 @@ def test_rounding_of_the_kernel_is_the_published_one(
 
 
 def test_negative_distances_keep_their_order(interpreted: None, device: torch.device) -> None:
-    """Rounding makes the distance of near-equal rows negative; the packed key has to sort those.
+    """Rounding makes distances of near-equal rows negative; the packed keys must sort these too.
 
     The kernel's own distances come from searches in which all other codes are far away.
     """
@@ -213,7 +201,7 @@ def test_chunks_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("C", [1, 12, 64, 100, 128, 129, 256])
 def test_reference_rounds_as_published(C: int) -> None:
     codebook = torch.randn(500, C)
-    rivals = [codebook * (1 + k * 1e-7) for k in range(4)]  # told apart by the last bits alone
+    rivals = [codebook * (1 + k * 1e-7) for k in range(4)]  # they differ in the last bits alone
     codebook = torch.cat(rivals)[torch.randperm(2000)]
     z = codebook[torch.randint(2000, (700,))] + 0.1 * torch.randn(700, C)
     squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)
@@ -226,24 +214,6 @@ def test_autocast_is_ignored() -> None:
     want = nearest_code(z, codebook)
     with torch.autocast("cpu", torch.bfloat16):
         assert (nearest_code(z, codebook) == want).all()
-
-
-@pytest.mark.parametrize(
-    ("z", "codebook", "metric", "told"),
-    [
-        (torch.zeros(2, 3, 4), torch.zeros(5, 4), "cosine", r"\(2, 3, 4\)"),
-        (torch.zeros(2, 3), torch.zeros(5, 4), "cosine", r"\(5, 4\)"),
-        (torch.zeros(2, 0), torch.zeros(5, 0), "cosine", "256 channels"),
-        (torch.zeros(2, 3), torch.zeros(0, 3), "cosine", "codes; got 3 and 0"),
-        (torch.zeros(2, 3).long(), torch.zeros(5, 3), "cosine", "int64"),
-        (torch.zeros(2, 3), torch.zeros(5, 3).double(), "cosine", "float64"),
-        (torch.zeros(2, 3), torch.zeros(5, 3, device="meta"), "cosine", "meta"),
-        (torch.zeros(2, 3), torch.zeros(5, 3), "dot", "'dot'"),
-    ],
-)
-def test_bad_input_is_named(z: Tensor, codebook: Tensor, metric: str, told: str) -> None:
-    with pytest.raises(ValueError, match=f"nearest_code.*{told}"):
-        nearest_code(z, codebook, metric=metric)
 
 
 @pytest.mark.gpu

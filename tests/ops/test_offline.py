@@ -143,7 +143,7 @@ search = sys.modules["titok_fast.kernels.nearest_code"].offline_cases()[0]
 sample = sys.modules["titok_fast.kernels.guided_sample"].offline_cases()[0]
 
 spills = replace(
-    search, num_warps=4, constexprs=search.constexprs | {"BLOCK_N": 128, "BLOCK_K": 128}
+    search, num_warps=4, constexprs=search.constexprs | {"BLOCK_R": 128, "BLOCK_N": 128}
 )
 # rows that need not begin at a multiple of 16 bytes; the other stream stays as it was
 narrow = replace(sample, signature=sample.signature | {"uncond_stride_k": "i32"})

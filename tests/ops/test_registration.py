@@ -1,7 +1,7 @@
-"""Operators as torch sees them: registered once, checked whole, and the same compiled as eager.
+"""Operators in torch: registered once, checked by opcheck, the same compiled as eager.
 
-A GPU is needed for none of it. What is left to one (test_gpu_calls.py) is what Inductor writes
-around the kernels that it finds in the graphs, and their machine code at work.
+None of it needs a GPU. test_gpu_calls.py checks on one what Inductor writes around the kernels, and
+runs their machine code.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,13 @@ NAMES = tuple(calls("cpu"))
 
 
 def traced(*checks: str) -> None:
-    """Run some of CHECKS in traced.py, in a process where kernels are compiled ones."""
+    """Run some of CHECKS in traced.py, in a process with compiled kernels."""
     done = python(str(TRACED), *checks)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
 def test_every_public_kernel_has_a_call() -> None:
-    """The checks below reach what calls.py lists; traced.py fails for an operator left out."""
+    """The checks below run the calls in calls.py; traced.py fails if an operator has none."""
     public = {name for name in kernels.__all__ if name[0].islower()}
     assert {name.split()[0] for name in NAMES} == public
 
@@ -47,26 +47,30 @@ def test_operators_compiled_for_any_shape() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_equals_eager_on_a_cpu(backend: str, name: str) -> None:
-    """There the compiler takes the reference, and eager calls what is fastest: one result."""
+    """The compiler uses the reference, eager the fastest CPU code, with one result."""
     torch._dynamo.reset()
     call = calls("cpu")[name]
     got = call.results(torch.compile(call.fn, fullgraph=True, backend=backend))
     for mine, theirs in zip(got, call.results(), strict=True):
-        # sums are added up in another order
+        # sums are in another order
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_two_threads_register_an_operator_once() -> None:
-    """The second comes while the first is at it, and waits."""
+def test_two_threads_register_an_operator_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second thread comes while the first is registering, and waits."""
     begun, go_on = Event(), Event()
     registered: list[Any] = []
+    triton_op = torch.library.triton_op
 
-    def setup(op: Any) -> None:
-        registered.append(op)
+    def slow_triton_op(*args: Any, **options: Any) -> Any:
+        registered.append(args)
         begun.set()
         assert go_on.wait(60)
+        return triton_op(*args, **options)
 
-    @lazy_triton_op("registered_by_two_threads", setup=setup)
+    monkeypatch.setattr(torch.library, "triton_op", slow_triton_op)
+
+    @lazy_triton_op("registered_by_two_threads")
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 

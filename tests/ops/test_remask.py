@@ -1,12 +1,11 @@
 """remask: both rules with their ties, the kernel against them, and a whole official run."""
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
-from draws import any_seeds
-from hypothesis import HealthCheck, given, settings
+from calls import any_seeds, quick
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,9 +16,6 @@ from titok_fast.kernels.philox import REMASK_STREAM, gumbel
 from titok_fast.kernels.remask import MAX_TOKENS, remask, remask_ref
 
 MASK_ID = 4096
-quick = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 INF = float("inf")
 
 
@@ -54,7 +50,7 @@ def plain_remask(
     seed=st.integers(0, 2**16),
 )
 def test_follows_the_definition(
-    place: torch.device,
+    op_device: torch.device,
     B: int,
     K: int,
     known: float,
@@ -81,16 +77,15 @@ def test_follows_the_definition(
     noise = gumbel(seeds, 3, torch.arange(K), 1, REMASK_STREAM).squeeze(-1)
     given = None
     if source == "given":
-        given = noise = noise.round()  # so that ties stay ties
+        given = noise = noise.round()  # keeps ties
     if strided:
         scores, candidates = (x.T.contiguous().T for x in (scores, candidates))
         seeds, num_masked = (x.repeat_interleave(2)[::2] for x in (seeds, num_masked))
     t = 0.0 if source == "none" else 2.0
-    got = remask(
-        candidates.to(place), scores.to(place), num_masked.to(place), mask_id=MASK_ID,
-        seeds=seeds.to(place), step=3, noise_temperature=t, rule=rule,
-        noise=None if given is None else given.to(place),
-    )  # fmt: skip
+    moved = [x.to(op_device) for x in (candidates, scores, num_masked)]
+    options = {"seeds": seeds.to(op_device), "step": 3, "noise_temperature": t, "rule": rule}
+    options |= {"noise": None if given is None else given.to(op_device)}
+    got = remask(*moved, mask_id=MASK_ID, **options)
     confidence = scores if t == 0.0 else scores + t * noise
     if source == "counter":
         assert_cut_where_expected(got.cpu(), candidates, confidence, num_masked, rule)
@@ -104,7 +99,7 @@ def test_follows_the_definition(
 def assert_cut_where_expected(
     got: Tensor, candidates: Tensor, confidence: Tensor, num_masked: Tensor, rule: str
 ) -> None:
-    """As defined, but for tokens whose confidence is within rounding of the cut-off's."""
+    """Equal, except for tokens whose confidence is within rounding of the cutoff."""
     want = torch.tensor(plain_remask(candidates, confidence, num_masked, rule), dtype=torch.int64)
     for b, k in (got != want.view_as(got)).nonzero().tolist():
         others = torch.cat([confidence[b, :k], confidence[b, k + 1 :]])
@@ -113,14 +108,12 @@ def assert_cut_where_expected(
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("K", [257, MAX_TOKENS])
-def test_many_tokens(place: torch.device, K: int, rule: str) -> None:
+def test_many_tokens(op_device: torch.device, K: int, rule: str) -> None:
     candidates, scores = torch.randint(MASK_ID, (2, K)), (torch.randn(2, K) * 50).round()
     scores[torch.rand(2, K) < 0.3] = INF
     num_masked = torch.tensor([K // 3, 7])
-    ids = remask(
-        candidates.to(place), scores.to(place), num_masked.to(place), mask_id=MASK_ID,
-        noise_temperature=0.0, rule=rule,
-    )  # fmt: skip
+    moved = [x.to(op_device) for x in (candidates, scores, num_masked)]
+    ids = remask(*moved, mask_id=MASK_ID, noise_temperature=0.0, rule=rule)
     assert ids.tolist() == plain_remask(candidates, scores, num_masked, rule)
 
 
@@ -141,10 +134,12 @@ def test_many_tokens(place: torch.device, K: int, rule: str) -> None:
         ("probability", 99, [0, 1, 3, 4, 5]),
     ],
 )
-def test_ties_and_ends(place: torch.device, rule: str, num_masked: int, masked: list[int]) -> None:
-    scores = torch.tensor([[9.0, -2.0, INF, 0.0, 3.0, 3.0]], device=place)
-    candidates = torch.arange(6, device=place)[None]
-    n = torch.tensor([num_masked], device=place)
+def test_ties_and_ends(
+    op_device: torch.device, rule: str, num_masked: int, masked: list[int]
+) -> None:
+    scores = torch.tensor([[9.0, -2.0, INF, 0.0, 3.0, 3.0]], device=op_device)
+    candidates = torch.arange(6, device=op_device)[None]
+    n = torch.tensor([num_masked], device=op_device)
     ids = remask(candidates, scores, n, mask_id=MASK_ID, noise_temperature=0.0, rule=rule)
     assert (ids == MASK_ID).nonzero()[:, 1].tolist() == masked
     assert torch.equal(ids[ids != MASK_ID], candidates[ids != MASK_ID])
@@ -161,17 +156,17 @@ def test_negative_count_masks_none_in_the_kernel(
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_given_noise_of_minus_infinity_masks_no_known_token(place: torch.device, rule: str) -> None:
-    scores = torch.tensor([[INF, 1.0, 2.0]], device=place)
-    noise = torch.full((1, 3), -INF, device=place)
-    ids = remask(
-        torch.zeros(1, 3, dtype=torch.int64, device=place), scores,
-        torch.tensor([3], device=place), mask_id=7, noise_temperature=1.0, noise=noise, rule=rule,
-    )  # fmt: skip
+def test_given_noise_of_minus_infinity_masks_no_known_token(
+    op_device: torch.device, rule: str
+) -> None:
+    scores = torch.tensor([[INF, 1.0, 2.0]], device=op_device)
+    noise, count = torch.full_like(scores, -INF), torch.tensor([3], device=op_device)
+    options = {"noise_temperature": 1.0, "noise": noise, "rule": rule}
+    ids = remask(torch.zeros_like(scores).long(), scores, count, mask_id=7, **options)
     assert ids[0, 0] == 0
 
 
-def test_a_whole_official_run(place: torch.device) -> None:
+def test_a_whole_official_run(op_device: torch.device) -> None:
     """`ImageBert.generate` in plain torch on given noise, T = 8, against both ops, step by step."""
     B, K, N, T = 2, 32, 40, 8
     ids = torch.full((B, K), N)
@@ -194,78 +189,32 @@ def test_a_whole_official_run(place: torch.device) -> None:
         cutoff = noisy.sort(-1).values[:, length - 1 : length]
         want = drawn if step == T - 1 else torch.where(noisy <= cutoff, N, drawn)
 
-        candidates, scores = guided_sample(
-            cond.to(place), uncond.to(place), mask=unknown.to(place), ids=ids.to(place),
-            guidance=cfg, softmax_temperature=0.5 + 0.8 * (1 - ratio), noise_temperature=t,
-            noise=g.to(place),
-        )  # fmt: skip
+        cond, uncond, mask, old, noise, noise_k = (
+            x.to(op_device) for x in (cond, uncond, unknown, ids, g, g_k)
+        )
+        options = {"guidance": cfg, "softmax_temperature": 0.5 + 0.8 * (1 - ratio)}
+        options |= {"noise_temperature": t, "noise": noise}
+        candidates, scores = guided_sample(cond, uncond, mask=mask, ids=old, **options)
         assert torch.equal(candidates.cpu(), drawn)
-        count = torch.full((B,), 0 if step == T - 1 else length, device=place)
-        ids = remask(
-            candidates, scores, count, mask_id=N, noise_temperature=t, noise=g_k.to(place)
-        ).cpu()
+        count = torch.full((B,), 0 if step == T - 1 else length, device=op_device)
+        options = {"noise_temperature": t, "noise": noise_k}
+        ids = remask(candidates, scores, count, mask_id=N, **options).cpu()
         assert torch.equal(ids, want)
     assert (ids < N).all()
 
 
-def test_a_sample_does_not_depend_on_its_batch(place: torch.device) -> None:
+def test_a_sample_does_not_depend_on_its_batch(op_device: torch.device) -> None:
     B, K = 4, 33
-    candidates = torch.randint(MASK_ID, (B, K), device=place)
-    scores, seeds = torch.randn(B, K, device=place), any_seeds(B, place)
-    n = torch.tensor([5, 0, 33, 12], device=place)
+    candidates = torch.randint(MASK_ID, (B, K), device=op_device)
+    scores, seeds = torch.randn(B, K, device=op_device), any_seeds(B, op_device)
+    n = torch.tensor([5, 0, 33, 12], device=op_device)
 
     def run(part: slice) -> Tensor:
-        return remask(
-            candidates[part], scores[part], n[part], mask_id=MASK_ID, seeds=seeds[part], step=1,
-            noise_temperature=3.0,
-        )  # fmt: skip
+        inputs = (candidates[part], scores[part], n[part])
+        options = {"seeds": seeds[part], "step": 1, "noise_temperature": 3.0}
+        return remask(*inputs, mask_id=MASK_ID, **options)
 
     together = run(slice(None))
     for b in range(B):
         assert torch.equal(run(slice(b, b + 1))[0], together[b])
     assert (together == MASK_ID).sum(1).tolist() == n.tolist()
-
-
-@pytest.mark.parametrize(
-    ("backend", "steps"),
-    [("aot_eager", (1, 2)), pytest.param("inductor", range(4), marks=pytest.mark.slow)],
-)
-def test_compiled_equals_eager(backend: str, steps: Sequence[int]) -> None:
-    compiled = torch.compile(remask, fullgraph=True, backend=backend)
-    for step in steps:  # step 3 without noise
-        arguments = (torch.randint(9, (2, 8)), torch.randn(2, 8), torch.randint(1, 8, (2,)))
-        keywords = {"mask_id": 9, "seeds": any_seeds(2), "noise_temperature": 3.0 - step}
-        got = compiled(*arguments, step=step, **keywords)
-        assert torch.equal(got, remask(*arguments, step=step, **keywords))
-
-
-SCORES = torch.zeros(2, 8)
-IDS = torch.zeros(2, 8, dtype=torch.int64)
-GOOD = {"candidates": IDS, "scores": SCORES, "num_masked": IDS[:, 0], "mask_id": 9}
-GOOD |= {"seeds": IDS[:, 0], "noise_temperature": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"scores": SCORES[0]}, r"scores \(B, K\).*\(8,\)"),
-        ({"scores": SCORES[:, :0]}, r"K in \[1, 1024\].*\(2, 0\)"),
-        ({"scores": torch.zeros(1, 1025)}, r"K in \[1, 1024\].*\(1, 1025\)"),
-        ({"scores": SCORES.half()}, "scores .*float32.*float16"),
-        ({"candidates": IDS[:1]}, "candidates"),
-        ({"candidates": IDS.int()}, "candidates .*int64.*int32"),
-        ({"candidates": IDS.to("meta")}, "candidates .*cpu.*meta"),
-        ({"num_masked": IDS[0]}, r"num_masked .*\(2,\).*\(8,\)"),
-        ({"num_masked": SCORES[:, 0]}, "num_masked .*int64.*float32"),
-        ({"seeds": IDS[:1, 0]}, "seeds"),
-        ({"seeds": None}, "seeds or noise"),
-        ({"noise": SCORES[:1]}, "noise"),
-        ({"rule": "entropy"}, "rule .*entropy"),
-        ({"step": -1}, "step"),
-        ({"noise_temperature": -0.5}, "noise_temperature >= 0"),
-        ({"noise_temperature": INF}, "noise_temperature .*float32; got inf"),
-    ],
-)
-def test_bad_input_is_named(place: torch.device, changed: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=f"remask wants .*{message}"):
-        remask(**(GOOD | changed))

@@ -1,28 +1,26 @@
-"""soft_codes against softmax and product in float64."""
+"""soft_codes against softmax and matmul in float64."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from calls import DTYPES, quick, relative_error
+from hypothesis import given
 from hypothesis import strategies as st
 from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
 
 from titok_fast.kernels.soft_codes import soft_codes, soft_codes_ref
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF = float("inf")
 
 
 def exact(logits: Tensor, codebook: Tensor) -> Tensor:
-    # the table is read in the logits' dtype: that is part of the definition
+    # by definition the table is read in the logits' dtype
     return torch.softmax(logits.double(), dim=-1) @ codebook.to(logits.dtype).double()
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@quick
 @given(
     M=st.integers(0, 70),
     K=st.integers(1, 200),
@@ -46,12 +44,12 @@ def test_kernel_against_float64(
     gen = torch.Generator().manual_seed(seed)
     logits = (spread * torch.randn(M, K, generator=gen)).to(device, dtype)
     if forbidden:
-        # all but the last code: whole tiles of -inf come before the first finite logit
+        # whole tiles of -inf come before the one finite logit
         logits[:, :-1] = -INF
     codebook = torch.randn(K, C, generator=gen).to(device)
     got = soft_codes(logits, codebook)
     assert got.dtype == dtype
-    # exp of a float32 difference of logits errs by that difference times its roundoff
+    # the error of exp is the difference of logits times its roundoff
     assert_near(got, exact(logits, codebook), terms=K, scale=1 + spread)
 
 
@@ -117,9 +115,8 @@ def test_gradients(interpreted: None, device: torch.device, dtype: torch.dtype) 
     want = torch.autograd.grad(torch.softmax(wide[0], -1) @ wide[1], wide, weight.double())
     for mine, theirs, name in zip(got, want, ("logits", "codebook"), strict=True):
         assert mine.dtype == (dtype if name == "logits" else torch.float32)
-        # in half precision inputs, probabilities and products are rounded on the way
-        error = (mine.double() - theirs).norm() / theirs.norm()
-        assert error < 4 * ROUNDOFF[dtype], name
+        # in half precision inputs, probabilities and results are rounded
+        assert relative_error(mine, theirs) < 4 * ROUNDOFF[dtype], name
 
 
 def test_second_derivatives(interpreted: None, device: torch.device) -> None:
@@ -148,23 +145,6 @@ def test_autocast_is_ignored(interpreted: None) -> None:
         want = path(logits, codebook)
         with torch.autocast("cpu", torch.bfloat16):
             assert (path(logits, codebook) == want).all()
-
-
-@pytest.mark.parametrize(
-    ("logits", "codebook", "told"),
-    [
-        (torch.zeros(2, 3, 4), torch.zeros(4, 5), r"\(2, 3, 4\)"),
-        (torch.zeros(2, 3), torch.zeros(4, 5), r"\(4, 5\)"),
-        (torch.zeros(2, 0), torch.zeros(0, 5), r"entries; got \(0, 5\)"),
-        (torch.zeros(2, 3), torch.zeros(3, 0), r"entries; got \(3, 0\)"),
-        (torch.zeros(2, 3).double(), torch.zeros(3, 5), "float64"),
-        (torch.zeros(2, 3), torch.zeros(3, 5).long(), "int64"),
-        (torch.zeros(2, 3), torch.zeros(3, 5, device="meta"), "meta"),
-    ],
-)
-def test_bad_input_is_named(logits: Tensor, codebook: Tensor, told: str) -> None:
-    with pytest.raises(ValueError, match=f"soft_codes.*{told}"):
-        soft_codes(logits, codebook)
 
 
 @pytest.mark.gpu

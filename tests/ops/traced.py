@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=0 python tests/ops/traced.py opcheck static dynamic
 
-torch traces compiled kernels, which run on a GPU, but none of the interpreter's. Here they are
-compiled kernels until they are launched, and then the interpreter runs them. What only a GPU can
-show is what Inductor makes of the graphs that are checked here (test_gpu_calls.py).
+torch traces compiled kernels, which need a GPU, and refuses interpreted ones. So kernels here are
+compiled ones until their launch, which the interpreter runs. What Inductor makes of the graphs is
+tested on a GPU (test_gpu_calls.py).
 """
 
 import importlib
@@ -34,18 +34,18 @@ from titok_fast.kernels import _launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 found: list[fx.Node] = []  # launches in the graphs of the last compilation
-launched: dict[str, dict[str, set[str]]] = {}  # kernel: argument: Triton types it was given
+launched: dict[str, dict[str, set[str]]] = {}  # kernel: argument: Triton types at its launches
 
 
 def interpret_launches() -> None:
-    """Hand every launch to the interpreter, and say that there is a GPU to compile for."""
+    """Run every launch in the interpreter, and pretend that there is a GPU to compile for."""
     interpreted = lru_cache(interpreter.InterpretedFunction)
 
     def run(kernel: JITFunction, *args: Any, **options: Any) -> None:
         interpreted(kernel.fn).run(*args, **options)
 
     def call(kernel: JITFunction, *args: Any, **options: Any) -> Any:
-        # Triton's own way leaves its language patched, and torch then fails to read the next kernel
+        # Triton leaves its language patched, and torch then fails to parse the next kernel
         scope = interpreter._patch_lang(kernel.fn)
         try:
             return interpreted(kernel.fn).rewrite()(*args, **options)
@@ -63,7 +63,7 @@ def interpret_launches() -> None:
 
 
 def note_launches() -> None:
-    """Write down in `launched` what every launch is given."""
+    """Record the argument types of every launch in `launched`."""
     launch = JITFunction.run
 
     def run(kernel: JITFunction, *args: Any, **options: Any) -> Any:
@@ -82,7 +82,7 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def registered_ops() -> set[str]:
-    """Register all that the package has to register; names in namespace titok_fast."""
+    """Register every operator of the package; return their names."""
     for module in kernel_modules():
         for value in vars(module).values():
             if hasattr(getattr(value, "register", None), "_dynamo_marked_constant"):
@@ -92,7 +92,7 @@ def registered_ops() -> set[str]:
 
 
 class Operators(TorchDispatchMode):
-    """Notes the calls of our operators, those of a backward included."""
+    """Records calls of our operators, in forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "titok_fast":
-            forward = torch._C._current_graph_task_id() < 0  # a backward has no gradient itself
+            forward = torch._C._current_graph_task_id() < 0  # a backward is not differentiable
             fresh = [
                 x.detach().clone().requires_grad_(x.requires_grad and forward)
                 if isinstance(x, Tensor)
@@ -112,7 +112,7 @@ class Operators(TorchDispatchMode):
 
 
 def check_launches() -> None:
-    """The offline gate compiles what is launched: these kernels, with arguments of these types."""
+    """The offline report compiles what is launched: the same kernels and argument types."""
     for call in calls(DEVICE).values():
         call.results()
     listed: dict[str, dict[str, set[str]]] = {}
@@ -129,9 +129,9 @@ def check_launches() -> None:
 
 
 def check_fakes() -> None:
-    """On fake CUDA tensors every operator and its gradient keeps to shape, dtype and device.
+    """On fake CUDA tensors every operator and its gradient has the right shape, dtype and device.
 
-    The gradient is asked of its formula: torch's engine wants a device to queue its work for.
+    The gradient formula is called directly: torch's engine needs a real device.
     """
     want = {name: [facts(x) for x in call.outputs()] for name, call in calls("cpu").items()}
     with FakeTensorMode():
@@ -162,7 +162,7 @@ def facts(x: Tensor) -> tuple:
 
 
 def check_operators() -> None:
-    """Whole opcheck of every operator, with what the public functions give it."""
+    """Opcheck of every operator, with the arguments that the public functions pass to it."""
     checked = set()
     for call in calls(DEVICE).values():
         with Operators() as operators:
@@ -176,18 +176,18 @@ def check_operators() -> None:
 
 
 def look(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-    """A back end that runs the graph as it is, after a look at its kernels."""
+    """A backend that runs the graph unchanged, and checks its kernels."""
     nodes = [n for n in graph.graph.nodes if n.target is triton_kernel_wrapper_functional]
     for node in nodes:
         for name in node.kwargs["tensors_to_clone"]:
-            # torch copies what it thinks a kernel writes; of an input that would be a pass more
+            # torch copies tensors that a kernel writes: for an input that would be an extra pass
             assert node.kwargs["kwargs"][name].op != "placeholder", f"{name} counts as written"
     found.extend(nodes)
     return make_boxed_func(graph.forward)
 
 
 def check_compiled(call: OpCall, fn: Any) -> None:
-    """`fn`, the compiled form of the call, gives the same numbers and gradients, to the bit."""
+    """`fn`, the compiled call, gives bitwise equal results and gradients."""
     found.clear()
     for mine, theirs in zip(call.results(fn), call.results(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
@@ -195,7 +195,7 @@ def check_compiled(call: OpCall, fn: Any) -> None:
 
 
 def check_static() -> None:
-    """Compiled for its shapes, a call holds the kernels themselves."""
+    """Compiled for fixed shapes, the graph contains the kernels."""
     for name, call in calls(DEVICE).items():
         say(f"{name}, static")
         check_compiled(call, compiled(call, dynamic=False))
@@ -203,7 +203,7 @@ def check_static() -> None:
 
 
 def check_dynamic() -> None:
-    """Compiled for any shape, a call serves another batch too."""
+    """Compiled for any shape, a call takes another batch size too."""
     more = calls(DEVICE, batch=5)
     for name, call in calls(DEVICE).items():
         say(f"{name}, dynamic")
@@ -218,7 +218,7 @@ def compiled(call: OpCall, *, dynamic: bool) -> Any:
 
 
 def say(what: str) -> None:
-    """What comes next, so that a traceback has a subject."""
+    """Announce the next check, to give a traceback its context."""
     sys.stderr.write(what + "\n")
 
 
@@ -235,7 +235,7 @@ if __name__ == "__main__":
         interpret_launches()
     note_launches()
     registered_ops()
-    # fresh memory is filled with NaN
+    # uninitialised memory is filled with NaN
     torch.use_deterministic_algorithms(True, warn_only=True)
     for asked in sys.argv[1:]:
         CHECKS[asked]()
