@@ -158,8 +158,8 @@ def _protocol(setup: Setup) -> dict[str, Any]:
         "settings": asdict(S),
         "features": f"distance: Frechet's, in the features of {network} (figures call it fid)",
         "learning-rate": f"{RATE} / width in stage 1 and a single stage, else the recipes'",
-        "reconstruction": "stage 1: likeliest proxy codes, decoded by the proxy tokenizer; averaged "
-        f"weights, clamped, rounded; first {S.judged} evaluation images against themselves",
+        "reconstruction": "stage 1: likeliest proxy codes, decoded by the proxy tokenizer; "
+        f"averaged weights, clamped, rounded; first {S.judged} evaluation images",
         "generation": f"{S.drawn} images, classes in turn, truncated, against the features of "
         "all training images; 8 steps, linear guidance 2.0, temperature 4.5",
         "probe": f"mean of the latents after the last norm, batch norm and LARS, {S.probed} "
