@@ -86,6 +86,7 @@ GOOD = {
         ({"spill_bytes": 8}, "8 B of spills"),
         ({"stack_bytes": 16}, "16 B of stack"),
         ({"shared_bytes": (99 << 10) + 1}, "101376 B is the limit"),
+        ({"arch": "sm_80", "shared_bytes": (163 << 10) + 1}, "166912 B is the limit"),
         ({"mma": 0}, "without tensor-core"),
         ({"streams": []}, "no stream"),
         ({"narrow_streams": ["x_ptr"]}, "less than 128 bits: x_ptr"),
@@ -99,20 +100,11 @@ def test_a_bad_row_fails(change: dict[str, Any], told: str) -> None:
     assert told in why
 
 
-def test_streams_are_judged_where_there_are_some() -> None:
+def test_rules_follow_the_promises_of_a_case() -> None:
     bad = GOOD | {"streams": [], "narrow_streams": ["x_ptr"], "short_offsets": ["x_ptr"]}
     assert report.failures(bad, expects_mma=True, vector_loads=False) == []
-
-
-def test_tensor_cores_in_an_ieee_path_fail() -> None:
     (why,) = report.failures(GOOD, expects_mma=False, vector_loads=True)
     assert "IEEE" in why
-
-
-def test_shared_memory_limit_is_the_device_s() -> None:
-    row = GOOD | {"shared_bytes": 120 << 10}
-    assert report.failures(row | {"arch": "sm_80"}, True, True) == []
-    assert report.failures(row | {"arch": "sm_89"}, True, True)
 
 
 BAD = """
