@@ -181,39 +181,22 @@ def build_report(archs: list[int], cache: Path) -> list[dict[str, Any]]:
     ]
 
 
-# of a row, the column's name and the unit; None for what is shown as it is
-_COLUMNS: dict[str, tuple[str, float | None]] = {
-    "kernel": ("kernel", None),
-    "config": ("config", None),
-    "arch": ("arch", None),
-    "registers": ("regs", None),
-    "spill_bytes": ("spill", None),
-    "shared_bytes": ("shared", None),
-    "occupancy": ("occup", None),
-    "mma": ("mma", None),
-    "fma": ("fma", None),
-    "loads_128": ("ld128", None),
-    "loads_narrow": ("ld<128", None),
-    "bytes_min": ("MB min", 1e6),
-    "bytes_unfused": ("MB unfused", 1e6),
-    "flops": ("GFLOP", 1e9),
-    "floor_us_a100": ("A100 us", None),
-    "floor_us_h100": ("H100 us", None),
-}
+# keys of a row that are shown: as they are, and in larger units
+_SHOWN = ("kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "occupancy")
+_SHOWN += ("mma", "fma", "loads_128", "loads_narrow", "floor_us_a100", "floor_us_h100")
+_SCALED = {"MB min": ("bytes_min", 1e6), "MB unfused": ("bytes_unfused", 1e6)}
+_SCALED |= {"GFLOP": ("flops", 1e9)}
 
 
 def report_table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, then a line for each rule that one breaks."""
-    shown = [
-        {name: row[key] / unit if unit else row[key] for key, (name, unit) in _COLUMNS.items()}
-        for row in rows
-    ]
+    shown = [row | {name: row[key] / unit for name, (key, unit) in _SCALED.items()} for row in rows]
     broken = [
         f"FAILS: {row['kernel']} [{row['config']}] {row['arch']}: {why}"
         for row in rows
         for why in row["failures"]
     ]
-    return "\n".join([table(shown, [name for name, _ in _COLUMNS.values()]), *broken])
+    return "\n".join([table(shown, [*_SHOWN, *_SCALED]), *broken])
 
 
 def _processor_seconds() -> float:
