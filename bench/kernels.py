@@ -1,12 +1,12 @@
-"""Time each kernel against its reference, torch.compile, the release's arithmetic and libraries.
+"""Time each kernel beside its reference, torch.compile, upstream's formulas and libraries.
 
     python bench/kernels.py [--quick] [--only remask] [--json bench/results]
     pytest bench/kernels.py --benchmark-only
 
-Every implementation is judged against float64 first. One that fails is not timed; if it is ours,
-nothing of the case is, and the exit status is 1. The rest take turns in random order, with caches
-flushed before each call. On CUDA the times are those of device events, and "host us" is what the
-host spends on issuing a call; on the CPU they are wall-clock times.
+Every implementation is compared with float64 first. A wrong one is not timed; if it is ours, the
+whole case is not, and the exit status is 1. The rest take turns in random order, with caches
+flushed before each call. On CUDA the times are those of device events, and "host us" is the host's
+time to issue a call; on the CPU they are wall-clock times.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from lib.kernels.ops import BUILDERS
 from lib.kernels.timing import peaks, time_calls
 from lib.options import save
 
-BUDGET_S, QUICK_BUDGET_S = 5.0, 0.5  # of timed rounds, per case
+BUDGET_S, QUICK_BUDGET_S = 5.0, 0.5  # for the timed rounds of a case
 _COLUMNS = [
     *("op", "model", "B", "dtype", "work", "by", "ms (p20-p80)", "host us", "GB/s", "of peak"),
     *("x upstream", "checked", "status"),
@@ -30,7 +30,7 @@ _COLUMNS = [
 
 
 def plan(on_cuda: bool, quick: bool) -> list[Spec]:
-    """What is measured: published shapes, fewer of them when quick."""
+    """The published shapes to measure, fewer of them when quick."""
     batches = [1, 8, 128] if on_cuda and not quick else [1, 8]
     dtypes = [torch.float32, torch.bfloat16][: 1 if quick else 2]
     generators = ["L-32"] if quick else ["L-32", "B-64", "S-128"]
@@ -49,11 +49,18 @@ def plan(on_cuda: bool, quick: bool) -> list[Spec]:
                 specs.append(Spec("masked_cross_entropy", model, B, dtype, training=True))
             specs.append(Spec("soft_codes", "L-32", B, dtype))
             for block in ("512x16", "256x64", "128x256"):
-                # more images are decoded a few at a time; on a CPU one is enough to wait for
+                # more images are decoded a few at a time; on a CPU one takes long enough
                 if B == 1 or (on_cuda and B <= 8):
                     specs.append(Spec("group_norm_silu", block, B, dtype))
                     specs.append(Spec("group_norm_silu", block, B, dtype, training=True))
     return sorted(specs, key=lambda spec: list(BUILDERS).index(spec.op))
+
+
+def build(spec: Spec, device: torch.device) -> Case:
+    """The tensors of a spec, the same in every run."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # else the eighth shape of a function falls back to eager
+    return BUILDERS[spec.op](spec, device)
 
 
 def check(rival: Rival) -> str | None:
@@ -76,20 +83,21 @@ def measure(
         A row each, "ours" first; "status" is "ok" where it was timed.
     """
     rivals = dict(case.rivals)
-    troubles: dict[str, str | None] = {"ours": check(rivals["ours"])}
-    if troubles["ours"] is None:
+    status = {"ours": check(rivals["ours"]) or "ok"}
+    if status["ours"] == "ok":
         if compiled:
             rivals["compiled"] = case.compiled()
-        troubles |= {name: check(rival) for name, rival in rivals.items() if name != "ours"}
-    right = {name: rivals[name].call for name, trouble in troubles.items() if trouble is None}
+        status |= {name: check(rivals[name]) or "ok" for name in rivals if name != "ours"}
+    else:
+        status |= {name: "not measured: ours failed" for name in rivals if name != "ours"}
+    right = {name: rivals[name].call for name in rivals if status[name] == "ok"}
     on_device, on_host = time_calls(right, device, budget_s)
-    absent = case.absent | ({} if compiled else {"compiled": "not measured"})
+    status |= case.absent | ({} if compiled else {"compiled": "not measured"})
     rows = []
-    for name in ["ours", *(n for n in rivals if n != "ours"), *absent]:
-        trouble = troubles.get(name, absent.get(name, "not measured: ours failed"))
+    for name, text in status.items():
         row: dict[str, Any] = {"op": spec.op, "model": spec.model, "batch": spec.batch}
         row |= {"dtype": str(spec.dtype).removeprefix("torch."), "work": spec.work, "by": name}
-        row |= {"checked": name in right, "status": trouble or "ok"}
+        row |= {"checked": name in right, "status": text}
         if name in right:
             row["seconds"] = summary(on_device[name])
             row["host_seconds"] = summary(on_host[name])["median"] if name in on_host else None
@@ -99,7 +107,7 @@ def measure(
 
 
 def add_rates(rows: Sequence[dict[str, Any]], peak: dict[str, Any]) -> None:
-    """Add GB/s, the share of what the device can do at best, and the speed beside upstream's.
+    """Add GB/s, the share of the device's peak, and the speed relative to upstream's.
 
     Args:
         rows: of one case.
@@ -122,7 +130,7 @@ def _is(row: dict[str, Any], name: str) -> bool:
 
 
 def slower_than_upstream(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The cases in which ours is over 5 % slower than the release's lines, in words."""
+    """A line for each case in which ours is over 5 % slower than upstream's formula."""
     return [
         f"{r['op']} {r['model']} B={r['batch']} {r['dtype']} {r['work']}: {r['x_upstream']:.2f}x"
         for r in rows
@@ -149,7 +157,7 @@ def run(
     budget_s: float,
     keep: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """Measure a plan; `keep` gets the record after each case, so that a time limit costs one."""
+    """Measure a plan; `keep` saves the record after each case: an interruption loses one."""
     clock = "device events" if device.type == "cuda" else "wall clock"
     protocol = {"timing": f"{clock}, caches flushed, random order", "budget_s": budget_s}
     record: dict[str, Any] = {
@@ -161,10 +169,7 @@ def run(
     }
     for i, spec in enumerate(specs):
         print(f"{i + 1}/{len(specs)} {spec}", file=sys.stderr, flush=True)
-        torch.manual_seed(0)
-        torch._dynamo.reset()  # else the eighth shape of a function falls back to eager
-        case = BUILDERS[spec.op](spec, device)
-        rows = measure(spec, case, device, compiled=compiled, budget_s=budget_s)
+        rows = measure(spec, build(spec, device), device, compiled=compiled, budget_s=budget_s)
         add_rates(rows, record["peaks"])
         record["cases"] += rows
         keep(record)
@@ -176,27 +181,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", metavar="FILE", help="a folder: name it after the run")
-    parser.add_argument("--quick", action="store_true", help="few shapes, short, no torch.compile")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="also the reference through torch.compile; on by default unless --quick")  # fmt: skip
-    parser.add_argument("--only", choices=BUILDERS, nargs="+", metavar="NAME", help="these ops")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    add("--quick", action="store_true", help="few shapes, short, no torch.compile")
+    compile_help = "also the reference through torch.compile; on by default unless --quick"
+    add("--compile", action=argparse.BooleanOptionalAction, default=None, help=compile_help)
+    add("--only", choices=BUILDERS, nargs="+", metavar="NAME", help="these ops")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
     device = torch.device(args.device)
     specs = [s for s in plan(device.type == "cuda", args.quick) if s.op in (args.only or BUILDERS)]
     compiled = not args.quick if args.compile is None else args.compile
     budget_s = QUICK_BUDGET_S if args.quick else BUDGET_S
-
+    keep = partial(save, args.json)
     with precision("fp32-ieee"):
-        record = run(
-            specs, device, compiled=compiled, budget_s=budget_s, keep=partial(save, args.json)
-        )
+        record = run(specs, device, compiled=compiled, budget_s=budget_s, keep=keep)
     rows = record["cases"]
     print(table([_shown(row) for row in rows], _COLUMNS))
-    for told in slower_than_upstream(rows):
-        print(f"slower than upstream: {told}")
+    for line in slower_than_upstream(rows):
+        print(f"slower than upstream: {line}")
     wrong = [row for row in rows if row["by"] == "ours" and row["status"] != "ok"]
     for row in wrong:
         print(f"NOT RIGHT: {row['op']} {row['model']} B={row['batch']}: {row['status']}")
@@ -216,13 +220,11 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def test_kernel(benchmark: Any, spec: Spec, by: str) -> None:
-    """One implementation at one shape, for pytest-benchmark: wall clock, the device idle after."""
-    import pytest  # which the script does without
+    """One implementation at one shape, for pytest-benchmark: wall clock, until the device idles."""
+    import pytest  # the script itself runs without it
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    torch._dynamo.reset()  # else the eighth shape of a function falls back to eager
-    case = BUILDERS[spec.op](spec, device)
+    case = build(spec, device)
     if by in case.absent:
         pytest.skip(case.absent[by])
     rival = case.compiled() if by == "compiled" else case.rivals[by]

@@ -1,12 +1,11 @@
-"""Machine code of every kernel, judged without a GPU.
+"""Compile every kernel for four GPU architectures, without a GPU, and check the machine code.
 
     python bench/offline.py [--json FILE] [--arch 90 ...] [--cache DIR] [--limit-s 300]
 
-Compiles each kernel at the published shapes for sm_80, 86, 89 and 90 with Triton's own assembler
-and prints registers, spills, shared memory, occupancy, instruction mix, and the time below which
-physics forbids to go. Exit status 1 if a row breaks a rule of `failures`: then the table says
-which; or if all of it took longer than the limit. Results are cached by source, so only what
-changed is compiled again.
+Uses Triton's own assembler at the published shapes. Prints registers, spills, shared memory,
+occupancy, instruction counts, and the least time that a data sheet allows. Exit status 1 if a row
+breaks a rule of `failures`, or if the whole run used more processor time than the limit. Results
+are cached by source: only what changed is compiled again.
 """
 
 import argparse
@@ -18,19 +17,21 @@ import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import triton
+from lib import machine_code
+from lib.harness import table
+from lib.machine_code import MachineCode, compile_offline
 
 import titok_fast.kernels
 from titok_fast.costs import DEVICES
-from titok_fast.kernels._machine_code import MachineCode
-from titok_fast.kernels._offline import OfflineCase, compile_offline
+from titok_fast.kernels._offline import OfflineCase
 
 DEFAULT_CACHE = Path.home() / ".cache" / "titok_fast" / "kernel_report"
+CARDS = {"a100": DEVICES["a100-sxm-80gb"], "h100": DEVICES["h100-sxm"]}
 
 
 @dataclass(frozen=True)
@@ -39,38 +40,22 @@ class Limits:
 
     warps: int
     programs: int
-    shared: int  # bytes per multiprocessor
-    shared_program: int  # bytes that one program may have
+    shared: int  # bytes
 
 
 LIMITS = {
-    80: Limits(warps=64, programs=32, shared=164 << 10, shared_program=163 << 10),
-    86: Limits(warps=48, programs=16, shared=100 << 10, shared_program=99 << 10),
-    89: Limits(warps=48, programs=24, shared=100 << 10, shared_program=99 << 10),
-    90: Limits(warps=64, programs=32, shared=228 << 10, shared_program=227 << 10),
+    80: Limits(warps=64, programs=32, shared=164 << 10),
+    86: Limits(warps=48, programs=16, shared=100 << 10),
+    89: Limits(warps=48, programs=24, shared=100 << 10),
+    90: Limits(warps=64, programs=32, shared=228 << 10),
 }
 _REGISTERS = 65536  # per multiprocessor, on all four
-_REGISTER_UNIT = 256  # allocated to a warp in such steps
-_SHARED_RESERVED = 1 << 10  # per program, taken by the driver
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Data-sheet peaks: bytes/s of memory, float32 and dense bf16 tensor-core operations/s."""
-
-    memory: float
-    fp32: float
-    tensor: float
-
-
-PEAKS = {
-    name: Peak(card.gbps * 1e9, card.tflops["float32"] * 1e12, card.tflops["bfloat16"] * 1e12)
-    for name, card in (("a100", DEVICES["a100-sxm-80gb"]), ("h100", DEVICES["h100-sxm"]))
-}
+_REGISTER_UNIT = 256  # granularity of a warp's allocation
+_SHARED_RESERVED = 1 << 10  # bytes per program, taken by the driver
 
 
 def kernel_modules() -> list[str]:
-    """Names of the files under kernels/ that list cases, helpers left out."""
+    """Names of the files under kernels/ that define `offline_cases`."""
     folder = Path(titok_fast.kernels.__file__).parent
     names = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
     return [name for name in names if "def offline_cases(" in (folder / f"{name}.py").read_text()]
@@ -89,14 +74,8 @@ def occupancy(code: MachineCode, num_warps: int, arch: int) -> float:
     return programs * num_warps / limits.warps
 
 
-def floor_us(case: OfflineCase, peak: Peak) -> float:
-    """The larger of the times that memory and arithmetic need at their peaks, in microseconds."""
-    operations = peak.tensor if case.expects_mma else peak.fp32
-    return 1e6 * max(case.bytes_min / peak.memory, case.flops / operations)
-
-
 def report_row(case: OfflineCase, arch: int, code: MachineCode) -> dict[str, Any]:
-    """One line of the table; `failures` of it come last."""
+    """One line of the table, and the rules that it breaks under "failures"."""
     row = {
         "kernel": case.kernel.__name__.strip("_").removesuffix("_kernel"),
         "config": case.config,
@@ -107,10 +86,13 @@ def report_row(case: OfflineCase, arch: int, code: MachineCode) -> dict[str, Any
         "bytes_min": case.bytes_min,
         "bytes_unfused": case.bytes_unfused,
         "flops": case.flops,
-        **{f"floor_us_{name}": round(floor_us(case, p), 3) for name, p in PEAKS.items()},
-        # what the plain operators need for their traffic alone
-        "unfused_us_a100": round(1e6 * case.bytes_unfused / PEAKS["a100"].memory, 3),
     }
+    for name, card in CARDS.items():
+        tflops = card.tflops["bfloat16" if case.expects_mma else "float32"]
+        seconds = max(case.bytes_min / (card.gbps * 1e9), case.flops / (tflops * 1e12))
+        row[f"floor_us_{name}"] = round(1e6 * seconds, 3)
+    # memory traffic of the plain operators alone
+    row["unfused_us_a100"] = round(1e-3 * case.bytes_unfused / CARDS["a100"].gbps, 3)
     row["failures"] = failures(row, case.expects_mma, case.vector_loads)
     return row
 
@@ -120,20 +102,17 @@ def failures(row: dict[str, Any], expects_mma: bool, vector_loads: bool) -> list
 
     Args:
         row: with arch ("sm_80") and the figures of `MachineCode`.
-        expects_mma: whether tensor-core instructions must be there; if not, they must not.
-        vector_loads: whether there must be streams, read in 128 bits and found by 64-bit offsets.
-
-    Returns:
-        One sentence each; empty if the row passes.
+        expects_mma: True: tensor-core instructions must be there; False: they must not.
+        vector_loads: whether there must be streams, read in 128 bits and with 64-bit offsets.
     """
-    limit = LIMITS[int(row["arch"].removeprefix("sm_"))].shared_program
+    limit = LIMITS[int(row["arch"].removeprefix("sm_"))].shared - _SHARED_RESERVED
     broken = []
     if row["spill_bytes"] or row["stack_bytes"]:
         broken.append(f"{row['spill_bytes']} B of spills, {row['stack_bytes']} B of stack")
     if row["shared_bytes"] > limit:
         broken.append(f"{row['shared_bytes']} B of shared memory, {limit} B is the limit")
     if expects_mma and not row["mma"]:
-        broken.append("a matrix product without tensor-core instructions")
+        broken.append("a matmul without tensor-core instructions")
     if not expects_mma and row["mma"]:
         broken.append(f"{row['mma']} tensor-core instructions where IEEE float32 is promised")
     if vector_loads:
@@ -142,33 +121,24 @@ def failures(row: dict[str, Any], expects_mma: bool, vector_loads: bool) -> list
         if row["narrow_streams"]:
             broken.append(f"read in less than 128 bits: {', '.join(row['narrow_streams'])}")
         if row["short_offsets"]:
-            broken.append(f"rows found by 32-bit offsets: {', '.join(row['short_offsets'])}")
+            broken.append(f"rows addressed by 32-bit offsets: {', '.join(row['short_offsets'])}")
     if row["registers"] == 0:
         broken.append("the assembler reported no registers")
     return broken
 
 
-@cache
-def _readers() -> str:
-    """Source of the files that compile, and read what comes of it."""
-    files = [importlib.import_module(c.__module__).__file__ for c in (OfflineCase, MachineCode)]
-    return "\n".join(Path(file or "").read_text() for file in files)
-
-
-def _key(case: OfflineCase, arch: int) -> str:
-    """Hash of all that decides the machine code: the config's name and shape counts do not."""
+def cache_path(case: OfflineCase, arch: int, cache: Path) -> Path:
+    """File named by a hash of all that decides the result; config name and costs do not."""
     choices = (dict(case.signature), dict(case.constexprs), case.num_warps, case.num_stages, arch)
+    inspection = Path(machine_code.__file__).read_text()
     # Triton's own key of a kernel covers the helpers and globals that it uses
-    parts = [case.kernel.cache_key, repr(choices), triton.__version__, _readers()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    parts = [case.kernel.cache_key, repr(choices), triton.__version__, inspection]
+    return cache / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()}.json"
 
 
-def _path(case: OfflineCase, arch: int, cache: Path) -> Path:
-    return cache / f"{_key(case, arch)}.json"
-
-
-def _compiled(case: OfflineCase, arch: int, cache: Path) -> MachineCode:
-    path = _path(case, arch, cache)
+def compile_cached(case: OfflineCase, arch: int, cache: Path) -> MachineCode:
+    """Machine code of a case, from the cache if it is there."""
+    path = cache_path(case, arch, cache)
     if path.exists():
         return MachineCode(**json.loads(path.read_text()))
     code = compile_offline(case, arch)
@@ -186,96 +156,73 @@ def _cases(name: str) -> list[OfflineCase]:
 
 
 def _fill(name: str, index: int, arch: int, cache: Path) -> None:
-    _compiled(_cases(name)[index], arch, cache)
+    compile_cached(_cases(name)[index], arch, cache)
 
 
-def _fill_cache(archs: list[int], cache: Path) -> None:
-    """Compile what the cache lacks, in one process for each processor."""
-    lacking = {
-        path: (name, index, arch, cache)
+def build_report(archs: list[int], cache: Path) -> list[dict[str, Any]]:
+    """Rows of all kernels on these architectures, compiled in one process per processor."""
+    todo = [
+        (name, index, case, arch)
         for name in kernel_modules()
         for index, case in enumerate(_cases(name))
         for arch in archs
-        if not (path := _path(case, arch, cache)).exists()
+    ]
+    lacking = {
+        path: (name, index, arch, cache)  # kernels cannot be pickled, so a worker gets the index
+        for name, index, case, arch in todo
+        if not (path := cache_path(case, arch, cache)).exists()
     }
     if lacking:
         with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
             list(pool.map(_fill, *zip(*lacking.values(), strict=True)))
-
-
-def build_report(archs: list[int], cache: Path) -> list[dict[str, Any]]:
-    """Rows of all kernels on the given architectures."""
-    _fill_cache(archs, cache)
     return [
-        {"module": name} | report_row(case, arch, _compiled(case, arch, cache))
-        for name in kernel_modules()
-        for case in _cases(name)
-        for arch in archs
+        {"module": name} | report_row(case, arch, compile_cached(case, arch, cache))
+        for name, _, case, arch in todo
     ]
 
 
-_COLUMNS = {
-    "kernel": "kernel",
-    "config": "config",
-    "arch": "arch",
-    "registers": "regs",
-    "spill_bytes": "spill",
-    "shared_bytes": "shared",
-    "occupancy": "occup",
-    "mma": "mma",
-    "fma": "fma",
-    "loads_128": "ld128",
-    "loads_narrow": "ld<128",
-    "bytes_min": "MB min",
-    "bytes_unfused": "MB unfused",
-    "flops": "GFLOP",
-    "floor_us_a100": "A100 us",
-    "floor_us_h100": "H100 us",
-}
-_UNITS = {"bytes_min": 1e6, "bytes_unfused": 1e6, "flops": 1e9}
+# keys of a row that are shown: as they are, and in larger units
+_SHOWN = ("kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "occupancy")
+_SHOWN += ("mma", "fma", "loads_128", "loads_narrow", "floor_us_a100", "floor_us_h100")
+_SCALED = {"MB min": ("bytes_min", 1e6), "MB unfused": ("bytes_unfused", 1e6)}
+_SCALED |= {"GFLOP": ("flops", 1e9)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The report as aligned text, failures after the row they belong to."""
-
-    def cell(row: dict[str, Any], column: str) -> str:
-        value = row[column]
-        if column in _UNITS:
-            return f"{value / _UNITS[column]:.3f}"
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-    cells = [list(_COLUMNS.values())] + [[cell(row, c) for c in _COLUMNS] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-    told = [[], *(row["failures"] for row in rows)]
-    return "\n".join(
-        line + "".join(f"\n    FAILS: {why}" for why in whys)
-        for line, whys in zip(lines, told, strict=True)
-    )
+def report_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, then a line for each rule that one breaks."""
+    shown = [row | {name: row[key] / unit for name, (key, unit) in _SCALED.items()} for row in rows]
+    broken = [
+        f"FAILS: {row['kernel']} [{row['config']}] {row['arch']}: {why}"
+        for row in rows
+        for why in row["failures"]
+    ]
+    return "\n".join([table(shown, [*_SHOWN, *_SCALED]), *broken])
 
 
 def _processor_seconds() -> float:
-    """Time this process and its assemblers have worked: a clock would time the neighbours too."""
+    """Processor time of this process and its children; a clock would count the neighbours' load."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 0 if every row passes, else 1."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS))
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument(
-        "--limit-s", type=float, default=float("inf"), help="fail if it takes longer"
+    """Print the table; 0 if every row passes within the limit, else 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", help="also write the rows there")
+    add("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS))
+    add("--cache", type=Path, metavar="DIR", default=DEFAULT_CACHE)
+    limit_help = "fail if it takes more processor time"
+    add("--limit-s", type=float, default=float("inf"), metavar="SECONDS", help=limit_help)
     args = parser.parse_args(argv)
 
     rows = build_report(args.arch, args.cache)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    print(report_table(rows))
     failed = sum(bool(row["failures"]) for row in rows)
     seconds = _processor_seconds()
     print(f"{len(rows)} rows, {failed} failed, {seconds:.0f} s of one processor")

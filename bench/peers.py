@@ -1,13 +1,13 @@
-"""Other image generators beside ours, in the same process, taking turns.
+"""Time other image generators beside ours, in the same process, taking turns.
 
     python bench/peers.py
     python bench/peers.py --peers maskgit,dit-xl-2 --batch-size 4 --json bench/results
 
-Weights are random; the speed does not depend on them. Of a peer one step (one with a key-value
-cache: the first, the middle and the last) and the decoder are timed, and the step is multiplied by
-the published number of steps: "extrapolated". Ours are timed whole, labels to uint8 on the host.
-Peers run eagerly, as their libraries ship them, on channels-last weights; so do ours, and with
---compile ours are measured in the fast mode as well. The paper's ratio is that of its A100 figures.
+Weights are random; speed does not depend on them. For a peer one step is timed (with a key-value
+cache three: the first, the middle and the last) and the decoder; the step times the published
+number of steps is "extrapolated". Ours are timed whole, from labels to uint8 on the host. Peers run
+eagerly, as their libraries ship them, on channels-last weights; so do ours, and with --compile ours
+are measured in the fast mode as well. The paper's ratio is that of its A100 figures.
 """
 
 import argparse
@@ -22,23 +22,22 @@ import torch
 from lib.cases import arithmetic, say
 from lib.harness import NOT_MEASURED, summary, table, time_interleaved
 from lib.options import add_single, check, chosen_mode, in_mode, save, start_record
-from lib.peers.models import Calls, Peer
 from lib.peers.systems import PAPER_A100, SYSTEMS, System
 from lib.weights import build, draw_only
 
 from titok_fast import PRESETS
 
-# ours beside the systems of the same resolution, and the steps whose speed the paper gives
+# by resolution, and at the number of steps whose speed the paper gives
 OURS = {256: ("titok-l-32", "titok-b-64"), 512: ("titok-l-64-512", "titok-b-128-512")}
 OUR_STEPS = 8
 # activations and workspaces: the largest is a 512 px decoder's in float32
 ROOM_BYTES = 3 << 30
 
-Timed = dict[str, list[float]]
+Rivals = Mapping[str, Callable[[], object]]
 
 
 def interpolated_sum(points: Mapping[int, float], steps: int) -> float:
-    """Seconds of steps 0 .. steps-1, from those of some, linear in between, level outside.
+    """Seconds of steps 0 .. steps-1 from those of some: linear between them, constant outside.
 
     Raises:
         ValueError: no point, or one that is not a step of the run.
@@ -52,7 +51,7 @@ def interpolated_sum(points: Mapping[int, float], steps: int) -> float:
 def available_bytes(device: torch.device) -> int:
     """Memory a new model can take."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the peer before left with torch counts as free
+        torch.cuda.empty_cache()  # memory that torch still holds counts as free
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as lines:
         found = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
@@ -60,7 +59,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def ours(args: argparse.Namespace, side: int) -> dict[str, Callable[[], object]]:
-    """Calls that draw a batch of pictures whole, by "model mode"."""
+    """Calls that generate a batch of images from labels, by "model mode"."""
     calls: dict[str, Callable[[], object]] = {}
     for name in args.ours or OURS[side]:
         pipe = draw_only(PRESETS[name], args.device, args.weights_dtype)
@@ -73,13 +72,10 @@ def ours(args: argparse.Namespace, side: int) -> dict[str, Callable[[], object]]
     return calls
 
 
-def measure(
-    system: System, rivals: Mapping[str, Callable[[], object]], args: Any
-) -> dict[str, Any]:
+def measure(system: System, rivals: Rivals, args: Any) -> dict[str, Any]:
     """The row of one system, with ours timed in the same rounds."""
-    row: dict[str, Any] = {
-        key: value for key, value in asdict(system).items() if key not in ("build", "left_out")
-    } | {"batch": args.batch_size, "dtype": args.dtype}
+    row: dict[str, Any] = asdict(system) | {"batch": args.batch_size, "dtype": args.dtype}
+    del row["build"], row["left_out"]
     if system.build is None:
         return row | {"not_measured": system.left_out}
     make = partial(system.build, args.tiny)
@@ -92,7 +88,11 @@ def measure(
             gib = f"{wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
             return row | {"not_measured": f"wants {gib}"}
         peer = build(make, args.device, args.weights_dtype)
-        times, calls = _rounds(system, peer, rivals, args)
+        calls = peer.calls(args.batch_size, system.steps)
+        steps = {f"step {i}": call for i, call in calls.steps.items()}
+        timed = {**rivals, **steps, "decode": calls.decode}
+        with arithmetic(args.dtype):
+            times = time_interleaved(timed, repeats=args.repeats, warmup=1, device=args.device)
     except ImportError as error:
         extra = "pip install 'titok_fast[bench]'"
         return row | {"not_measured": f"needs {error.name}: {extra}"}
@@ -102,51 +102,38 @@ def measure(
     return row | estimate(system, times, calls.steps_per_call, args.batch_size)
 
 
-def _rounds(
-    system: System, peer: Peer, rivals: Mapping[str, Callable[[], object]], args: Any
-) -> tuple[Timed, Calls]:
-    calls = peer.calls(args.batch_size, system.steps)
-    candidates = dict(rivals) | {f"step {i}": call for i, call in calls.steps.items()}
-    candidates["decode"] = calls.decode
-    with arithmetic(args.dtype):
-        times = time_interleaved(candidates, repeats=args.repeats, warmup=1, device=args.device)
-    return times, calls
-
-
-def estimate(system: System, times: Timed, steps_per_call: int, batch: int) -> dict[str, Any]:
+def estimate(
+    system: System, times: Mapping[str, list[float]], steps_per_call: int, batch: int
+) -> dict[str, Any]:
     """Samples/s of a peer from the times of its parts, and how much faster ours are.
 
     Args:
         system: the published system.
         times: seconds of "step <index>", of "decode", and of "<model> <mode>" for ours.
-        steps_per_call: steps in one call of the first.
-        batch: pictures in each call.
+        steps_per_call: steps in one call of a step.
+        batch: images in each call.
 
     Returns:
         The measured part of a row; times of steps are per step, in ms.
     """
-    steps = {int(name[5:]): seconds for name, seconds in times.items() if name[:5] == "step "}
-    per_step = {i: summary([1000 * s / steps_per_call for s in t]) for i, t in steps.items()}
-    medians = {i: float(ms["median"]) for i, ms in per_step.items()}
+    step_ms, compared = {}, []
     decode = summary([1000 * s for s in times["decode"]])
-    generator_ms = interpolated_sum(medians, system.steps)
+    for name, seconds in times.items():
+        if name.startswith("step "):
+            step_ms[int(name[5:])] = summary([1000 * s / steps_per_call for s in seconds])
+    generator_ms = interpolated_sum({i: ms["median"] for i, ms in step_ms.items()}, system.steps)
     rate = 1000 * batch / (generator_ms + decode["median"])
-    compared = []
     for name, seconds in times.items():
         if name == "decode" or name.startswith("step "):
             continue
         model, mode = name.split()
         speed, paper = summary([batch / s for s in seconds]), PAPER_A100.get((model, OUR_STEPS))
-        compared.append({
-            "model": model,
-            "mode": mode,
-            "images_per_s": speed,
-            "speed_up": speed["median"] / rate,
-            "paper_ratio": paper / system.paper_rate if paper and system.paper_rate else None,
-        })  # fmt: skip
+        ratio = paper / system.paper_rate if paper and system.paper_rate else None
+        row = {"model": model, "mode": mode, "images_per_s": speed}
+        compared.append(row | {"speed_up": speed["median"] / rate, "paper_ratio": ratio})
     return {
         "extrapolated": steps_per_call < system.steps,
-        "step_ms": {str(i): ms for i, ms in per_step.items()},
+        "step_ms": {str(i): ms for i, ms in step_ms.items()},
         "ms_per_step": generator_ms / system.steps,
         "decode_ms": decode,
         "images_per_s": rate,
@@ -185,12 +172,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "memory": "one peer at a time beside ours",
         "peers": "eager, a step times the published steps; ours whole",
     }
-    side = 0
-    rivals: dict[str, Callable[[], object]] = {}
+    side, rivals = 0, {}
     for system in args.systems:
         say(f"{system.name}: {system.classes or NOT_MEASURED}")
         if system.build is not None and system.side != side:
-            rivals.clear()  # before the next ones are loaded
+            rivals.clear()  # frees them before the next are loaded
             side, rivals = system.side, ours(args, system.side)
         record["cases"].append(measure(system, rivals, args))
         save(args.json, record)
@@ -204,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add, known = p.add_argument, {s.name: s for s in SYSTEMS}
     add("--peers", metavar="A,B", help=f"default: all of {', '.join(known)}")
-    add("--batch-size", type=int, metavar="B", help="pictures at once; CPU: 1; CUDA: 32")
+    add("--batch-size", type=int, metavar="B", help="images at once; CPU: 1; CUDA: 32")
     add_single(p, "ours also")
     add("--ours", nargs="+", choices=tuple(PRESETS), metavar="NAME", help=argparse.SUPPRESS)
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # small networks, for tests

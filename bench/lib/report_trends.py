@@ -1,4 +1,4 @@
-"""The README's section on the paper's curves in small, from a record of paper_trends.py."""
+"""The README's section on the paper's curves in small, from a record of paper/trends.py."""
 
 from collections.abc import Mapping
 from typing import Any

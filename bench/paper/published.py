@@ -1,4 +1,4 @@
-"""The paper's own figures beside which paper_trends.py sets its small ones (arXiv 2406.07550).
+"""The paper's own figures, which trends.py sets beside its small ones (arXiv 2406.07550).
 
 ImageNet at 256 px, 256 proxy codes; the curves are of its preliminary setting: stage 1 alone, 1024
 codes of 16 channels, 8 steps. rFID, gFID: lower is better; probe: top-1 accuracy in percent.
@@ -28,8 +28,10 @@ _TABLE_4 = {
 }
 
 # figure 4(d): samples/s of one A100, TiTok-B and MaskGIT-ViT; the label at 192 is unreadable
-TRAINING_PER_S = {16: 5746.3, 32: 2815.2, 64: 1268.3, 96: 824.8, 128: 555.1, 256: 219.7}
-SAMPLING_PER_S = {16: 130.0, 32: 123.1, 64: 89.8, 96: 70.9, 128: 54.1, 256: 27.5}
+SAMPLES_PER_S = {
+    "training": {16: 5746.3, 32: 2815.2, 64: 1268.3, 96: 824.8, 128: 555.1, 256: 219.7},
+    "sampling": {16: 130.0, 32: 123.1, 64: 89.8, 96: 70.9, 128: 54.1, 256: 27.5},
+}
 
 # table 3b: gFID of L-32 by the masking schedule of its generator
 SCHEDULES_GFID = {"cosine": 5.17, "arccos": 4.94, "linear": 4.95, "sqrt": 5.63}

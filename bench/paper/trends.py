@@ -1,14 +1,13 @@
-"""The paper's curves, small: Fashion-MNIST, networks of 0.2 to 1.6 million parameters.
+"""Repeat the paper's curves in small: Fashion-MNIST, networks of 0.2 to 1.6 million parameters.
 
-    python bench/paper_trends.py --plan
-    python bench/paper_trends.py --json bench/results --plots bench/results
-    python bench/paper_trends.py --only probe-tokens,speed
+    python bench/paper/trends.py --json bench/results --plots bench/results
+    python bench/paper/trends.py --only probe-tokens,speed
 
 Groups: reconstruction, generation and linear probing against tokens (and model size); proxy codes
 against a single stage against the 2D variant; four masking schedules; speed against tokens. Every
-finished cell is kept in --work, and a run that was ended goes on where it was. Pictures are judged
-by the classifier of recipes/fashion/classifier.yaml: its distances are not those of the paper, so
-orders are compared, not values.
+finished experiment is saved in --work, and an interrupted run resumes from there. Distances are in
+the features of the classifier of recipes/fashion/classifier.yaml, not in the paper's, so orders are
+compared, not values.
 """
 
 import argparse
@@ -29,28 +28,35 @@ import numpy as np
 import torch
 from fashion import CLASSIFIER
 from lib.cases import say
-from lib.harness import environment, table, write_json
+from lib.harness import environment, write_json
 from lib.options import add_run, check, save
+from lib.plots import write
 from lib.report_trends import trends_table
 from paper import plot
-from paper.cells import CLASSES, GROUPS, RATE, SMOKE, Cell, Settings, cells_of, in_order
-from paper.plan import plan
-from paper.shape import comparisons
-from paper.work import SIDE, Bench, StoppedError, figures_of, train_cell
+from paper.curves import comparisons
+from paper.experiments import (
+    CLASSES,
+    GROUPS,
+    RATE,
+    SMOKE,
+    Experiment,
+    Settings,
+    experiments_of,
+    with_needs,
+)
+from paper.work import SIDE, Setup, StoppedError, measure, train_network
 
 from titok_fast.data.sources import ArraySource, fashion_mnist
 from titok_fast.evaluation.networks import FashionFeatures
 from titok_fast.models.classifier import FashionClassifier
 
-_NOISE = "One seed each, but for the masking schedules: small differences may be chance"
 
-
-def open_bench(args: argparse.Namespace, settings: Settings, work: Path) -> Bench:
+def open_setup(args: argparse.Namespace, settings: Settings, work: Path) -> Setup:
     """Data, classifier and folder of a run.
 
     Raises:
-        FileNotFoundError: data or classifier are not there.
-        ValueError: the folder holds cells of other settings, or a file is damaged.
+        FileNotFoundError: data or classifier are missing.
+        ValueError: the folder holds experiments of other settings, or a file is damaged.
     """
     if args.smoke:
         torch.manual_seed(0)
@@ -67,11 +73,11 @@ def open_bench(args: argparse.Namespace, settings: Settings, work: Path) -> Benc
     known = work / "settings.json"
     if known.exists() and json.loads(known.read_text()) != described:
         raise ValueError(
-            f"{work} holds cells of another budget, classifier or data: choose another --work"
+            f"{work} holds experiments of another budget, classifier or data: name another --work"
         )
     write_json(known, described)
     network = FashionFeatures(classifier).to(args.device)
-    return Bench(settings, work, train, test, network, args.device)
+    return Setup(settings, work, train, test, network, args.device)
 
 
 def smoke_data(count: int) -> ArraySource:
@@ -100,26 +106,26 @@ def _digest(model: FashionClassifier) -> str:
     return digest.hexdigest()
 
 
-def run_cell(bench: Bench, cell: Cell, now: dict[str, Any]) -> dict[str, Any]:
-    """The case of a cell: from its file, or trained, measured and kept there.
+def run_experiment(setup: Setup, e: Experiment, now: dict[str, Any]) -> dict[str, Any]:
+    """The case of an experiment: read from its file, or trained, measured and written there.
 
     Args:
-        bench: what cells share.
-        cell: whose needs are done.
-        now: `environment()`; a case keeps the commit that measured it.
+        setup: shared by all experiments.
+        e: one whose needs are done.
+        now: `environment()`; a case names the commit that measured it.
     """
-    path = bench.work / "cells" / f"{cell.name}.json"
+    path = setup.work / "experiments" / f"{e.name}.json"
     if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text())
-        return kept
-    say(cell.name)
+        done: dict[str, Any] = json.loads(path.read_text())
+        return done
+    say(e.name)
     start = time.perf_counter()
-    if cell.trains():
-        train_cell(bench, cell)
+    if e.trains():
+        train_network(setup, e)
     trained = time.perf_counter()
-    case = asdict(cell) | {
-        "cell": cell.name,
-        "figures": figures_of(bench, cell),
+    case = asdict(e) | {
+        "experiment": e.name,
+        "figures": measure(setup, e),
         "training_s": trained - start,
         "measuring_s": time.perf_counter() - trained,
         "commit": now["commit"],
@@ -130,45 +136,45 @@ def run_cell(bench: Bench, cell: Cell, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace, settings: Settings, work: Path) -> dict[str, Any]:
-    """All cells of the groups that were asked for, and what the curves say; see StoppedError."""
-    bench = open_bench(args, settings, work)
+    """Do all experiments of the groups in --only and compare the curves; may raise StoppedError."""
+    setup = open_setup(args, settings, work)
     now = environment(args.device)
-    wanted = [cell for group in args.only for cell in cells_of(group, settings)]
-    cases = [run_cell(bench, cell, now) for cell in in_order(wanted)]
-    figures = {case["cell"]: case["figures"] for case in cases}
-    shown = [c for c in comparisons(figures, settings) if c["group"] in args.only]
+    wanted = [e for group in args.only for e in experiments_of(group, settings)]
+    cases = [run_experiment(setup, e, now) for e in with_needs(wanted)]
+    figures = {case["experiment"]: case["figures"] for case in cases}
     return {
         "benchmark": "paper-trends",
         "environment": now,
-        "protocol": _protocol(bench),
+        "protocol": _protocol(setup),
         "cases": cases,
-        "comparisons": shown,
+        "comparisons": [c for c in comparisons(figures, settings) if c["group"] in args.only],
     }
 
 
-def _protocol(bench: Bench) -> dict[str, Any]:
-    S, network = bench.settings, bench.network.name
+def _protocol(setup: Setup) -> dict[str, Any]:
+    S, network = setup.settings, setup.network.name
     sizes = ", ".join(f"{name} {'/'.join(map(str, size))}" for name, size in S.sizes)
     return {
         "settings": asdict(S),
         "features": f"distance: Frechet's, in the features of {network} (figures call it fid)",
         "learning-rate": f"{RATE} / width in stage 1 and a single stage, else the recipes'",
-        "reconstruction": "stage 1: likeliest proxy codes drawn by the proxy tokenizer, averaged "
-        f"weights, clamped, rounded; first {S.judged} evaluation pictures against themselves",
-        "generation": f"{S.drawn} pictures, classes in turn, truncated, against the features of "
-        "all training pictures; 8 steps, linear guidance 2.0, temperature 4.5",
+        "reconstruction": "stage 1: likeliest proxy codes, decoded by the proxy tokenizer; "
+        f"averaged weights, clamped, rounded; first {S.judged} evaluation images",
+        "generation": f"{S.drawn} images, classes in turn, truncated, against the features of "
+        "all training images; 8 steps, linear guidance 2.0, temperature 4.5",
         "probe": f"mean of the latents after the last norm, batch norm and LARS, {S.probed} "
-        f"training pictures as they are, {S.probe_epochs} passes; top-1 on all evaluation pictures",
+        f"training images as they are, {S.probe_epochs} epochs; top-1 on all evaluation images",
         "proxy-codes": "squared error, no adversary; single stage and 2D have the updates of both "
         "stages",
-        "speed": f"random weights; updates of batch {S.generator_batch}, drawing in batches of "
+        "speed": f"random weights; updates of batch {S.generator_batch}, sampling in batches of "
         f"{S.speed_batch} to bytes; all in turns, median of {S.repeats}",
         "summary": f"Small networks (width/layers/heads: {sizes}) on Fashion-MNIST at 32 px with "
         f"64 proxy codes: {S.budget} updates of batch {S.batch} for each tokenizer and stage, "
         f"{S.generator_budget} of batch {S.generator_batch} for each generator. In brackets the "
         f"paper's tokens for the same share of its 256 proxy codes. Distances are Frechet's "
         f"in the features of {network}, the paper's rFID and gFID in Inception's: orders are "
-        f"compared, not values. {_NOISE}.",
+        "compared, not values. One seed each, except for the masking schedules: small differences "
+        "may be chance.",
     }
 
 
@@ -179,52 +185,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = p.add_argument
     add("--only", metavar="A,B", default=",".join(GROUPS), help=f"default: {','.join(GROUPS)}")
-    add("--budget", type=int, metavar="UPDATES",
-        help=f"of tokenizers and generators (default: {Settings().budget})")  # fmt: skip
-    add("--work", type=Path, metavar="DIR",
-        help="networks, finished cells (default: runs/fashion/trends-BUDGET)")  # fmt: skip
-    add("--classifier", type=Path, default=CLASSIFIER, metavar="DIR",
-        help="trained by recipes/fashion/classifier.yaml; default: fashion-16's")  # fmt: skip
-    add("--data", type=Path, metavar="DIR", help="Fashion-MNIST's files; default: Debian's place")
-    add("--plan", action="store_true", help="print cells and predicted minutes, and end")
-    add("--smoke", action="store_true", help="every kind of cell, tiny, on made-up pictures")
+    budget = f"of tokenizers and generators (default: {Settings().budget})"
+    add("--budget", type=int, metavar="UPDATES", help=budget)
+    work_help = "networks, finished experiments (default: runs/fashion/trends-BUDGET)"
+    add("--work", type=Path, metavar="DIR", help=work_help)
+    classifier = "trained by recipes/fashion/classifier.yaml; default: fashion-16's"
+    add("--classifier", type=Path, default=CLASSIFIER, metavar="DIR", help=classifier)
+    add("--data", type=Path, metavar="DIR", help="Fashion-MNIST's files; default: Debian's folder")
+    add("--smoke", action="store_true", help="every kind of experiment, tiny, on synthetic images")
     add_run(p)
     add("--plots", type=Path, metavar="DIR", help="also an SVG there, named like the record")
     args = p.parse_args(argv)
     settings = _check(p, args)
-    passing = tempfile.TemporaryDirectory() if args.smoke and args.work is None else nullcontext()
-    with passing as folder:
-        work = args.work or (
-            Path(folder) if folder else Path(f"runs/fashion/trends-{settings.budget}")
-        )
+    temporary = tempfile.TemporaryDirectory() if args.smoke and args.work is None else nullcontext()
+    with temporary as folder:
+        work = args.work or Path(folder or f"runs/fashion/trends-{settings.budget}")
         try:
-            return _do(args, settings, work)
+            record = run(args, settings, work)
         except StoppedError as stopped:
             print(f"{stopped}", file=sys.stderr)
             return 130
         except (FileNotFoundError, ValueError) as error:
             p.error(str(error))
-
-
-def _do(args: argparse.Namespace, settings: Settings, work: Path) -> int:
-    if args.plan:
-        cells = in_order([cell for group in args.only for cell in cells_of(group, settings)])
-        with tempfile.TemporaryDirectory() as folder:
-            rows = plan(open_bench(args, settings, Path(folder)), cells)
-        print(table(rows, list(rows[0])))
-        print(f"all: {sum(row['minutes'] for row in rows):.0f} minutes")
-        return 0
-    record = run(args, settings, work)
     path = save(args.json, record)
     if args.plots is not None and record["comparisons"]:
         name = path.stem if path is not None else record["benchmark"]
-        plot.write(plot.trends(record), args.plots / f"{name}.svg")
+        write(plot.trends(record), args.plots / f"{name}.svg")
     print(trends_table(record))
     return 0
 
 
 def _check(p: argparse.ArgumentParser, args: argparse.Namespace) -> Settings:
-    """Refuse before any work, and settle the settings."""
+    """Refuse wrong options before any work, and return the settings."""
     args.only = args.only.split(",")
     unknown = [group for group in args.only if group not in GROUPS]
     if unknown:

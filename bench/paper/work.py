@@ -1,4 +1,4 @@
-"""Doing the work of paper_trends.py's cells: training, reconstructing, drawing, probing, timing."""
+"""Do the work of an experiment: train, reconstruct, sample, probe, time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,10 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lib.harness import summary, time_interleaved
-from paper.cells import CLASSES, VQGAN, Cell, Settings, recipe
+from paper.experiments import CLASSES, VQGAN, Experiment, Settings, recipe
 from torch import Tensor
 
 from titok_fast import ImageBert, MaskGitVQGAN, TiTok
@@ -34,7 +33,7 @@ from titok_fast.training.update import Learner
 
 Figures = dict[str, Any]
 SIDE = 32
-_AT_ONCE = 100  # pictures in a network that is measured
+_BATCH = 100  # images per batch in a measurement
 
 
 class StoppedError(Exception):
@@ -42,14 +41,14 @@ class StoppedError(Exception):
 
 
 @dataclass
-class Bench:
-    """What all cells share.
+class Setup:
+    """What all experiments share.
 
     Attributes:
         settings: of the run.
         work: folder of trained networks and token shards.
-        train, test: pictures of 32 x 32 with classes 0..9.
-        network: the feature space, and the judge of classes.
+        train, test: images of 32 x 32 with classes 0..9.
+        network: the feature space, and the classifier of sampled images.
         device: where networks run.
     """
 
@@ -67,109 +66,113 @@ class Bench:
 
     @cached_property
     def statistics(self) -> Gaussian:
-        """Features of all training pictures, which drawn ones are compared with."""
-        pictures = SourcePictures(self.train, SIDE)
-        return measure_pictures(pictures, [self.network], batch_size=500)[0].sums.gaussian()
+        """Features of all training images, the reference of generated ones."""
+        images = SourcePictures(self.train, SIDE)
+        return measure_pictures(images, [self.network], batch_size=500)[0].sums.gaussian()
 
-    def load(self, kind: type, cell: Cell) -> Any:
-        """The trained network of a cell, in eval mode."""
-        return kind.from_pretrained(str(self.work / cell.name / FINAL), device=self.device)
+    def final(self, e: Experiment) -> Path:
+        """Folder of an experiment's trained network."""
+        return self.work / e.name / FINAL
 
-    def judged(self) -> SourcePictures:
-        """The first pictures of the evaluation set."""
-        count = self.settings.judged
-        part = ArraySource(self.test.images[:count], self.test.labels[:count], "test")
-        return SourcePictures(part, SIDE)
+    def load(self, kind: type, e: Experiment) -> Any:
+        """The trained network of an experiment, in eval mode."""
+        return kind.from_pretrained(str(self.final(e)), device=self.device)
+
+    def recipe(self, e: Experiment) -> Any:
+        """The training recipe of an experiment."""
+        return recipe(e, self.settings, self.work)
 
 
-def train_cell(bench: Bench, cell: Cell) -> None:
-    """Train the network of a cell, or go on with it; nothing to do where it is done.
+def train_network(setup: Setup, e: Experiment) -> None:
+    """Train the network of an experiment, or resume it; return at once where it is done.
 
     Raises:
-        StoppedError: a signal came; the next call goes on.
+        StoppedError: a signal came; the next call resumes.
     """
-    if (bench.work / cell.name / FINAL / "model.safetensors").exists():
+    weights = setup.final(e) / "model.safetensors"
+    if weights.exists():
         return
-    source: Any = tokens(bench, cell) if cell.kind == "generator" else bench.train
-    ended = train(recipe(cell, bench.settings, bench.work), bench.ranks, (source, None))
-    if not (bench.work / cell.name / FINAL / "model.safetensors").exists():
+    source: Any = tokens(setup, e) if e.kind == "generator" else setup.train
+    ended = train(setup.recipe(e), setup.ranks, (source, None))
+    if not weights.exists():
         raise StoppedError(ended)
 
 
-def tokens(bench: Bench, cell: Cell) -> TokenSource:
-    """All training pictures as the tokens of a generator's tokenizer, from shards made once."""
-    first = Cell("tokenizer", cell.size, cell.tokens)
-    folder = bench.work / f"{first.name}-ids"
-    pretokenize(
-        bench.load(TiTok, first), bench.train, folder, augmentation="center",
-        batch_size=_AT_ONCE, device=bench.device,
-    )  # fmt: skip
+def tokens(setup: Setup, e: Experiment) -> TokenSource:
+    """All training images as ids of a generator's tokenizer, from shards that are written once."""
+    tokenizer = e.needs()[1]
+    folder = setup.work / f"{tokenizer.name}-ids"
+    model = setup.load(TiTok, tokenizer)
+    options: Any = {"augmentation": "center", "batch_size": _BATCH, "device": setup.device}
+    pretokenize(model, setup.train, folder, **options)
     return TokenSource(folder, CLASSES)
 
 
-def pixels(images: np.ndarray) -> Tensor:
-    """Grey (n, S, S) or (n, S, S, 3) uint8 -> (n, 3, S, S) in [0, 1]."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
-    return x[:, None].expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+def measure(setup: Setup, e: Experiment) -> Figures:
+    """Measure an experiment; its network and those it needs must be trained."""
+    return _MEASURES[e.kind](setup, e)
 
 
-def figures_of(bench: Bench, cell: Cell) -> Figures:
-    """Measure a cell whose network, and those it needs, are trained."""
-    return _WORK[cell.kind](bench, cell)
-
-
-def _judge(bench: Bench, reconstruct: Reconstruct, codes: int | None) -> Figures:
+def _reconstruction(setup: Setup, reconstruct: Reconstruct, codes: int | None) -> Figures:
+    count = setup.settings.judged
+    part = ArraySource(setup.test.images[:count], setup.test.labels[:count], "test")
     found = evaluate_reconstruction(
-        reconstruct, bench.judged(), codebook_size=codes, networks=[bench.network],
-        with_ssim=False, floor=True, batch_size=_AT_ONCE,
-    )  # fmt: skip
-    return _short(found, bench.network)
+        reconstruct,
+        SourcePictures(part, SIDE),
+        codebook_size=codes,
+        networks=[setup.network],
+        with_ssim=False,
+        floor=True,
+        batch_size=_BATCH,
+    )
+    return _short(found, setup)
 
 
-def _short(found: Figures, network: FeatureNetwork) -> Figures:
+def _short(found: Figures, setup: Setup) -> Figures:
     """Figures without the network's name, which the record has once."""
-    return {name.removesuffix(f"[{network.name}]"): value for name, value in found.items()}
+    return {name.removesuffix(f"[{setup.network.name}]"): value for name, value in found.items()}
 
 
-def _judge_vqgan(bench: Bench, cell: Cell) -> Figures:
-    model = bench.load(MaskGitVQGAN, cell)
-    return _judge(bench, reconstructor(model), model.config.codebook_size)
+def _parameters(model: torch.nn.Module) -> Figures:
+    return {"parameters": sum(p.numel() for p in model.parameters())}
 
 
-def _judge_tokenizer(bench: Bench, cell: Cell) -> Figures:
-    """Stage 1 as in the paper's curves: the likeliest proxy codes, drawn by the proxy tokenizer."""
-    tokenizer, vqgan = bench.load(TiTok, cell), bench.load(MaskGitVQGAN, VQGAN)
+def _measure_vqgan(setup: Setup, e: Experiment) -> Figures:
+    model = setup.load(MaskGitVQGAN, e)
+    return _reconstruction(setup, reconstructor(model), model.config.codebook_size)
+
+
+def _measure_tokenizer(setup: Setup, e: Experiment) -> Figures:
+    """Stage 1 as in the paper's curves: the proxy tokenizer decodes the likeliest proxy codes."""
+    tokenizer, vqgan = setup.load(TiTok, e), setup.load(MaskGitVQGAN, VQGAN)
 
     def through(images: Tensor) -> tuple[Tensor, Tensor]:
-        codes, result = tokenizer.encode(images.to(bench.device))
+        codes, result = tokenizer.encode(images.to(setup.device))
         return vqgan.decode(tokenizer.decode(codes).argmax(dim=1)), result["min_encoding_indices"]
 
-    parameters = sum(p.numel() for p in tokenizer.parameters())
-    codes = tokenizer.config.codebook_size
-    return {"parameters": parameters} | _judge(bench, through, codes)
+    found = _reconstruction(setup, through, tokenizer.config.codebook_size)
+    return _parameters(tokenizer) | found
 
 
-def _judge_training(bench: Bench, cell: Cell) -> Figures:
-    model = bench.load(TiTok, cell)
-    parameters = sum(p.numel() for p in model.parameters())
-    found = _judge(bench, reconstructor(model), model.config.codebook_size)
-    return {"parameters": parameters} | found
+def _measure_training(setup: Setup, e: Experiment) -> Figures:
+    model = setup.load(TiTok, e)
+    found = _reconstruction(setup, reconstructor(model), model.config.codebook_size)
+    return _parameters(model) | found
 
 
-def _draw_and_judge(bench: Bench, cell: Cell) -> Figures:
-    generator = bench.load(ImageBert, cell)
-    decode = _decoder(bench.load(TiTok, cell.needs()[1]), bench.load(MaskGitVQGAN, VQGAN))
-    settings = recipe(cell, bench.settings, bench.work).sampling
-    count = bench.settings.drawn
+def _measure_generator(setup: Setup, e: Experiment) -> Figures:
+    generator, tokenizer = setup.load(ImageBert, e), setup.load(TiTok, e.needs()[1])
+    decode = _decoder(tokenizer, setup.load(MaskGitVQGAN, VQGAN))
+    settings, count = setup.recipe(e).sampling, setup.settings.drawn
     labels, seeds = torch.arange(count) % CLASSES, sample_seeds(0, count)
     parts = [
-        decode(sample(generator, some, own, settings)).cpu()
-        for some, own in zip(labels.split(_AT_ONCE), seeds.split(_AT_ONCE), strict=True)
+        decode(sample(generator, *batch, settings)).cpu()
+        for batch in zip(labels.split(_BATCH), seeds.split(_BATCH), strict=True)
     ]
-    pictures = ArrayPictures(torch.cat(parts).numpy(), labels.numpy())
-    reference = Reference(statistics=bench.statistics, network=bench.network.name)
-    found = evaluate_generation(pictures, reference, [bench.network], batch_size=500)
-    return _short(found, bench.network)
+    images = ArrayPictures(torch.cat(parts).numpy(), labels.numpy())
+    reference = Reference(statistics=setup.statistics, network=setup.network.name)
+    found = evaluate_generation(images, reference, [setup.network], batch_size=500)
+    return _short(found, setup)
 
 
 def _decoder(tokenizer: TiTok, vqgan: MaskGitVQGAN) -> Callable[[Tensor], Tensor]:
@@ -182,41 +185,43 @@ def _decoder(tokenizer: TiTok, vqgan: MaskGitVQGAN) -> Callable[[Tensor], Tensor
     return decode
 
 
-def _probe(bench: Bench, cell: Cell) -> Figures:
-    S = bench.settings
+def _measure_probe(setup: Setup, e: Experiment) -> Figures:
+    S = setup.settings
     config = ProbeConfig(
-        epochs=S.probe_epochs, warmup_epochs=S.probe_epochs // 10, base_learning_rate=1.0,
-        batch_size=512, augment=False,
-    )  # fmt: skip
-    part = ArraySource(bench.train.images[: S.probed], bench.train.labels[: S.probed], "train")
-    tokenizer = bench.load(TiTok, cell.needs()[1])
-    return linear_probe(tokenizer, part, SourcePictures(bench.test, SIDE), CLASSES, config)
+        epochs=S.probe_epochs,
+        warmup_epochs=S.probe_epochs // 10,
+        base_learning_rate=1.0,
+        batch_size=512,
+        augment=False,
+    )
+    part = ArraySource(setup.train.images[: S.probed], setup.train.labels[: S.probed], "train")
+    tokenizer = setup.load(TiTok, e.needs()[1])
+    return linear_probe(tokenizer, part, SourcePictures(setup.test, SIDE), CLASSES, config)
 
 
-def _speeds(bench: Bench, cell: Cell) -> Figures:
-    """Samples/s of a generator's updates and of drawing, by tokens; weights do not matter."""
-    S = bench.settings
+def _measure_speed(setup: Setup, e: Experiment) -> Figures:
+    """Samples/s of a generator's training and sampling, by tokens; weights do not matter."""
+    S = setup.settings
     candidates: dict[str, Callable[[], object]] = {}
     for K in S.tokens:
-        candidates[f"training-{K}"] = _update(bench, K)
-        candidates[f"sampling-{K}"] = _drawing(bench, K)
-    seconds = time_interleaved(candidates, repeats=S.repeats, warmup=1, device=bench.device)
+        candidates[f"training-{K}"] = _training_step(setup, K)
+        candidates[f"sampling-{K}"] = _sampling(setup, K)
+    seconds = time_interleaved(candidates, repeats=S.repeats, warmup=1, device=setup.device)
     counts = {"training": S.generator_batch, "sampling": S.speed_batch}
     return {
-        f"{what}_per_s": {
-            str(K): summary([counts[what] / s for s in seconds[f"{what}-{K}"]]) for K in S.tokens
+        f"{work}_per_s": {
+            str(K): summary([count / s for s in seconds[f"{work}-{K}"]]) for K in S.tokens
         }
-        for what in counts
+        for work, count in counts.items()
     }
 
 
-def _update(bench: Bench, K: int) -> Callable[[], object]:
-    S, drawn = bench.settings, torch.Generator().manual_seed(0)
-    made = recipe(Cell("generator", "B", K, "arccos"), S, bench.work)
-    learner, N = Learner(made, bench.ranks), 256
+def _training_step(setup: Setup, K: int) -> Callable[[], object]:
+    B, random = setup.settings.generator_batch, torch.Generator().manual_seed(0)
+    learner = Learner(setup.recipe(Experiment("generator", "B", K, "arccos")), setup.ranks)
     batch = {
-        "tokens": torch.randint(N, (S.generator_batch, K), generator=drawn),
-        "labels": torch.randint(CLASSES, (S.generator_batch,), generator=drawn),
+        "tokens": torch.randint(256, (B, K), generator=random),
+        "labels": torch.randint(CLASSES, (B,), generator=random),
     }
 
     def update() -> None:
@@ -226,24 +231,23 @@ def _update(bench: Bench, K: int) -> Callable[[], object]:
     return update
 
 
-def _drawing(bench: Bench, K: int) -> Callable[[], object]:
-    S = bench.settings
-    made = recipe(Cell("generator", "B", K, "arccos"), S, bench.work)
-    first = recipe(Cell("tokenizer", "B", K), S, bench.work)
-    assert made.generator is not None
-    assert first.tokenizer is not None
-    generator = ImageBert(made.generator).to(bench.device).eval()
-    tokenizer = TiTok(first.tokenizer).to(bench.device).eval()
-    decode = _decoder(tokenizer, MaskGitVQGAN(first.tokenizer.pixel).to(bench.device).eval())
-    labels, seeds = torch.arange(S.speed_batch) % CLASSES, sample_seeds(0, S.speed_batch)
+def _sampling(setup: Setup, K: int) -> Callable[[], object]:
+    made = setup.recipe(Experiment("generator", "B", K, "arccos"))
+    first = setup.recipe(Experiment("tokenizer", "B", K)).tokenizer
+    generator, tokenizer, vqgan = (
+        model.to(setup.device).eval()
+        for model in (ImageBert(made.generator), TiTok(first), MaskGitVQGAN(first.pixel))
+    )
+    decode, B = _decoder(tokenizer, vqgan), setup.settings.speed_batch
+    labels, seeds = torch.arange(B) % CLASSES, sample_seeds(0, B)
     return lambda: decode(sample(generator, labels, seeds, made.sampling))
 
 
-_WORK: dict[str, Callable[[Bench, Cell], Figures]] = {
-    "vqgan": _judge_vqgan,
-    "tokenizer": _judge_tokenizer,
-    "training": _judge_training,
-    "generator": _draw_and_judge,
-    "probe": _probe,
-    "speed": _speeds,
+_MEASURES: dict[str, Callable[[Setup, Experiment], Figures]] = {
+    "vqgan": _measure_vqgan,
+    "tokenizer": _measure_tokenizer,
+    "training": _measure_training,
+    "generator": _measure_generator,
+    "probe": _measure_probe,
+    "speed": _measure_speed,
 }

@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import script_apart
-
-import titok_fast.kernels
+from support.bench_scripts import script_apart, scripts
 
 CPU = torch.device("cpu")
 # under another name: `kernels` is taken by other projects
 bench = script_apart("kernels")
 # the very modules that the script uses: a second copy would have classes of its own
-cases, ops, draws, timing = (
-    sys.modules[f"lib.kernels.{name}"] for name in ("cases", "ops", "draws", "timing")
-)
+cases, ops, timing = (sys.modules[f"lib.kernels.{name}"] for name in ("cases", "ops", "timing"))
 Spec, Rival, Case = cases.Spec, cases.Rival, cases.Case
 
 
@@ -34,25 +30,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_specs() -> list[Any]:
     f32, bf16 = torch.float32, torch.bfloat16
-    specs = [Spec(op, model, 3, f32) for op in ("nearest_code",) for model in ("tiny", "flat")]
-    specs += [Spec("nearest_code_stats", model, 3, f32, True) for model in ("tiny", "flat")]
+    specs = [Spec("remask", "tiny", 3, f32)]
+    for model in ("tiny", "flat"):
+        specs.append(Spec("nearest_code", model, 3, f32))
+        specs.append(Spec("nearest_code_stats", model, 3, f32, True))
     for dtype in (f32, bf16):
         specs += [Spec(op, "tiny", 3, dtype) for op in ("guided_sample", "lm_head_sample")]
         specs.append(Spec("masked_cross_entropy", "tiny", 3, dtype, True))
         specs.append(Spec("soft_codes", "tiny", 2, dtype))
         specs += [Spec("group_norm_silu", "64x4", 2, dtype, way) for way in (False, True)]
-    return [*specs, Spec("remask", "tiny", 3, f32)]
-
-
-@pytest.mark.parametrize("spec", small_specs(), ids=str)
-def test_rivals_do_the_same_work(spec: Any) -> None:
-    case = ops.BUILDERS[spec.op](spec, CPU)
-    assert {"ours", "reference", "upstream"} <= set(case.rivals)
-    for rival in case.rivals.values():
-        rival.check()
-        rival.call()
-    assert case.bytes_min > 0
-    assert case.flops > 0
+    return specs
 
 
 def spoilt(out: Any) -> Any:
@@ -68,8 +55,14 @@ def spoilt(out: Any) -> Any:
 
 
 @pytest.mark.parametrize("spec", small_specs(), ids=str)
-def test_judges_notice(spec: Any) -> None:
+def test_rivals_do_the_same_work_and_judges_notice(spec: Any) -> None:
     case = ops.BUILDERS[spec.op](spec, CPU)
+    assert {"ours", "reference", "upstream"} <= set(case.rivals)
+    for rival in case.rivals.values():
+        rival.check()
+        rival.call()
+    assert case.bytes_min > 0
+    assert case.flops > 0
     out = case.rivals["ours"].call()
     case.judge(out)
     with pytest.raises(AssertionError):
@@ -84,15 +77,12 @@ def test_judge_of_scores() -> None:
 
 
 def test_every_kernel_is_in_the_plan() -> None:
-    folder = Path(titok_fast.kernels.__file__).parent
-    files = [p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")]
-    with_kernels = {n for n in files if "def offline_cases(" in (folder / f"{n}.py").read_text()}
-    assert set(ops.BUILDERS) == with_kernels - {"philox"}
+    (offline,) = scripts("offline")
+    assert set(ops.BUILDERS) == set(offline.kernel_modules()) - {"philox"}
     for on_cuda in (False, True):
         for quick in (False, True):
             assert {spec.op for spec in bench.plan(on_cuda, quick)} == set(ops.BUILDERS)
-    batches = {spec.batch for spec in bench.plan(True, False)}
-    assert batches == {1, 8, 128}
+    assert {spec.batch for spec in bench.plan(True, False)} == {1, 8, 128}
 
 
 def fake_case(*, ours: str = "right", other: str = "right") -> Any:
@@ -145,26 +135,22 @@ def test_a_right_case(quick_run: Callable[..., Any], capsys: pytest.CaptureFixtu
     assert "not installed" in capsys.readouterr().out
 
 
-def test_ours_wrong_is_not_timed(
-    quick_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "status"), [("wrong", "wrong: off by 3"), ("broken", "failed: RuntimeError")]
+)
+def test_what_fails_is_not_timed(
+    quick_run: Callable[..., Any], kind: str, status: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, rows = quick_run(fake_case(ours="wrong"))
-    assert status == 1
-    assert rows["ours"]["status"] == "wrong: off by 3"
+    exit_status, rows = quick_run(fake_case(ours=kind))
+    assert exit_status == 1
+    assert rows["ours"]["status"] == status
     assert rows["upstream"]["status"] == "not measured: ours failed"
     assert not any("seconds" in row or row["checked"] for row in rows.values())
     assert "NOT RIGHT: remask" in capsys.readouterr().out
 
-
-@pytest.mark.parametrize(
-    ("kind", "told"), [("wrong", "wrong: off by 3"), ("broken", "failed: RuntimeError")]
-)
-def test_a_rival_that_fails_is_not_timed(
-    quick_run: Callable[..., Any], kind: str, told: str
-) -> None:
-    status, rows = quick_run(fake_case(other=kind))
-    assert status == 0
-    assert rows["upstream"]["status"] == told
+    exit_status, rows = quick_run(fake_case(other=kind))
+    assert exit_status == 0
+    assert rows["upstream"]["status"] == status
     assert "seconds" not in rows["upstream"]
     assert rows["ours"]["x_upstream"] is None
     assert "seconds" in rows["reference"]
@@ -177,31 +163,34 @@ def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rates() -> None:
-    def row(by: str, median: float) -> dict[str, Any]:
-        timed = {"median": median, "p20": median, "p80": median, "repeats": 5}
-        return {
-            "by": by, "dtype": "float32", "seconds": timed, "bytes_min": 4e6, "flops": 3e9,
-            "op": "remask", "model": "L-32", "batch": 8, "work": "forward",
-        }  # fmt: skip
+    def rows(seconds: float) -> list[dict[str, Any]]:
+        shared = {"dtype": "float32", "bytes_min": 4e6, "flops": 3e9, "op": "remask"}
+        shared |= {"model": "L-32", "batch": 8, "work": "forward"}
+        made = [
+            shared | {"by": by, "seconds": {"median": median}}
+            for by, median in (("ours", seconds), ("upstream", 1e-3))
+        ]
+        made.append({"by": "liger-kernel"})
+        bench.add_rates(made, {"gbps": 8.0, "tflops": {"float32": 2.0}})
+        return made
 
-    rows = [row("ours", 2e-3), row("upstream", 1e-3), {"by": "liger-kernel"}]
-    bench.add_rates(rows, {"gbps": 8.0, "tflops": {"float32": 2.0}})
-    assert rows[0]["gbps"] == pytest.approx(2.0)
+    ours = rows(2e-3)[0]
+    assert ours["gbps"] == pytest.approx(2.0)
     # arithmetic, 1.5 ms, is the floor: the bytes take 0.5 ms
-    assert rows[0]["share_of_peak"] == pytest.approx(0.75)
-    assert rows[0]["x_upstream"] == pytest.approx(0.5)
-    assert bench.slower_than_upstream(rows) == ["remask L-32 B=8 float32 forward: 0.50x"]
-    rows[0] = row("ours", 1.02e-3)
-    bench.add_rates(rows, {"gbps": 8.0, "tflops": {"float32": 2.0}})
-    assert bench.slower_than_upstream(rows) == []
+    assert ours["share_of_peak"] == pytest.approx(0.75)
+    assert ours["x_upstream"] == pytest.approx(0.5)
+    slow = ["remask L-32 B=8 float32 forward: 0.50x"]
+    assert bench.slower_than_upstream(rows(2e-3)) == slow
+    assert bench.slower_than_upstream(rows(1.02e-3)) == []
 
 
-def test_rounds_are_shuffled_and_warm_up_is_dropped() -> None:
+def test_rounds_are_shuffled_and_warm_up_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timing.FLUSH_BYTES, "cpu", 8)
     called: list[str] = []
     calls = {name: lambda name=name: called.append(name) for name in "abc"}
-    seconds, on_host = timing.time_shuffled(calls, repeats=20, warmup=2, device=CPU, flush_bytes=8)
+    seconds, on_host = timing.time_shuffled(calls, 20, CPU)
     rounds = [tuple(called[i : i + 3]) for i in range(0, len(called), 3)]
-    assert len(rounds) == 22
+    assert len(rounds) == 21
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 3
     assert {name: len(times) for name, times in seconds.items()} == {"a": 20, "b": 20, "c": 20}

@@ -51,7 +51,7 @@ def test_published_steps_and_speeds() -> None:
         "dit-xl-2-512": (512, 250, 0.1, 675),
         "maskgit-512": (512, 12, 3.9, 177),
         "magvit-v2-512": (512, 64, 1.0, 307),
-    }  # fmt: skip
+    }
     for models in peers.OURS.values():
         assert all((model, peers.OUR_STEPS) in report.PAPER_A100 for model in models)
 
@@ -81,11 +81,7 @@ def test_interpolation_adds_up() -> None:
 
 
 def test_estimate_of_a_row() -> None:
-    times = {
-        "titok-l-32 eager": [1.0, 1.0, 1.0],
-        "step 125": [0.1, 0.3, 0.2],
-        "decode": [5.0, 5.0, 5.0],
-    }
+    times = {"titok-l-32 eager": [1.0] * 3, "step 125": [0.1, 0.3, 0.2], "decode": [5.0] * 3}
     row = peers.estimate(SYSTEMS["dit-xl-2"], times, 1, batch=2)
     assert row["extrapolated"] is True
     assert row["step_ms"]["125"]["median"] == pytest.approx(200)
@@ -96,13 +92,19 @@ def test_estimate_of_a_row() -> None:
     assert own["speed_up"] == pytest.approx(55)
     assert own["paper_ratio"] == pytest.approx(101.6 / 0.6)
 
-    whole = peers.estimate(SYSTEMS["maskgit"], {"step 0": [4.0], "decode": [1.0]}, 8, batch=1)
-    assert whole["extrapolated"] is False
-    assert whole["ms_per_step"] == pytest.approx(500)
-    assert whole["images_per_s"] == pytest.approx(0.2)
-    halves = peers.estimate(SYSTEMS["maskgit-512"], {"step 0": [4.0], "decode": [1.0]}, 2, batch=1)
-    assert halves["extrapolated"] is True
-    assert halves["images_per_s"] == pytest.approx(1 / (12 * 2 + 1))
+
+@pytest.mark.parametrize(
+    ("name", "steps_per_call", "extrapolated", "ms_per_step", "rate"),
+    [("maskgit", 8, False, 500, 1 / (4 + 1)), ("maskgit-512", 2, True, 2000, 1 / (12 * 2 + 1))],
+)
+def test_estimate_from_several_steps_at_once(
+    name: str, steps_per_call: int, extrapolated: bool, ms_per_step: float, rate: float
+) -> None:
+    times = {"step 0": [4.0], "decode": [1.0]}
+    row = peers.estimate(SYSTEMS[name], times, steps_per_call, batch=1)
+    assert row["extrapolated"] is extrapolated
+    assert row["ms_per_step"] == pytest.approx(ms_per_step)
+    assert row["images_per_s"] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -162,9 +164,8 @@ def test_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert own["speed_up"] == pytest.approx(own["images_per_s"]["median"] / row["images_per_s"])
         assert own["paper_ratio"] is None  # the paper has no tiny model
     out = capsys.readouterr().out
-    assert "extrapolated" in out
-    assert "whole run" in out
-    assert "| not measured: the paper gives no speed" in out
+    for text in ("extrapolated", "whole run", "| not measured: the paper gives no speed"):
+        assert text in out
 
 
 def test_ours_are_compiled_beside_eager_ones(tmp_path: Path) -> None:

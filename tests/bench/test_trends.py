@@ -1,4 +1,4 @@
-"""The paper's curves in small: cells, what is compared, a whole tiny run, a run that is ended."""
+"""The paper's curves in small: experiments, comparisons, a whole tiny run, an interrupted run."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -11,22 +11,21 @@ from support.bench_scripts import scripts
 
 from titok_fast import TiTok
 from titok_fast.config import SCHEDULES
+from titok_fast.training.recipe.recipe import Recipe
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
-cells, paper, paper_trends, plot, report, shape, work = scripts(
-    "paper.cells", "paper.published", "paper.trends", "paper.plot", "lib.report_trends",
-    "paper.shape", "paper.work",
-)  # fmt: skip
-Cell, FULL, SMOKE = cells.Cell, cells.Settings(), cells.SMOKE
-
-
+experiments, paper, trends, plot, curves, work = scripts(
+    *(f"paper.{n}" for n in ("experiments", "published", "trends", "plot", "curves", "work"))
+)
+(report,) = scripts("lib.report_trends")
+Experiment, FULL, SMOKE = experiments.Experiment, experiments.Settings(), experiments.SMOKE
 pytestmark = pytest.mark.usefixtures("one_thread_for_all")
 
 
 def everything(settings: Any) -> list[Any]:
-    wanted = [cell for group in cells.GROUPS for cell in cells.cells_of(group, settings)]
-    found: list[Any] = cells.in_order(wanted)
+    groups = (experiments.experiments_of(group, settings) for group in experiments.GROUPS)
+    found: list[Any] = experiments.with_needs([e for group in groups for e in group])
     return found
 
 
@@ -35,126 +34,115 @@ def test_the_papers_figures() -> None:
     assert paper.table_4("gFID", "B", 64) == 3.5
     assert paper.table_4("probe %", "S", 4) == 50.46
     # its text: 32 tokens against 256 train 12.8 times and draw 4.5 times as fast
-    assert paper.TRAINING_PER_S[32] / paper.TRAINING_PER_S[256] == pytest.approx(12.8, abs=0.05)
-    assert paper.SAMPLING_PER_S[32] / paper.SAMPLING_PER_S[256] == pytest.approx(4.5, abs=0.05)
+    for line, ratio in (("training", 12.8), ("sampling", 4.5)):
+        rates = paper.SAMPLES_PER_S[line]
+        assert rates[32] / rates[256] == pytest.approx(ratio, abs=0.05)
     # the same share of the proxy codes, 64 here and 256 there
     assert all(theirs == 4 * ours for ours, theirs in paper.PAPER_TOKENS.items())
 
 
-def test_cells_cover_what_is_asked_and_share() -> None:
+def test_experiments_cover_the_groups_and_share_networks() -> None:
     found = everything(FULL)
-    names = [cell.name for cell in found]
+    names = [e.name for e in found]
     assert len(set(names)) == len(names)
     assert FULL.tokens == (4, 8, 16, 32, 64)
-    assert [cell.kind for cell in found].count("tokenizer") == 15
-    assert [cell.kind for cell in found].count("probe") == 15
-    drawn = {(c.tokens, c.variant) for c in found if c.kind == "generator"}
+    kinds = [e.kind for e in found]
+    assert (kinds.count("tokenizer"), kinds.count("probe")) == (15, 15)
+    drawn = {(e.tokens, e.variant) for e in found if e.kind == "generator"}
     assert drawn == {(K, "arccos") for K in FULL.tokens} | {(16, s) for s in SCHEDULES}
-    assert {c.variant for c in found if c.kind == "training"} == {"two-stage", "single-stage", "2d"}
-    for at, cell in enumerate(found):
-        assert set(cell.needs()) <= set(found[:at])
+    assert {e.variant for e in found if e.kind == "training"} == {"two-stage", "single-stage", "2d"}
+    for at, e in enumerate(found):
+        assert set(e.needs()) <= set(found[:at])
     with pytest.raises(ValueError, match="group wants one of reconstruction-tokens"):
-        cells.cells_of("width", FULL)
+        experiments.experiments_of("width", FULL)
 
 
 def test_recipes_have_equal_budgets(tmp_path: Path) -> None:
-    for cell in everything(FULL):
-        if not cell.trains():
+    for e in everything(FULL):
+        if not e.trains():
             continue
-        made = cells.recipe(cell, FULL, tmp_path)
+        made = experiments.recipe(e, FULL, tmp_path)
+        assert Recipe.from_official(made.to_official()) == made
         assert made.data.crop_size == work.SIDE
-        assert made.experiment.output_dir == str(tmp_path / cell.name)
-        assert made.training.seed == cell.seed
+        assert made.experiment.output_dir == str(tmp_path / e.name)
+        assert made.training.seed == e.seed
         updates = {"generator": FULL.generator_budget, "single_stage": 2 * FULL.budget}
         assert made.training.max_train_steps == updates.get(made.stage, FULL.budget)
         if made.stage == "generator":
-            assert made.generator.image_seq_len == cell.tokens
-            assert made.losses.mask_schedule_strategy == made.sampling.schedule == cell.variant
+            assert made.generator.image_seq_len == e.tokens
+            assert made.losses.mask_schedule_strategy == made.sampling.schedule == e.variant
         elif made.stage != "vqgan":
             config = made.tokenizer
-            assert config.num_latent_tokens == cell.tokens
-            assert config.encoder_size == config.decoder_size == dict(FULL.sizes)[cell.size]
-            assert config.is_2d == (cell.variant == "2d")
-            assert config.encoder_grid**2 == cells.MIDDLE
+            assert config.num_latent_tokens == e.tokens
+            assert config.encoder_size == config.decoder_size == dict(FULL.sizes)[e.size]
+            assert config.is_2d == (e.variant == "2d")
+            assert config.encoder_grid**2 == experiments.MIDDLE
             if config.is_legacy:  # 64 proxy codes
                 assert (config.decoder_grid * config.proxy_block) ** 2 == 64
-        if cell.variant == "two-stage":
+        if e.variant == "two-stage":
             assert made.experiment.init_weight == str(tmp_path / "tokenizer-B-16" / "final")
 
 
-def curve(ours: tuple[float, ...], theirs: tuple[float, ...], noise: float = 0.0) -> Any:
-    x = tuple(range(len(ours)))
-    return shape.compare(shape.Curve("speed", "training", "m", "low", x, x, ours, theirs, noise))
-
-
 @pytest.mark.parametrize(
-    ("ours", "theirs", "noise", "alike", "verdict"),
+    ("ours", "theirs", "noise", "alike", "verdict", "rank"),
     [
-        ((9, 5, 3, 2), (4, 3, 2, 1), 0, 6, "agrees"),
-        ((9, 5, 2, 3), (4, 3, 2, 1), 0, 5, "mostly agrees"),
-        ((1, 2, 3, 4), (4, 3, 2, 1), 0, 0, "does not agree"),
-        ((9, 5, 5.1, 5), (4, 3, 2, 1), 0.2, 3, "not told apart"),
-        ((1, 2, 5.1, 5), (4, 3, 2, 1), 0.2, 0, "does not agree"),
-        ((7, 7, 7), (4, 3, 2), 0, 0, "not told apart"),
-        ((9, 1, 5), (4, 4, 5), 0, 1, "does not agree"),  # a tie of the paper's is no pair
+        ((9, 5, 3, 2), (4, 3, 2, 1), 0, 6, "agrees", 1),
+        ((9, 5, 2, 3), (4, 3, 2, 1), 0, 5, "mostly agrees", 0.8),
+        ((1, 2, 3, 4), (4, 3, 2, 1), 0, 0, "does not agree", -1),
+        ((9, 5, 5.1, 5), (4, 3, 2, 1), 0.2, 3, "not told apart", 0.632),
+        ((1, 2, 5.1, 5), (4, 3, 2, 1), 0.2, 0, "does not agree", -0.8),
+        ((7, 7, 7), (4, 3, 2), 0, 0, "not told apart", None),
+        ((9, 1, 5), (4, 4, 5), 0, 1, "does not agree", 0),  # a tie of the paper's is no pair
     ],
 )
-def test_verdicts(ours: Any, theirs: Any, noise: float, alike: int, verdict: str) -> None:
-    found = curve(ours, theirs, noise)
+def test_comparing(
+    ours: Any, theirs: Any, noise: float, alike: int, verdict: str, rank: float | None
+) -> None:
+    found = curves.compare(ours, theirs, noise)
     assert (found["alike"], found["verdict"]) == (alike, verdict)
-
-
-def test_rank_correlation() -> None:
-    assert curve((9, 5, 3), (30, 20, 10))["rank_correlation"] == pytest.approx(1)
-    assert curve((1, 5, 9), (30, 20, 10))["rank_correlation"] == pytest.approx(-1)
-    assert curve((2, 2, 2), (30, 20, 10))["rank_correlation"] is None
+    assert found["rank_correlation"] == (rank if rank is None else pytest.approx(rank, abs=1e-3))
 
 
 def figures(sign: int = 1) -> dict[str, dict[str, Any]]:
-    """Of all cells, the paper's own numbers, or those with their sign changed."""
+    """Of all experiments the paper's own numbers, or those with their sign changed."""
+    metrics = {"tokenizer": "rFID", "probe": "probe %", "generator": "gFID"}
     found: dict[str, dict[str, Any]] = {}
-    for c in everything(FULL):
-        if c.kind == "tokenizer":
-            found[c.name] = {"fid": sign * paper.table_4("rFID", c.size, c.tokens)}
-        elif c.kind == "probe":
-            found[c.name] = {"probe_top1": sign * paper.table_4("probe %", c.size, c.tokens) / 100}
-        elif c.kind == "training":
-            found[c.name] = {"fid": sign * paper.TRAINING_RFID[c.variant]}
-        elif c.kind == "generator" and c.tokens == cells.MIDDLE:
-            found[c.name] = {"fid": sign * paper.SCHEDULES_GFID[c.variant]}
-        elif c.kind == "generator":
-            found[c.name] = {"fid": sign * paper.table_4("gFID", "B", c.tokens)}
-        elif c.kind == "speed":
-            found[c.name] = {
-                f"{line}_per_s": {
-                    str(K): {"median": sign * rates[paper.PAPER_TOKENS[K]]} for K in FULL.tokens
-                }
-                for line, rates in (
-                    ("training", paper.TRAINING_PER_S), ("sampling", paper.SAMPLING_PER_S)
-                )
-            }  # fmt: skip
+    for e in everything(FULL):
+        if e.kind == "training":
+            value = sign * paper.TRAINING_RFID[e.variant]
+        elif e.kind == "generator" and e.tokens == experiments.MIDDLE:
+            value = sign * paper.SCHEDULES_GFID[e.variant]
+        elif e.kind in metrics:
+            value = sign * paper.table_4(metrics[e.kind], e.size, e.tokens)
+        else:
+            continue
+        found[e.name] = {"probe_top1": value / 100} if e.kind == "probe" else {"fid": value}
+    found["speed"] = {
+        f"{line}_per_s": {
+            str(K): {"median": sign * rates[paper.PAPER_TOKENS[K]]} for K in FULL.tokens
+        }
+        for line, rates in paper.SAMPLES_PER_S.items()
+    }
     return found
 
 
 def test_the_paper_agrees_with_itself() -> None:
-    found = shape.comparisons(figures(), FULL)
+    found = curves.comparisons(figures(), FULL)
     # 3 + 5 reconstruction, 1 generation, 3 + 5 probe, training, schedules, 2 speeds
     assert len(found) == 21
     # tables 3b and 4 are of different tokenizers: their gFID at 64 tokens differ
     others = [c for c in found if c["group"] != "generation-tokens"]
     assert {c["verdict"] for c in others} == {"agrees"}
-    text = report.statement(found)
-    assert "in every pair for: reconstruction against tokens, S;" in text
-    turned = shape.comparisons(figures(-1), FULL)
-    assert {c["verdict"] for c in turned if c in others} == set()
+    assert "in every pair for: reconstruction against tokens, S;" in report.statement(found)
+    turned = curves.comparisons(figures(-1), FULL)
     assert {c["alike"] for c in turned if c["group"] != "generation-tokens"} == {0}
     assert "It does not have it for: reconstruction against tokens, S" in report.statement(turned)
 
 
 def test_noise_is_what_seeds_differ_by() -> None:
     found = figures()
-    found[Cell("generator", "B", 16, "sqrt", 43).name] = {"fid": 5.03}
-    (one,) = [c for c in shape.comparisons(found, FULL) if c["group"] == "schedules"]
+    found[Experiment("generator", "B", 16, "sqrt", 43).name] = {"fid": 5.03}
+    (one,) = [c for c in curves.comparisons(found, FULL) if c["group"] == "schedules"]
     assert one["noise"] == pytest.approx(0.6)
     assert one["x"] == SCHEDULES
     assert one["ours"][SCHEDULES.index("sqrt")] == pytest.approx(5.33)
@@ -164,22 +152,21 @@ def test_noise_is_what_seeds_differ_by() -> None:
 def test_an_unfinished_curve_is_left_out() -> None:
     found = figures()
     del found["tokenizer-L-32"], found["speed"], found["generator-B-16-sqrt-43"]
-    lines = [(c["group"], c["line"]) for c in shape.comparisons(found, FULL)]
-    assert ("reconstruction-tokens", "B") in lines
-    assert ("reconstruction-tokens", "L") not in lines
-    assert ("reconstruction-tokens", "32 tokens") not in lines
-    assert {group for group, _ in lines} >= {"generation-tokens", "probe-tokens", "proxy-codes"}
-    assert not {group for group, _ in lines} & {"schedules", "speed"}
+    lines = {(c["group"], c["line"]) for c in curves.comparisons(found, FULL)}
+    whole = {line for group, line in lines if group == "reconstruction-tokens"}
+    assert whole == {"S", "B", "4 tokens", "8 tokens", "16 tokens", "64 tokens"}
+    others = {"generation-tokens", "probe-tokens", "proxy-codes"}
+    assert {group for group, _ in lines} == {"reconstruction-tokens"} | others
 
 
 def smoke(folder: Path, *words: str) -> int:
-    status: int = paper_trends.main(["--smoke", "--device", "cpu", "--work", str(folder), *words])
+    status: int = trends.main(["--smoke", "--device", "cpu", "--work", str(folder), *words])
     return status
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run of every kind of cell, and its record."""
+    """A run of every kind of experiment, and its record."""
     folder = tmp_path_factory.mktemp("trends")
     path = folder / "record.json"
     assert smoke(folder / "work", "--json", str(path), "--plots", str(folder)) == 0
@@ -189,47 +176,61 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_a_whole_run(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, record = whole
     assert record["benchmark"] == "paper-trends"
-    assert {c["kind"] for c in record["cases"]} == {
-        "vqgan", "tokenizer", "training", "generator", "probe", "speed"
-    }  # fmt: skip
-    assert [c["cell"] for c in record["cases"]] == [c.name for c in everything(SMOKE)]
-    by_name = {c["cell"]: c["figures"] for c in record["cases"]}
-    for name, its in by_name.items():
-        if name.startswith(("vqgan", "tokenizer", "training")):
-            assert {"fid", "psnr", "codebook_usage", "accuracy_reconstructions"} <= its.keys()
-        if name.startswith("generator"):
-            assert {"fid", "label_agreement"} <= its.keys()
-    assert by_name["speed"]["training_per_s"]["4"]["median"] > 0
-    assert {c["group"] for c in record["comparisons"]} == set(cells.GROUPS)
+    reconstruction = {"fid", "psnr", "codebook_usage", "accuracy_reconstructions"}
+    measured = {
+        "vqgan": reconstruction,
+        "tokenizer": reconstruction,
+        "training": reconstruction,
+        "generator": {"fid", "label_agreement"},
+        "probe": {"probe_top1"},
+        "speed": {"training_per_s", "sampling_per_s"},
+    }
+    assert {c["kind"] for c in record["cases"]} == set(measured)
+    assert [c["experiment"] for c in record["cases"]] == [e.name for e in everything(SMOKE)]
+    for case in record["cases"]:
+        assert measured[case["kind"]] <= case["figures"].keys()
+    (speed,) = (c["figures"] for c in record["cases"] if c["kind"] == "speed")
+    assert speed["training_per_s"]["4"]["median"] > 0
+    assert {c["group"] for c in record["comparisons"]} == set(experiments.GROUPS)
     assert record["protocol"]["settings"]["budget"] == SMOKE.budget
-    text = (folder / "record.svg").read_text()
-    assert ET.fromstring(text).tag.endswith("svg")
+    assert ET.parse(folder / "record.svg").getroot().tag.endswith("svg")
+    assert len(plot.trends(record).axes) == 2 * len(experiments.GROUPS)
+    with pytest.raises(ValueError, match=r"wants a record of trends\.py"):
+        plot.trends(record | {"comparisons": []})
 
 
 def test_the_section_of_the_readme(whole: tuple[Path, dict[str, Any]]) -> None:
     _, record = whole
     text = report.trends_table(record)
-    assert "2 updates of batch 8 for each tokenizer" in text
-    assert "| linear probe against tokens, S " in text
-    assert "| distance (paper: rFID) " in text  # ours is no FID
-    assert "4 (16), 16 (64)" in text
-    assert "50.5, 48.4" in text  # the paper's
+    for part in (
+        "2 updates of batch 8 for each tokenizer",
+        "| linear probe against tokens, S ",
+        "| distance (paper: rFID) ",  # ours is no FID
+        "4 (16), 16 (64)",
+        "50.5, 48.4",  # the paper's
+    ):
+        assert part in text
     assert report.trends_table(record | {"comparisons": []}) == "Not measured yet."
 
 
-def test_a_second_run_measures_nothing(
-    whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_second_run_measures_nothing_and_wants_the_same_settings(
+    whole: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, record = whole
-    monkeypatch.setattr(paper_trends, "train_cell", None)
-    monkeypatch.setattr(paper_trends, "figures_of", None)
+    monkeypatch.setattr(trends, "train_network", None)
+    monkeypatch.setattr(trends, "measure", None)
     path = tmp_path / "again.json"
     assert smoke(folder / "work", "--only", "probe-tokens", "--json", str(path)) == 0
     again = json.loads(path.read_text())
     assert {c["group"] for c in again["comparisons"]} == {"probe-tokens"}
-    assert [c for c in record["cases"] if c["kind"] == "probe"] == [
-        c for c in again["cases"] if c["kind"] == "probe"
-    ]
+    with pytest.raises(SystemExit):
+        smoke(folder / "work", "--budget", "3")
+    assert "experiments of another budget, classifier or data" in capsys.readouterr().err
+    first, second = ([c for c in r["cases"] if c["kind"] == "probe"] for r in (record, again))
+    assert first == second
 
 
 def test_an_ended_run_goes_on(
@@ -241,25 +242,15 @@ def test_an_ended_run_goes_on(
         calls.append(recipe.experiment.name)
         if len(calls) == 2:
             return "stopped by SIGTERM after update 1"
-        said: str = real(recipe, *args, **kwargs)
-        return said
+        return str(real(recipe, *args, **kwargs))
 
     monkeypatch.setattr(work, "train", ended)
     assert smoke(tmp_path, "--only", "generation-tokens") == 130
     assert "stopped by SIGTERM after update 1" in capsys.readouterr().err
-    assert [p.stem for p in (tmp_path / "cells").iterdir()] == ["vqgan"]
+    assert [p.stem for p in (tmp_path / "experiments").iterdir()] == ["vqgan"]
     assert smoke(tmp_path, "--only", "generation-tokens") == 0
     assert calls.count("vqgan") == 1
     assert calls[1:3] == ["tokenizer-B-4"] * 2
-
-
-def test_a_folder_belongs_to_its_settings(
-    whole: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, _ = whole
-    with pytest.raises(SystemExit):
-        smoke(folder / "work", "--budget", "3")
-    assert "cells of another budget, classifier or data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -275,37 +266,19 @@ def test_what_is_wrong_is_said(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        paper_trends.main([*words, "--work", str(tmp_path / "work"), "--device", "cpu"])
+        trends.main([*words, "--work", str(tmp_path / "work"), "--device", "cpu"])
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "work").exists()
-
-
-def test_the_plan_names_every_cell(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    only = "proxy-codes,probe-tokens"
-    assert smoke(tmp_path / "work", "--plan", "--only", only) == 0
-    printed = capsys.readouterr().out
-    wanted = [c for group in only.split(",") for c in cells.cells_of(group, SMOKE)]
-    for cell in cells.in_order(wanted):
-        assert f"| {cell.name} " in printed
-    assert printed.rstrip().endswith("minutes")
     assert not (tmp_path / "work").exists()
 
 
 def test_a_generator_reads_its_tokenizers_ids(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = whole
-    data = paper_trends.smoke_data(64)
-    bench = work.Bench(SMOKE, folder / "work", data, data, None, torch.device("cpu"))
-    source = work.tokens(bench, Cell("generator", "B", 4, "arccos"))
-    tokenizer = bench.load(TiTok, Cell("tokenizer", "B", 4))
+    data = trends.smoke_data(64)
+    setup = work.Setup(SMOKE, folder / "work", data, data, None, torch.device("cpu"))
+    source = work.tokens(setup, Experiment("generator", "B", 4, "arccos"))
+    tokenizer = setup.load(TiTok, Experiment("tokenizer", "B", 4))
     images = torch.from_numpy(data.images).float()[:, None].expand(-1, 3, -1, -1) / 255
     with torch.no_grad():
         ids = tokenizer.encode(images)[1]["min_encoding_indices"].flatten(1)
     assert (source.tokens == ids.numpy()).all()
     assert (source.labels == data.labels).all()
-
-
-def test_a_plot_wants_curves(whole: tuple[Path, dict[str, Any]]) -> None:
-    _, record = whole
-    with pytest.raises(ValueError, match="wants a record of paper_trends"):
-        plot.trends(record | {"comparisons": []})
-    assert len(plot.trends(record).axes) == 2 * len(cells.GROUPS)

@@ -1,8 +1,11 @@
-"""Which arguments count as streams, and what is found out of how they are read."""
+"""Inspection of machine code: which arguments are streams, and how they are read."""
+
+from typing import Any
 
 import pytest
+from support.bench_scripts import scripts
 
-from titok_fast.kernels._machine_code import MachineCode, read_machine_code
+(machine_code,) = scripts("lib.machine_code")
 
 # 32 threads; x is a stream of 32 x 8 float32, w a row of weights, n a number of rows
 TTIR = """
@@ -46,11 +49,11 @@ WIDE = "ld.global.v4.b32 { %r1, %r2, %r3, %r4 },"
 
 def read(
     *, axis: str = "x", long: bool = True, tile: str = WIDE, ptx: str = PTX, threads: int = 32
-) -> MachineCode:
+) -> Any:
     lengthen = "arith.extsi %row : i32 to i64" if long else "arith.addi %row, %c1_i32 : i32"
     ttir = TTIR.replace("AXIS", axis).replace("OFFSET", "i64" if long else "i32")
     ttir, ptx = ttir.replace("LENGTHEN", lengthen), ptx.replace("TILE", tile)
-    return read_machine_code(ttir, ptx, LOG, shared=64, threads=threads)
+    return machine_code.read_machine_code(ttir, ptx, LOG, shared=64, threads=threads)
 
 
 def test_figures() -> None:

@@ -4,40 +4,26 @@ Kernels are compiled here, so the work is done in processes without TRITON_INTER
 """
 
 import ast
-import importlib.util
+import importlib
 import json
 import os
 import re
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.bench_scripts import BENCH, scripts
 from support.processes import python
 
-ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "bench" / "offline.py"
+KERNELS = BENCH.parent / "kernels"
+(report,) = scripts("offline")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def load() -> ModuleType:
-    """By path: bench/ is no package."""
-    spec = importlib.util.spec_from_file_location("offline", REPORT)
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules["offline"] = found  # dataclasses look their module up
-    spec.loader.exec_module(found)
-    return found
-
-
-report = load()
-
-
 def check_report(archs: list[int], path: Path) -> None:
-    done = python(str(REPORT), "--json", str(path), "--arch", *map(str, archs))
+    done = python("bench/offline.py", "--json", str(path), "--arch", *map(str, archs))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = json.loads(path.read_text())
     assert {row["module"] for row in rows} == set(report.kernel_modules())
@@ -65,7 +51,7 @@ def test_every_kernel_that_is_launched_is_covered() -> None:
 
     traced.py compares the types of the arguments as well, for the launches that it sees.
     """
-    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    sources = [path.read_text() for path in KERNELS.glob("*.py")]
     launched = {name for text in sources for name in re.findall(r"\bwrap_triton\((\w+)\)", text)}
     modules = [importlib.import_module(f"titok_fast.kernels.{n}") for n in report.kernel_modules()]
     listed = {case.kernel.__name__ for module in modules for case in module.offline_cases()}
@@ -75,8 +61,7 @@ def test_every_kernel_that_is_launched_is_covered() -> None:
 @pytest.mark.parametrize("name", report.kernel_modules())
 def test_design_is_told_in_the_head(name: str) -> None:
     """Fifteen lines are enough for tiling, reason, floor and what share of it to expect."""
-    source = (ROOT / "kernels" / f"{name}.py").read_text()
-    head = ast.get_docstring(ast.parse(source)) or ""
+    head = ast.get_docstring(ast.parse((KERNELS / f"{name}.py").read_text())) or ""
     assert len(head.splitlines()) <= 15
     assert "Floor" in head
     assert re.search("expect|predict", head, re.IGNORECASE)
@@ -95,16 +80,13 @@ GOOD = {
 }
 
 
-def test_a_good_row_passes() -> None:
-    assert report.failures(GOOD, expects_mma=True, vector_loads=True) == []
-
-
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"spill_bytes": 8}, "8 B of spills"),
         ({"stack_bytes": 16}, "16 B of stack"),
         ({"shared_bytes": (99 << 10) + 1}, "101376 B is the limit"),
+        ({"arch": "sm_80", "shared_bytes": (163 << 10) + 1}, "166912 B is the limit"),
         ({"mma": 0}, "without tensor-core"),
         ({"streams": []}, "no stream"),
         ({"narrow_streams": ["x_ptr"]}, "less than 128 bits: x_ptr"),
@@ -113,31 +95,23 @@ def test_a_good_row_passes() -> None:
     ],
 )
 def test_a_bad_row_fails(change: dict[str, Any], told: str) -> None:
+    assert report.failures(GOOD, expects_mma=True, vector_loads=True) == []
     (why,) = report.failures(GOOD | change, expects_mma=True, vector_loads=True)
     assert told in why
 
 
-def test_streams_are_judged_where_there_are_some() -> None:
+def test_rules_follow_the_promises_of_a_case() -> None:
     bad = GOOD | {"streams": [], "narrow_streams": ["x_ptr"], "short_offsets": ["x_ptr"]}
     assert report.failures(bad, expects_mma=True, vector_loads=False) == []
-
-
-def test_tensor_cores_in_an_ieee_path_fail() -> None:
     (why,) = report.failures(GOOD, expects_mma=False, vector_loads=True)
     assert "IEEE" in why
-
-
-def test_shared_memory_limit_is_the_device_s() -> None:
-    row = GOOD | {"shared_bytes": 120 << 10}
-    assert report.failures(row | {"arch": "sm_80"}, True, True) == []
-    assert report.failures(row | {"arch": "sm_89"}, True, True)
 
 
 BAD = """
 import sys
 from dataclasses import replace
 sys.path.insert(0, "bench")
-import offline as kernel_report
+import offline
 from titok_fast.kernels import guided_sample, nearest_code  # the functions; their modules hide
 search = sys.modules["titok_fast.kernels.nearest_code"].offline_cases()[0]
 sample = sys.modules["titok_fast.kernels.guided_sample"].offline_cases()[0]
@@ -147,11 +121,11 @@ spills = replace(
 )
 # rows that need not begin at a multiple of 16 bytes; the other stream stays as it was
 narrow = replace(sample, signature=sample.signature | {"uncond_stride_k": "i32"})
-kernel_report.kernel_modules = lambda: ["nearest_code"]
+offline.kernel_modules = lambda: ["nearest_code"]
 sys.modules["titok_fast.kernels.nearest_code"].offline_cases = lambda: [
     search, spills, sample, narrow
 ]
-sys.exit(kernel_report.main(["--arch", "80", "--cache", sys.argv[1], "--limit-s", sys.argv[2]]))
+sys.exit(offline.main(["--arch", "80", "--cache", sys.argv[1], "--limit-s", sys.argv[2]]))
 """
 
 
@@ -159,12 +133,10 @@ def test_bad_kernels_fail_the_gate(tmp_path: Path) -> None:
     """Through compiler, assembler, table and exit status; the good ones beside them pass."""
     done = python("-c", BAD, str(tmp_path), "600")
     assert done.returncode == 1, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    told = [(lines[i - 1].split()[0], line) for i, line in enumerate(lines) if "FAILS" in line]
-    assert len(told) == 2, done.stdout
-    assert told[0][0] == "search"
-    assert "B of spills" in told[0][1]
-    assert told[1] == ("guided_sample", "    FAILS: read in less than 128 bits: uncond_ptr")
+    spills, narrow = (line for line in done.stdout.splitlines() if line.startswith("FAILS"))
+    assert re.match(r"FAILS: search \[.*\] sm_80: \d+ B of spills", spills)
+    assert narrow.startswith("FAILS: guided_sample [")
+    assert narrow.endswith("] sm_80: read in less than 128 bits: uncond_ptr")
     assert "4 rows, 2 failed" in done.stdout
     assert len(list(tmp_path.glob("*.json"))) == 4
 
@@ -184,39 +156,33 @@ def test_cache_is_read_and_follows_the_source(tmp_path: Path) -> None:
     kernel = SimpleNamespace(cache_key="one", __name__="_fake_kernel")
     case = report.OfflineCase(kernel, "c", {}, {}, 4, 1, False, False, 1.0, 1.0, 1.0)
     code = report.MachineCode(40, 0, 0, 0, 0, 0, 0, 0, ["x_ptr"])
-    entry = tmp_path / f"{report._key(case, 80)}.json"
+    entry = report.cache_path(case, 80, tmp_path)
     entry.write_text(json.dumps(asdict(code)))
-    assert report._compiled(case, 80, tmp_path) == code
+    assert report.compile_cached(case, 80, tmp_path) == code
     other = SimpleNamespace(cache_key="two", __name__="_fake_kernel")
-    keys = [
-        report._key(changed, arch)
-        for changed, arch in (
-            (case, 90),
-            (replace(case, kernel=other), 80),
-            (replace(case, num_warps=8), 80),
-            (replace(case, constexprs={"BLOCK": 2}), 80),
-            (replace(case, signature={"x_ptr": "*fp32"}), 80),
-        )
+    changed = [
+        replace(case, kernel=other),
+        replace(case, num_warps=8),
+        replace(case, constexprs={"BLOCK": 2}),
+        replace(case, signature={"x_ptr": "*fp32"}),
     ]
-    assert len({*keys, entry.stem}) == 6
+    paths = [report.cache_path(other_case, 80, tmp_path) for other_case in changed]
+    assert len({entry, report.cache_path(case, 90, tmp_path), *paths}) == 6
 
 
 def test_interpreted_kernels_are_refused() -> None:
     case = importlib.import_module("titok_fast.kernels.soft_codes").offline_cases()[0]
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled in this process")
-    offline = importlib.import_module("titok_fast.kernels._offline")
     with pytest.raises(RuntimeError, match="without TRITON_INTERPRET"):
-        offline.compile_offline(case, 80)
+        report.compile_offline(case, 80)
 
 
 def test_occupancy() -> None:
     """By hand: 64 registers for 8 warps are 16384 of 65536; 20 KiB of shared memory fit 7 times."""
-    code: dict[str, Any] = dict.fromkeys(("spill_bytes", "stack_bytes", "mma", "fma"), 0)
-    code |= {"loads_128": 1, "loads_narrow": 0}
-    free = report.MachineCode(registers=64, shared_bytes=0, **code)
+    free = report.MachineCode(64, 0, 0, 0, 0, 0, 1, 0)
     assert report.occupancy(free, 8, 80) == 4 * 8 / 64
-    full = report.MachineCode(registers=16, shared_bytes=20 << 10, **code)
+    full = replace(free, registers=16, shared_bytes=20 << 10)
     assert report.occupancy(full, 4, 80) == 7 * 4 / 64
 
 

@@ -1,10 +1,10 @@
-"""What one measurement of a kernel is made of, and who judges its result.
+"""One measurement of a kernel: which op at which shape, its implementations, and their judge.
 
-A judge compares with float64 arithmetic and raises AssertionError with the size of the error. Ids
-are judged by the distance or the logit that they reach, since two close rivals may change places.
+A judge compares a result with float64 arithmetic and raises AssertionError with the size of the
+error. Ids are judged by the distance or the logit that they reach, since two close ones may swap.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,11 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One line of the plan: which op at which shape.
+    """Which op at which shape.
 
     Attributes:
         op: name of the public function.
-        model: key of MODELS; of the pixel decoder, "channels x side" such as "256x64".
+        model: key of MODELS; for the pixel decoder "channels x side", such as "256x64".
         batch: images.
         dtype: of logits, hidden states or activations.
         training: whether the gradients are part of the work.
@@ -77,10 +77,10 @@ class Case:
 
     Attributes:
         rivals: by name: "ours", "reference", "upstream" and libraries.
-        judge: of the reference and of whatever is compiled from it.
+        judge: of the reference, and of the same when compiled.
         bytes_min: every input and every output of the call once.
         flops: operations of the definition, a multiply-add counting two.
-        absent: by name, why a library takes no part.
+        absent: by name, why a library is missing.
     """
 
     rivals: dict[str, Rival]
@@ -95,13 +95,22 @@ class Case:
         return Rival(call, lambda: self.judge(call()))
 
 
-def judged(calls: Mapping[str, Call], judge: Judge) -> dict[str, Rival]:
-    """Rivals that answer to one judge."""
+def make_case(judge: Judge, *, bytes_min: float, flops: float, **calls: Call | Rival | str) -> Case:
+    """A case whose implementations share a judge.
 
-    def rival(call: Call) -> Rival:
+    Of `calls`, a `Rival` brings its own check, and a string says why a library is absent.
+    """
+
+    def judged(call: Call) -> Rival:
         return Rival(call, lambda: judge(call()))
 
-    return {name: rival(call) for name, call in calls.items()}
+    rivals = {
+        name: call if isinstance(call, Rival) else judged(call)
+        for name, call in calls.items()
+        if not isinstance(call, str)
+    }
+    absent = {name: reason for name, reason in calls.items() if isinstance(reason, str)}
+    return Case(rivals, judge, bytes_min, flops, absent)
 
 
 def gradients(fn: Callable[..., Any], leaves: Sequence[Tensor]) -> Call:
@@ -110,7 +119,7 @@ def gradients(fn: Callable[..., Any], leaves: Sequence[Tensor]) -> Call:
     def run() -> tuple[Tensor, ...]:
         out = fn(*leaves)
         parts = [out] if isinstance(out, Tensor) else [x for x in out if x.requires_grad]
-        # a scalar is a loss; of the rest, random cotangents would be one more tensor to read
+        # a scalar is a loss; for the rest, random cotangents would be one more tensor to read
         terms = [x if x.ndim == 0 else x.float().square().sum() for x in parts]
         return torch.autograd.grad(terms, [x for x in leaves if x.requires_grad])
 
@@ -120,13 +129,13 @@ def gradients(fn: Callable[..., Any], leaves: Sequence[Tensor]) -> Call:
 def judge_near(
     got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype, terms: int
 ) -> None:
-    """Norm of the error over the norm of the float64 truth, in roundings of `dtype`.
+    """Bound the norm of the error over the norm of the float64 truth, in roundings of `dtype`.
 
     Args:
         got: outputs.
         want: the same in float64.
-        dtype: what the work is done in.
-        terms: how many numbers the longest sum behind an output adds up.
+        dtype: in which the work is done.
+        terms: length of the longest sum behind an output.
     """
     # a plain float32 sum of n terms drifts by up to 1.2 sqrt(n) roundings (upstream's loss over
     # channels-first logits does); halves are summed in float32 and show their own roundings only
@@ -144,14 +153,14 @@ def judge_ids(ids: Tensor, z: Tensor, codebook: Tensor, metric: str) -> None:
     if metric == "cosine":
         f, e = F.normalize(f, dim=-1), F.normalize(e, dim=-1)
     e_sq, bound = e.square().sum(1), 2.0**-23 * (4 + z.shape[1] ** 0.5)
-    for rows, chosen in zip(f.split(1024), ids.split(1024), strict=True):  # no (R, N) matrix
-        distance = e_sq - 2 * rows @ e.T  # but for |f|^2
-        lead = distance.gather(1, chosen[:, None]).squeeze(1) - distance.amin(1)
-        worst = float((lead / (rows.square().sum(1) + e_sq.max())).max())
+    for rows, own in zip(f.split(1024), ids.split(1024), strict=True):  # no (R, N) matrix
+        distance = e_sq - 2 * rows @ e.T  # without the constant |f|^2
+        excess = distance.gather(1, own[:, None]).squeeze(1) - distance.amin(1)
+        worst = float((excess / (rows.square().sum(1) + e_sq.max())).max())
         assert worst <= bound, f"a code is {worst:.2g} too far, allowed {bound:.2g}"
 
 
-def judge_draws(
+def judge_samples(
     got: tuple[Tensor, Tensor], l: Tensor, noise: Tensor | None, dtype: torch.dtype
 ) -> None:
     """Candidates reach the best noisy logit, and scores are their logits.
@@ -159,8 +168,8 @@ def judge_draws(
     Args:
         got: candidates (...) int64 and scores (...).
         l: (..., N) float64 guided logits.
-        noise: (..., N) float64, to be added; None for a greedy draw.
-        dtype: what the logits were computed in.
+        noise: (..., N) float64, to be added; None for greedy sampling.
+        dtype: in which the logits were computed.
     """
     candidates, scores = got
     noisy = l if noise is None else l + noise

@@ -1,7 +1,7 @@
-"""What the kernels are measured against: the release's arithmetic by formula, and other libraries.
+"""What the kernels are compared with: upstream's formulas, and other libraries.
 
-The formulas are those of bytedance/1d-tokenizer, with as many passes over memory as it makes; the
-file each comes from is named. They take what our functions take, though noise is drawn on the spot.
+The formulas restate bytedance/1d-tokenizer, with as many passes over memory as it makes; each names
+its file there. They take the arguments of our functions, but draw their own noise.
 """
 
 import importlib.util
@@ -11,9 +11,6 @@ from math import floor
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-NOT_INSTALLED = "not installed"
-NEEDS_CUDA = "needs CUDA"
 
 
 def nearest_code_upstream(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
@@ -29,7 +26,7 @@ def nearest_code_stats_upstream(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """modeling/quantizer/quantizer.py: ids, codes with a straight-through gradient, two losses.
 
-    The release counts no usage here, so it is let off the histogram.
+    Upstream counts no usage here, so this makes no histogram.
     """
     ids = nearest_code_upstream(z, codebook, metric)
     q, f = F.embedding(ids, codebook), z
@@ -48,6 +45,15 @@ def gumbel_upstream(like: Tensor) -> Tensor:
     return -log(-log(torch.zeros_like(like).uniform_(0, 1)))
 
 
+def _sample_upstream(
+    logits: Tensor, uncond_logits: Tensor, guidance: float, noise_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """modeling/maskgit.py: mix, noise, argmax, gather."""
+    logits = logits + (logits - uncond_logits) * guidance
+    candidates = (logits + noise_temperature * gumbel_upstream(logits)).argmax(dim=-1)
+    return candidates, logits.gather(-1, candidates[..., None]).squeeze(-1)
+
+
 def guided_sample_upstream(
     logits: Tensor,
     uncond_logits: Tensor,
@@ -56,10 +62,8 @@ def guided_sample_upstream(
     guidance: float,
     noise_temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """modeling/maskgit.py: mix, noise, argmax, gather, keep the known tokens."""
-    logits = logits + (logits - uncond_logits) * guidance
-    candidates = (logits + noise_temperature * gumbel_upstream(logits)).argmax(dim=-1)
-    scores = logits.gather(-1, candidates[..., None]).squeeze(-1)
+    """modeling/maskgit.py: sample, then restore the known tokens."""
+    candidates, scores = _sample_upstream(logits, uncond_logits, guidance, noise_temperature)
     return torch.where(mask, candidates, ids), torch.where(mask, scores, float("inf")).float()
 
 
@@ -71,11 +75,10 @@ def lm_head_sample_upstream(
     guidance: float,
     noise_temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """modeling/maskgit.py: two heads, then the draw from their logits; here every row is masked."""
+    """modeling/maskgit.py: two heads, then sampling from their logits; here every row is masked."""
     logits, uncond = F.linear(hidden, weight, bias), F.linear(uncond_hidden, weight, bias)
-    logits = logits + (logits - uncond) * guidance
-    candidates = (logits + noise_temperature * gumbel_upstream(logits)).argmax(dim=-1)
-    return candidates, logits.gather(-1, candidates[..., None]).squeeze(-1).float()
+    candidates, scores = _sample_upstream(logits, uncond, guidance, noise_temperature)
+    return candidates, scores.float()
 
 
 def remask_upstream(
@@ -120,16 +123,16 @@ def masked_cross_entropy_upstream(
 def vq_library(codebook: Tensor, metric: str) -> Callable[[Tensor], Tensor] | str:
     """vector-quantize-pytorch's quantizer with this codebook: latents (N, C) -> ids (N,).
 
-    It gathers the codes as well, which a caller cannot leave out. A string says why it is not here.
+    It gathers the codes as well, which cannot be turned off. A string says why it is absent.
     """
     if importlib.util.find_spec("vector_quantize_pytorch") is None:
-        return NOT_INSTALLED
+        return "not installed"
     from vector_quantize_pytorch import VectorQuantize
 
     N, C = codebook.shape
     module = VectorQuantize(dim=C, codebook_size=N, use_cosine_sim=metric == "cosine")
     module = module.to(codebook.device).eval()
-    # its table is kept at unit length
+    # it expects a table of unit length
     module.codebook = F.normalize(codebook, dim=-1) if metric == "cosine" else codebook
     return lambda z: module(z[None])[1][0]
 
@@ -137,13 +140,13 @@ def vq_library(codebook: Tensor, metric: str) -> Callable[[Tensor], Tensor] | st
 def liger_loss(device: torch.device) -> Callable[..., Tensor] | str:
     """Liger-Kernel's fused head and cross-entropy, weighted per token as ours is.
 
-    Token weights want its reduction "none", which makes the logits again in the backward.
-    A string says why it is not here.
+    Token weights want its reduction "none", which recomputes the logits in the backward.
+    A string says why it is absent.
     """
     if importlib.util.find_spec("liger_kernel") is None:
-        return NOT_INSTALLED
+        return "not installed"
     if device.type != "cuda":
-        return NEEDS_CUDA
+        return "needs CUDA"
     from liger_kernel.ops.fused_linear_cross_entropy import (
         LigerFusedLinearCrossEntropyFunction as Fused,
     )

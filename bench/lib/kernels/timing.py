@@ -1,6 +1,6 @@
-"""Timing short calls, and what the device can do at best.
+"""Time short calls, and find out what the device can do at best.
 
-The harness times whole pictures with the wall clock. A kernel takes microseconds: here the device's
+The harness times whole images with the wall clock. A kernel takes microseconds: here the device's
 own events time it, caches are flushed before each call, and the order of a round is random.
 """
 
@@ -26,65 +26,48 @@ DATA_SHEETS = {  # torch's name of a card: key of DEVICES
     "NVIDIA H200": "h200-sxm",
     "NVIDIA GeForce RTX 4090": "rtx-4090",
 }
+Calls = Mapping[str, Callable[[], object]]
+Seconds = dict[str, list[float]]
 
 
-def time_calls(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def time_calls(calls: Calls, device: torch.device, budget_s: float) -> tuple[Seconds, Seconds]:
     """`time_shuffled` with as many rounds as the budget allows, 5 to 100; {}, {} for no calls."""
     if not calls:
         return {}, {}
-    flush_bytes = FLUSH_BYTES[device.type]
     began = time.perf_counter()
-    time_shuffled(calls, repeats=0, warmup=1, device=device, flush_bytes=flush_bytes)
+    time_shuffled(calls, 0, device)
     one_round = time.perf_counter() - began
     repeats = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_s / one_round)))
     gc.disable()  # a collection inside one turn may clean up after another
     try:
-        return time_shuffled(
-            calls, repeats=repeats, warmup=1, device=device, flush_bytes=flush_bytes
-        )
+        return time_shuffled(calls, repeats, device)
     finally:
         gc.enable()
 
 
-def time_shuffled(
-    calls: Mapping[str, Callable[[], object]],
-    *,
-    repeats: int,
-    warmup: int,
-    device: torch.device,
-    flush_bytes: int,
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each call, in rounds of random order, with cold caches.
+def time_shuffled(calls: Calls, repeats: int, device: torch.device) -> tuple[Seconds, Seconds]:
+    """Time calls in rounds of random order, with cold caches, after one round of warm-up.
 
-    Order matters on the CPU: a fixed neighbour leaves its data in the cache, or takes it away.
-
-    Args:
-        calls: name to function, all doing the same work.
-        repeats: measured rounds.
-        warmup: rounds thrown away before.
-        device: where they work.
-        flush_bytes: written before each call; on CUDA the host issues the call meanwhile.
+    Order matters on the CPU: a fixed neighbour leaves its data in the cache, or evicts it.
 
     Returns:
-        Seconds of the call, between device events on CUDA; and on CUDA the seconds that the host
-        spent in it, else an empty dict.
+        Seconds of each call, between device events on CUDA; and on CUDA the seconds that the host
+        spent on issuing it, else an empty dict.
     """
-    flush = torch.empty(flush_bytes, dtype=torch.int8, device=device)
+    flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
     order, shuffle = list(calls), random.Random(0).shuffle
-    seconds: dict[str, list[float]] = {name: [] for name in order}
-    on_host: dict[str, list[float]] = {name: [] for name in order}
-    for i in range(warmup + repeats):
+    seconds: Seconds = {name: [] for name in order}
+    on_host: Seconds = {name: [] for name in order}
+    for i in range(1 + repeats):
         shuffle(order)
         for name in order:
             synchronize(device)
-            flush.zero_()
+            flush.zero_()  # on CUDA the host issues the call meanwhile
             if device.type == "cuda":
                 time_s, host_s = _device_time(calls[name])
             else:
                 time_s = host_s = timed(calls[name], device)
-            if i >= warmup:
+            if i > 0:
                 seconds[name].append(time_s)
                 on_host[name].append(host_s)
     return seconds, on_host if device.type == "cuda" else {}
@@ -104,7 +87,7 @@ def _device_time(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def peaks(device: torch.device) -> dict[str, Any]:
-    """GB/s, and TFLOP/s by dtype: of the data sheet where the card is known, else measured."""
+    """GB/s, and TFLOP/s by dtype: from the data sheet of a known card, else measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if name in DATA_SHEETS:
         card = DEVICES[DATA_SHEETS[name]]
@@ -112,7 +95,6 @@ def peaks(device: torch.device) -> dict[str, Any]:
     source = torch.ones(1 << 26, device=device)  # 256 MiB
     target = torch.empty_like(source)
     seconds = min(timed(lambda: target.copy_(source), device) for _ in range(5))
-    rates = {}
-    for key, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        rates[key] = matmul_peak(device, dtype) / 1e12
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    rates = {name: matmul_peak(device, dtype) / 1e12 for name, dtype in dtypes.items()}
     return {"source": "measured", "gbps": 2 * source.nbytes / seconds / 1e9, "tflops": rates}

@@ -1,8 +1,7 @@
-"""The networks TiTok is compared with, at their published sizes, under random weights.
+"""How each kind of generator samples: by diffusion, by unmasking, one token after the other.
 
-Here is how each kind draws: by diffusion, by unmasking, one token after the other. Schedulers,
-top-k and conditioning outside the network are left out: less than a thousandth of the work.
-Encoders are dropped, since drawing a picture does not run them. Sizes are in peer_systems.py.
+Schedulers, top-k and conditioning outside the network are left out: less than a thousandth of the
+work. Encoders are dropped, since sampling does not run them. Sizes are in systems.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +18,10 @@ from titok_fast.sampling.unmask import sample, sample_seeds
 
 @dataclass(frozen=True)
 class Calls:
-    """One loaded peer's work on a batch.
+    """What to time for a batch.
 
     Attributes:
-        steps: index of a sampling step to a call that does `steps_per_call` such steps.
+        steps: index of a sampling step to a call that does `steps_per_call` steps from there.
         decode: latents or codes to pixels.
         steps_per_call: 1, or more where a call is a short run of the whole loop.
     """
@@ -39,7 +38,7 @@ class Peer(nn.Module):
     decoder: Any
 
     def calls(self, B: int, steps: int) -> Calls:
-        """What to time, for B pictures in a published run of `steps` steps."""
+        """What to time, for B images in a published run of `steps` steps."""
         raise NotImplementedError
 
     @property
@@ -58,9 +57,10 @@ class Diffusion(Peer):
     """A denoiser on latents, always guided: each step runs 2 B latents.
 
     Args:
-        generator: called as denoise(generator, latents, times, labels).
+        generator: the network.
         decoder: called on the latents through `decode`.
-        latent: (channels, side) of a latent picture.
+        latent: (channels, side) of the latents.
+        denoise: calls the generator on (latents, times, labels).
     """
 
     def __init__(
@@ -68,29 +68,28 @@ class Diffusion(Peer):
         generator: nn.Module,
         decoder: nn.Module,
         latent: tuple[int, int],
-        denoise: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
+        denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> None:
         super().__init__()
         self.generator, self.decoder = generator, decoder
         self.latent, self.denoise = latent, denoise
 
     def calls(self, B: int, steps: int) -> Calls:
-        """One step at the middle of the run: the cost is the same at all."""
+        """One step at the middle of the run: all steps cost the same."""
         C, side = self.latent
         z = torch.randn(B, C, side, side, **self.like)
         times = torch.full((2 * B,), 500, device=z.device)
         labels = torch.cat([torch.arange(B) % CLASSES, torch.full((B,), CLASSES)]).to(z.device)
 
         def step() -> Tensor:
-            both = self.denoise(self.generator, z.repeat(2, 1, 1, 1), times, labels)
-            cond, uncond = both.chunk(2)
+            cond, uncond = self.denoise(z.repeat(2, 1, 1, 1), times, labels).chunk(2)
             return uncond + 1.5 * (cond - uncond)
 
         return Calls({steps // 2: step}, lambda: self.decoder.decode(z).sample)
 
 
 class Masked(Peer):
-    """MaskGIT: K tokens a step, all at once, then a convolutional decoder; our own classes."""
+    """MaskGIT: all K tokens at each step, then a convolutional decoder; our own classes."""
 
     def __init__(
         self, config: GeneratorConfig, pixel: VQGANConfig, sampling: SamplingConfig, steps: int
@@ -122,27 +121,27 @@ class Autoregressive(Peer):
         self.generator, self.decoder, self.latent = generator, decoder, latent
 
     def calls(self, B: int, steps: int) -> Calls:
-        """First, middle and last step; between them the cost grows with the cache."""
+        """First, middle and last step: the cost grows with the cache."""
         C, side = self.latent
         z = torch.randn(B, C, side, side, **self.like)
-        entering = torch.randn(B, 1, self.body.config.n_embd, **self.like)
+        inputs = torch.randn(B, 1, self.body.config.n_embd, **self.like)
 
         def at(position: int) -> Callable[[], Tensor]:
             cache = _cache(self.body, B, position)
-            return lambda: self.step(entering, cache)
+            return lambda: self.step(inputs, cache)
 
         return Calls({i: at(i) for i in (0, steps // 2, steps - 1)}, lambda: self._decode(z))
 
     @property
     def body(self) -> Any:
-        """The transformer whose cache grows with the steps."""
+        """The transformer that has the cache."""
         return self.generator
 
     def step(self, x: Tensor, cache: Any) -> Tensor:
-        """(B, 1, D) embedding of the last token -> (B, 1) next one; the cache stays as it was."""
+        """(B, 1, D) embedding of the last token -> (B, 1) next token; the cache does not grow."""
         logits = self.body(inputs_embeds=x, past_key_values=cache, use_cache=True).logits
         cache.crop(-1)
-        return _draw(logits[:, -1])
+        return _next_token(logits[:, -1])
 
     def _decode(self, z: Tensor) -> Tensor:
         if isinstance(self.decoder, ViTDecoder):
@@ -171,19 +170,19 @@ class ResidualQuantized(Autoregressive):
         head = self.generator["head"]
         h = self.body(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
         cache.crop(-1)
-        within, entering = DynamicCache(config=head.config), {"inputs_embeds": h}
+        within, inputs = DynamicCache(config=head.config), {"inputs_embeds": h}
         for _ in range(self.depth):
-            out = head(**entering, past_key_values=within, use_cache=True)
-            entering = {"input_ids": _draw(out.logits[:, -1])}
-        return entering["input_ids"]
+            out = head(**inputs, past_key_values=within, use_cache=True)
+            inputs = {"input_ids": _next_token(out.logits[:, -1])}
+        return inputs["input_ids"]
 
 
-def _draw(logits: Tensor) -> Tensor:
+def _next_token(logits: Tensor) -> Tensor:
     return torch.multinomial(logits.float().softmax(dim=-1), 1)
 
 
 def _cache(model: nn.Module, B: int, length: int) -> Any:
-    """A cache that holds `length` random keys and values in each layer."""
+    """A cache of `length` random keys and values in each layer."""
     from transformers import DynamicCache
 
     config: Any = model.config

@@ -37,7 +37,7 @@ class System:
         steps: published number of sampling steps.
         paper_rate: samples/s of the paper, None where it gives none.
         paper_millions: parameters of the generator, in millions, as the paper states them.
-        classes: what stands for it here.
+        classes: the libraries' classes that rebuild it here.
         build: the networks; called with True, small ones of the same kind for tests.
         left_out: why it is not measured, where it is not.
     """
@@ -54,42 +54,44 @@ class System:
     left_out: str | None = None
 
 
-def _blocks(kind: str, count: int, attention_first: str = "") -> tuple[str, ...]:
-    return (attention_first,) * bool(attention_first) + (kind,) * (count - bool(attention_first))
+def _blocks(kind: str, count: int, first: str | None = None) -> tuple[str, ...]:
+    """Names of `count` blocks; the first may be of another kind."""
+    return (first or kind, *[kind] * (count - 1))
+
+
+def _without_encoder(model: Any) -> Any:
+    model.encoder, model.quant_conv = nn.Identity(), None
+    return model
 
 
 def _kl_decoder(tiny: bool) -> Any:
     """Stable Diffusion's f8 VAE (huggingface: stabilityai/sd-vae-ft-ema, config.json)."""
     from diffusers import AutoencoderKL
 
-    widths = (32,) * 4 if tiny else (128, 256, 512, 512)
-    vae: Any = AutoencoderKL(
+    vae = AutoencoderKL(
         down_block_types=_blocks("DownEncoderBlock2D", 4),
         up_block_types=_blocks("UpDecoderBlock2D", 4),
-        block_out_channels=widths,
+        block_out_channels=(32,) * 4 if tiny else (128, 256, 512, 512),
         layers_per_block=2,
         latent_channels=4,
     )
-    vae.encoder, vae.quant_conv = nn.Identity(), None
-    return vae
+    return _without_encoder(vae)
 
 
-def _vq_decoder(widths: tuple[int, ...], C: int, N: int, attention: bool, tiny: bool) -> Any:
-    """A convolutional VQGAN with two blocks a level; attention at the coarsest where asked for."""
+def _vq_decoder(widths: tuple[int, ...], C: int, N: int, tiny: bool, attention: bool = True) -> Any:
+    """A convolutional VQGAN with two blocks a level and, by default, attention at the coarsest."""
     from diffusers import VQModel
 
-    vq: Any = VQModel(
+    first = "AttnUpDecoderBlock2D" if attention else None
+    vq = VQModel(
         down_block_types=_blocks("DownEncoderBlock2D", len(widths)),
-        up_block_types=_blocks(
-            "UpDecoderBlock2D", len(widths), "AttnUpDecoderBlock2D" if attention else ""
-        ),
+        up_block_types=_blocks("UpDecoderBlock2D", len(widths), first),
         block_out_channels=(32,) * len(widths) if tiny else widths,
         layers_per_block=2,
         latent_channels=C,
         num_vq_embeddings=64 if tiny else N,
     )
-    vq.encoder, vq.quant_conv = nn.Identity(), None
-    return vq
+    return _without_encoder(vq)
 
 
 def _dit(side: int, tiny: bool) -> Peer:
@@ -103,7 +105,7 @@ def _dit(side: int, tiny: bool) -> Peer:
     size = {"num_layers": 2, "num_attention_heads": 2} if tiny else {"num_layers": 28}
     net: Any = DiTTransformer2DModel(sample_size=latent, out_channels=8, **size)
 
-    def denoise(net: nn.Module, z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+    def denoise(z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
         out: Tensor = net(z, timestep=times, class_labels=labels).sample
         return out[:, :4]  # the other half is the variance
 
@@ -114,12 +116,7 @@ def _uvit(D: int, depth: int, patch: int, side: int, tiny: bool) -> Peer:
     """U-ViT: L 1024 x 20, H 1152 x 28, 16 heads (baofff/U-ViT, configs/imagenet*_uvit_*.py)."""
     latent = 8 if tiny else side // 8
     net = UViT(64, 2, 2, latent, patch) if tiny else UViT(D, depth, 16, latent, patch)
-    return Diffusion(net, _kl_decoder(tiny), (4, latent), _plain)
-
-
-def _plain(net: nn.Module, z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
-    out: Tensor = net(z, times, labels)
-    return out
+    return Diffusion(net, _kl_decoder(tiny), (4, latent), net)
 
 
 def _ldm4(tiny: bool) -> Peer:
@@ -144,25 +141,20 @@ def _ldm4(tiny: bool) -> Peer:
         up_block_types=(up, up, up, "UpBlock2D"),
     )
 
-    def denoise(net: nn.Module, z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+    def denoise(z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
         out: Tensor = net(z, times, encoder_hidden_states=z.new_ones(len(z), 1, 512)).sample
         return out
 
-    decoder = _vq_decoder((128, 256, 512), 3, 8192, False, tiny)
+    decoder = _vq_decoder((128, 256, 512), 3, 8192, tiny, attention=False)
     return Diffusion(net, decoder, (3, latent), denoise)
 
 
-def _gpt(
-    D: int, layers: int, heads: int, length: int, N: int, tiny: bool, head: bool = True
-) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+def _gpt_config(D: int, layers: int, heads: int, length: int, N: int, tiny: bool) -> Any:
+    from transformers import GPT2Config
 
     D, layers, heads, N = (64, 2, 2, 64) if tiny else (D, layers, heads, N)
-    ends: Any = {"bos_token_id": None, "eos_token_id": None}
-    config = GPT2Config(
-        n_embd=D, n_layer=layers, n_head=heads, n_positions=length, vocab_size=N, **ends
-    )
-    return GPT2LMHeadModel(config) if head else GPT2Model(config)
+    size: Any = {"n_embd": D, "n_layer": layers, "n_head": heads, "n_positions": length}
+    return GPT2Config(vocab_size=N, bos_token_id=None, eos_token_id=None, **size)
 
 
 def _taming(tiny: bool) -> Peer:
@@ -170,8 +162,11 @@ def _taming(tiny: bool) -> Peer:
 
     Before the f16 VQGAN of 1024 codes: CompVis/taming-transformers, configs/imagenet_vqgan.yaml.
     """
-    decoder = _vq_decoder((128, 128, 256, 256, 512), 256, 1024, True, tiny)
-    return Autoregressive(_gpt(1536, 48, 24, 257, 1024, tiny), decoder, (256, 2 if tiny else 16))
+    from transformers import GPT2LMHeadModel
+
+    gpt = GPT2LMHeadModel(_gpt_config(1536, 48, 24, 257, 1024, tiny))
+    decoder = _vq_decoder((128, 128, 256, 256, 512), 256, 1024, tiny)
+    return Autoregressive(gpt, decoder, (256, 2 if tiny else 16))
 
 
 def _rq(D: int, heads: int, tiny: bool) -> Peer:
@@ -180,9 +175,11 @@ def _rq(D: int, heads: int, tiny: bool) -> Peer:
     kakaobrain/rq-vae-transformer, configs/imagenet256: stage2/*-1400M.yaml and *-3800M.yaml, and
     stage1/in256-rqvae-8x8x4.yaml for the decoder.
     """
-    body = _gpt(D, 42, heads, 65, 1, tiny, head=False)
-    head = _gpt(D, 6, heads, 4, 16384, tiny)
-    decoder = _vq_decoder((128, 128, 256, 256, 512, 512), 256, 16384, True, tiny)
+    from transformers import GPT2LMHeadModel, GPT2Model
+
+    body = GPT2Model(_gpt_config(D, 42, heads, 65, 1, tiny))
+    head = GPT2LMHeadModel(_gpt_config(D, 6, heads, 4, 16384, tiny))
+    decoder = _vq_decoder((128, 128, 256, 256, 512, 512), 256, 16384, tiny)
     return ResidualQuantized(body, head, decoder, (256, 2 if tiny else 8))
 
 
@@ -192,12 +189,15 @@ def _vim(tiny: bool) -> Peer:
     Only the count is matched, by 33 layers of width 2048. Decoder: its ViT-Base, 12 layers of 768
     on 8 x 8 pixels (restated in thuanz123/enhancing-transformers, imagenet_vitvq_base.yaml).
     """
+    from transformers import GPT2LMHeadModel
+
+    gpt = GPT2LMHeadModel(_gpt_config(2048, 33, 16, 1025, 8192, tiny))
     size, grid = ((64, 2, 2, 4), 4) if tiny else ((768, 12, 12, 32), 32)
-    return Autoregressive(_gpt(2048, 33, 16, 1025, 8192, tiny), ViTDecoder(32, *size), (32, grid))
+    return Autoregressive(gpt, ViTDecoder(32, *size), (32, grid))
 
 
 def _masked(
-    config: GeneratorConfig, pixel: VQGANConfig, guidance: float, run: int, tiny: bool
+    config: GeneratorConfig, pixel: VQGANConfig, guidance: float, steps_per_call: int, tiny: bool
 ) -> Peer:
     # MaskGIT's own rules (google-research/maskgit): cosine schedule, confidence by probability
     rules = SamplingConfig(8, guidance, "constant", schedule="cosine", confidence="probability")
@@ -205,14 +205,13 @@ def _masked(
         shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = GeneratorConfig(intermediate_size=128, image_seq_len=16, codebook_size=64, **shape)
         pixel = VQGANConfig(32, (1, 2), 1, 16, 64)
-    return Masked(config, pixel, rules, run)
+    return Masked(config, pixel, rules, steps_per_call)
 
 
-def _maskgit(side: int, run: int, tiny: bool) -> Peer:
+def _maskgit(side: int, steps_per_call: int, tiny: bool) -> Peer:
     """TiTok's 177M MaskGIT-ViT on MaskGIT-VQGAN's 16 x 16 or 32 x 32 codes of 1024 (paper, 4.1)."""
-    K = (side // 16) ** 2
-    config = GeneratorConfig(image_seq_len=K, codebook_size=1024)
-    return _masked(config, VQGANConfig(), 0.0, run, tiny)
+    config = GeneratorConfig(image_seq_len=(side // 16) ** 2, codebook_size=1024)
+    return _masked(config, VQGANConfig(), 0.0, steps_per_call, tiny)
 
 
 def _magvit2(side: int, tiny: bool) -> Peer:
@@ -229,36 +228,50 @@ def _magvit2(side: int, tiny: bool) -> Peer:
 _OURS = "titok_fast ImageBert, MaskGitVQGAN"
 _DIT = "diffusers DiTTransformer2DModel, AutoencoderKL"
 _UVIT = "plain class on titok_fast blocks, diffusers AutoencoderKL"
+_UNET = "diffusers UNet2DConditionModel, VQModel"
 _GPT = "transformers GPT2LMHeadModel with DynamicCache, "
 _RQ = _GPT + "for body and head; diffusers VQModel"
-_SD, _VIT = "VAE (SD ft)", "MaskGIT-ViT"
-_NO_SPEED = "the paper gives no speed to set beside it"
+_SD, _VIT, _RQVAE = "VAE (SD ft)", "MaskGIT-ViT", "RQ-VAE"
 
-SYSTEMS: tuple[System, ...] = (
-    System("ldm-8", "Taming-VQGAN", "LDM-8", 256, 200, None, 258, "", None, _NO_SPEED),
-    System("ldm-4", "VAE (OpenImages)", "LDM-4", 256, 250, 0.4, 400,
-           "diffusers UNet2DConditionModel, VQModel", _ldm4),
-    System("uvit-l-2", _SD, "UViT-L/2", 256, 50, 1.1, 287, _UVIT,
-           partial(_uvit, 1024, 20, 2, 256)),
-    System("uvit-h-2", _SD, "UViT-H/2", 256, 50, 0.6, 501, _UVIT,
-           partial(_uvit, 1152, 28, 2, 256)),
-    System("dit-xl-2", _SD, "DiT-XL/2", 256, 250, 0.6, 675, _DIT, partial(_dit, 256)),
-    System("taming", "Taming-VQGAN", "Taming-Transformer", 256, 256, 7.5, 1400,
-           _GPT + "diffusers VQModel", _taming),
-    System("rq-1.4b", "RQ-VAE", "RQ-Transformer", 256, 64, 16.1, 1400, _RQ,
-           partial(_rq, 1536, 24)),
-    System("rq-3.8b", "RQ-VAE", "RQ-Transformer", 256, 64, 9.7, 3800, _RQ,
-           partial(_rq, 2560, 40)),
-    System("maskgit", "MaskGIT-VQGAN", _VIT, 256, 8, 50.5, 177, _OURS, partial(_maskgit, 256, 8)),
-    System("vim-large", "ViT-VQGAN", "VIM-Large", 256, 1024, 0.3, 1700,
-           _GPT + "plain ViT on titok_fast blocks", _vim),
-    System("magvit-v2", "LFQ", "MAGVIT-v2", 256, 64, 1.1, 307, _OURS, partial(_magvit2, 256)),
-    System("uvit-l-4-512", _SD, "UViT-L/4", 512, 50, 1.0, 287, _UVIT,
-           partial(_uvit, 1024, 20, 4, 512)),
-    System("uvit-h-4-512", _SD, "UViT-H/4", 512, 50, 0.6, 501, _UVIT,
-           partial(_uvit, 1152, 28, 4, 512)),
-    System("dit-xl-2-512", _SD, "DiT-XL/2", 512, 250, 0.1, 675, _DIT, partial(_dit, 512)),
-    System("maskgit-512", "MaskGIT-VQGAN", _VIT, 512, 12, 3.9, 177, _OURS,
-           partial(_maskgit, 512, 2)),
-    System("magvit-v2-512", "LFQ", "MAGVIT-v2", 512, 64, 1.0, 307, _OURS, partial(_magvit2, 512)),
-)  # fmt: skip
+# name: tokenizer, generator, side, steps, samples/s and millions of parameters in the paper
+_PUBLISHED: dict[str, tuple[str, str, int, int, float | None, int]] = {
+    "ldm-8": ("Taming-VQGAN", "LDM-8", 256, 200, None, 258),
+    "ldm-4": ("VAE (OpenImages)", "LDM-4", 256, 250, 0.4, 400),
+    "uvit-l-2": (_SD, "UViT-L/2", 256, 50, 1.1, 287),
+    "uvit-h-2": (_SD, "UViT-H/2", 256, 50, 0.6, 501),
+    "dit-xl-2": (_SD, "DiT-XL/2", 256, 250, 0.6, 675),
+    "taming": ("Taming-VQGAN", "Taming-Transformer", 256, 256, 7.5, 1400),
+    "rq-1.4b": (_RQVAE, "RQ-Transformer", 256, 64, 16.1, 1400),
+    "rq-3.8b": (_RQVAE, "RQ-Transformer", 256, 64, 9.7, 3800),
+    "maskgit": ("MaskGIT-VQGAN", _VIT, 256, 8, 50.5, 177),
+    "vim-large": ("ViT-VQGAN", "VIM-Large", 256, 1024, 0.3, 1700),
+    "magvit-v2": ("LFQ", "MAGVIT-v2", 256, 64, 1.1, 307),
+    "uvit-l-4-512": (_SD, "UViT-L/4", 512, 50, 1.0, 287),
+    "uvit-h-4-512": (_SD, "UViT-H/4", 512, 50, 0.6, 501),
+    "dit-xl-2-512": (_SD, "DiT-XL/2", 512, 250, 0.1, 675),
+    "maskgit-512": ("MaskGIT-VQGAN", _VIT, 512, 12, 3.9, 177),
+    "magvit-v2-512": ("LFQ", "MAGVIT-v2", 512, 64, 1.0, 307),
+}
+_BUILT: dict[str, tuple[str, Callable[[bool], Peer]]] = {
+    "ldm-4": (_UNET, _ldm4),
+    "uvit-l-2": (_UVIT, partial(_uvit, 1024, 20, 2, 256)),
+    "uvit-h-2": (_UVIT, partial(_uvit, 1152, 28, 2, 256)),
+    "dit-xl-2": (_DIT, partial(_dit, 256)),
+    "taming": (_GPT + "diffusers VQModel", _taming),
+    "rq-1.4b": (_RQ, partial(_rq, 1536, 24)),
+    "rq-3.8b": (_RQ, partial(_rq, 2560, 40)),
+    "maskgit": (_OURS, partial(_maskgit, 256, 8)),
+    "vim-large": (_GPT + "plain ViT on titok_fast blocks", _vim),
+    "magvit-v2": (_OURS, partial(_magvit2, 256)),
+    "uvit-l-4-512": (_UVIT, partial(_uvit, 1024, 20, 4, 512)),
+    "uvit-h-4-512": (_UVIT, partial(_uvit, 1152, 28, 4, 512)),
+    "dit-xl-2-512": (_DIT, partial(_dit, 512)),
+    "maskgit-512": (_OURS, partial(_maskgit, 512, 2)),
+    "magvit-v2-512": (_OURS, partial(_magvit2, 512)),
+}
+SYSTEMS: tuple[System, ...] = tuple(
+    System(name, *numbers, *_BUILT[name])
+    if name in _BUILT
+    else System(name, *numbers, "", None, "the paper gives no speed to set beside it")
+    for name, numbers in _PUBLISHED.items()
+)

@@ -1,4 +1,4 @@
-"""Two transformers that no kept library has, as plain classes on our own blocks."""
+"""Two transformers that no library has, as plain classes on our own blocks."""
 
 import torch
 from torch import Tensor, nn
