@@ -10,7 +10,7 @@ from paper.work import Bench, figures_of, pixels, tokens
 
 from titok_fast.data.sources import ArraySource
 from titok_fast.training.loop import FINAL
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 _UPDATES = 5
 _PART = 20  # one in so many pictures is measured
@@ -68,7 +68,7 @@ def _row(small: Bench, bench: Bench, cell: Cell) -> dict[str, Any]:
 
 def _time_updates(bench: Bench, cell: Cell) -> float:
     """Seconds of an update, the median; leaves the network where later cells look for it."""
-    learner = Learner(recipe(cell, bench.settings, bench.work), bench.ranks)
+    learner = Trainer(recipe(cell, bench.settings, bench.work), bench.ranks)
     B = bench.settings.generator_batch if cell.kind == "generator" else bench.settings.batch
     labels = torch.arange(B) % CLASSES
     batch = {"labels": labels, "images": pixels(bench.train.images[:B])}

@@ -30,7 +30,7 @@ from titok_fast.evaluation.statistics import Gaussian
 from titok_fast.io.images import to_uint8
 from titok_fast.sampling.unmask import sample, sample_seeds
 from titok_fast.training.loop import FINAL, train
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 Figures = dict[str, Any]
 SIDE = 32
@@ -213,7 +213,7 @@ def _speeds(bench: Bench, cell: Cell) -> Figures:
 def _update(bench: Bench, K: int) -> Callable[[], object]:
     S, drawn = bench.settings, torch.Generator().manual_seed(0)
     made = recipe(Cell("generator", "B", K, "arccos"), S, bench.work)
-    learner, N = Learner(made, bench.ranks), 256
+    learner, N = Trainer(made, bench.ranks), 256
     batch = {
         "tokens": torch.randint(N, (S.generator_batch, K), generator=drawn),
         "labels": torch.randint(CLASSES, (S.generator_batch,), generator=drawn),

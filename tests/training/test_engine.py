@@ -13,26 +13,27 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.tiny_runs import (
     ALONE,
     GENERATOR,
     KINDS,
     PROCESSES,
-    but,
+    assert_equal,
+    final,
     make_weights,
     recipe_of,
+    saved_tensors,
     source_of,
+    updated,
 )
 from torch import Tensor
 
 from titok_fast.distributed import RankLostError, Ranks, join, rank_mean
-from titok_fast.training import checkpoints as state
-from titok_fast.training import loop
+from titok_fast.training import checkpoints, loop
 from titok_fast.training.engine import whole
 from titok_fast.training.logs import read_log
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 BATCH = 8
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the ranks have
@@ -112,7 +113,7 @@ def train_all(ranks: Ranks, recipes: list[Recipe]) -> list[str]:
     for recipe in recipes:
         run = loop._Run(recipe, ranks, (source_of(recipe), source_of(recipe)))
         run.run(bar=False)
-        found.append(digest(run.learner.tensors()))
+        found.append(digest(run.trainer.tensors()))
     return found
 
 
@@ -134,7 +135,7 @@ def comparable(kind: str, weights: Path, output: Path, steps: int, **training: A
     gradients show in their norm, whatever the rate.
     """
     recipe = recipe_of(kind, weights, output, steps, **training)
-    recipe = but(
+    recipe = updated(
         recipe, experiment={"eval_every": steps, "save_every": 0},
         lr_scheduler={"warmup_steps": 5000},
         optimizer={"learning_rate": 1e-4},
@@ -201,15 +202,6 @@ def train_in_turn(ranks: Ranks, recipe: Recipe, ends: list[int]) -> None:
         run.run(bar=False)
 
 
-def saved(output: Path) -> dict[str, Tensor]:
-    """All tensors of the newest checkpoint, whole, whoever wrote which part."""
-    found = state.newest(output)
-    assert found is not None
-    room = {name: torch.zeros(shape) for name, shape in found.shapes().items()}
-    found.load(room, ALONE)
-    return room
-
-
 def test_resuming_shards_is_exact_and_other_ways_of_sharing_may_go_on(
     weights: Path, tmp_path: Path
 ) -> None:
@@ -220,20 +212,16 @@ def test_resuming_shards_is_exact_and_other_ways_of_sharing_may_go_on(
     )
     jobs = [(whole_run, [4]), (parts, [1, 2, 4]), (moved, [2])]
     together(train_many_in_turn, *jobs)
-    want = saved(outputs[0])
-    got = saved(outputs[1])
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert torch.equal(got[name], tensor), name
-    final = [load_file(output / "final" / "model.safetensors") for output in outputs[:2]]
-    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+    want = saved_tensors(outputs[0])
+    assert_equal(saved_tensors(outputs[1]), want)
+    assert_equal(final(outputs[1]), final(outputs[0]))
 
-    alone = but(moved, training={"per_gpu_batch_size": BATCH, "parallel": "ddp"})
+    alone = updated(moved, training={"per_gpu_batch_size": BATCH, "parallel": "ddp"})
     train_in_turn(ALONE, alone, [4])
     for name, tensor in want.items():
         if name.startswith("model/"):
-            assert torch.allclose(saved(outputs[2])[name], tensor, atol=1e-4), name
-    too_large = but(moved, training={"per_gpu_batch_size": 2 * BATCH})
+            assert torch.allclose(saved_tensors(outputs[2])[name], tensor, atol=1e-4), name
+    too_large = updated(moved, training={"per_gpu_batch_size": 2 * BATCH})
     with pytest.raises(ValueError, match="began with 8 samples per update, now there are 16"):
         train_in_turn(ALONE, too_large, [4])
 
@@ -245,14 +233,14 @@ def train_many_in_turn(ranks: Ranks, *jobs: tuple[Recipe, list[int]]) -> None:
 
 def loses_a_rank(ranks: Ranks, recipe: Recipe, kill: int, how: signal.Signals) -> str:
     """Rank 1 goes in the middle of update `kill`."""
-    step = Learner.apply
+    step = Trainer.apply
 
-    def apply(learner: Learner) -> None:
-        if ranks.rank == 1 and learner.step == kill:
+    def apply(trainer: Trainer) -> None:
+        if ranks.rank == 1 and trainer.step == kill:
             os.kill(os.getpid(), how)
-        step(learner)
+        step(trainer)
 
-    Learner.apply = apply  # type: ignore[method-assign]
+    Trainer.apply = apply  # type: ignore[method-assign]
     loop.train(recipe, ranks, (source_of(recipe), None), bar=False)
     return "never"
 
@@ -276,7 +264,7 @@ def test_lost_rank_ends_the_others(
     (message,) = told
     wanted = f"another rank is gone, or has not answered for {patience:g} s: "
     assert message.startswith(wanted)
-    found = state.newest(tmp_path)
+    found = checkpoints.newest(tmp_path)
     assert found is not None
     assert found.step == 4
 
@@ -322,8 +310,8 @@ def test_sharing_refuses_what_reads_whole_weights(weights: Path, tmp_path: Path)
     two = Ranks(0, 2, torch.device("cpu"))
     recipe = recipe_of("stage1", weights, tmp_path, parallel="fsdp2", clustering_vq=True)
     with pytest.raises(ValueError, match=r"clustering_vq reads whole weights.*use ddp"):
-        Learner(recipe, two)
+        Trainer(recipe, two)
     recipe = recipe_of("stage2", weights, tmp_path, parallel="fsdp2")
-    recipe = but(recipe, losses={"adaptive_discriminator_weight": True})
+    recipe = updated(recipe, losses={"adaptive_discriminator_weight": True})
     with pytest.raises(ValueError, match=r"adaptive_discriminator_weight reads whole weights"):
-        Learner(recipe, two)
+        Trainer(recipe, two)

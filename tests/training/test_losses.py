@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from titok_fast.models.quantizer import DiagonalGaussian
 from titok_fast.training import losses as module
 from titok_fast.training.losses import ReconstructionLoss, hinge_loss, proxy_code_loss
-from titok_fast.training.recipe.recipe import LossConfig
+from titok_fast.training.recipe.sections import LossConfig
 
 SMALL = {"discriminator_channels": 32, "discriminator_start": 10}
 

@@ -32,7 +32,7 @@ from titok_fast.training.optim import (
     parameter_groups,
     set_learning_rate,
 )
-from titok_fast.training.recipe.recipe import (
+from titok_fast.training.recipe.sections import (
     LossConfig,
     OptimizerConfig,
     ScheduleConfig,

@@ -22,18 +22,16 @@ from titok_fast import (
     generator_class,
 )
 from titok_fast.data.config import DataConfig
-from titok_fast.training.recipe.official import convert, flatten, nest
-from titok_fast.training.recipe.recipe import (
+from titok_fast.training.recipe.official import RECIPES, convert, flatten, nest
+from titok_fast.training.recipe.recipe import Recipe, read_recipe
+from titok_fast.training.recipe.sections import (
     Experiment,
     LossConfig,
     OptimizerConfig,
-    Recipe,
     ScheduleConfig,
     TrainingConfig,
-    read_recipe,
 )
 
-RECIPES = Path(__file__).resolve().parents[2] / "titok_fast" / "recipes"
 OURS = sorted(str(p.relative_to(RECIPES)) for p in RECIPES.rglob("*.yaml") if p.stem != "base")
 OFFICIAL = Path(os.environ.get("TITOK_UPSTREAM", "")) / "configs/training"
 needs_upstream = pytest.mark.skipif(
@@ -402,7 +400,7 @@ def test_a_stage_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
         ({"stage": "generator"}, "wants the section model.generator"),
         ({"tokenizer": None}, r"wants the section model\.vq_model"),
         ({"tokenizer": replace(SMALL, quantize_mode="vae")}, "quantize_mode=vq"),
-        ({"data": DataConfig(kind="tokens", train="x")}, "wants pictures"),
+        ({"data": DataConfig(kind="tokens", train="x")}, "wants images"),
         ({"data": DataConfig(crop_size=128)}, "wants one crop_size; got 256"),
         ({"stage": "vqgan", "vqgan": VQGANConfig(), "tokenizer": None,
           "data": DataConfig(crop_size=40)}, "multiple of 16; got 40"),
@@ -487,9 +485,40 @@ def test_bases_do_not_chain_and_must_exist(tmp_path: Path) -> None:
         read_recipe(written(tmp_path, "base: missing.yaml\n", "d.yaml"))
 
 
+@pytest.mark.parametrize("name", ["fashion/stage1", "imagenet/generator/maskgit_vit_l32"])
+def test_recipes_of_the_package_have_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)  # a folder is no recipe
+    assert read_recipe(name, ["training.seed=3"]) == read_recipe(
+        RECIPES / f"{name}.yaml", ["training.seed=3"]
+    )
+
+
+def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion").mkdir()
+    written(tmp_path / "fashion", STAGE1 + "training: {seed: 7}\n", "stage1")
+    assert read_recipe("fashion/stage1").training.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("fashion/stag1", "fashion/stage1"),
+        ("recipes/fashion/vqgan.yaml", "fashion/vqgan"),
+        ("zzz", "fashion/classifier, fashion/generator"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_near_ones(name: str, known: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no recipe file or name '{name}'; .*{known}"):
+        read_recipe(name)
+    with pytest.raises(FileNotFoundError, match="no recipe file or name"):
+        read_recipe("fashion/base")  # to start from, not to train
+
+
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no recipe at"):
-        read_recipe(tmp_path / "nothing.yaml")
     with pytest.raises(ValueError, match="not readable as YAML"):
         read_recipe(written(tmp_path, "a: [1\n"))
     with pytest.raises(ValueError, match="wants keys and values"):
@@ -507,12 +536,5 @@ def test_yaml_tags_execute_nothing(tmp_path: Path) -> None:
 
 
 def test_a_plain_no_is_a_word() -> None:
-    path = (
-        Path(__file__).resolve().parents[2]
-        / "titok_fast"
-        / "recipes"
-        / "fashion"
-        / "classifier.yaml"
-    )
-    recipe = read_recipe(path, ["training.mixed_precision=no"])
+    recipe = read_recipe("fashion/classifier", ["training.mixed_precision=no"])
     assert recipe.training.mixed_precision == "no"

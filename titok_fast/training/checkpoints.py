@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -46,12 +45,6 @@ class Checkpoint:
     folder: Path
     step: int
     state: dict[str, JSON]
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Its tensors' shapes by name."""
-        reader = dcp.HuggingFaceStorageReader(str(self.folder))
-        saved = reader.read_metadata().state_dict_metadata
-        return {name: entry.size for name, entry in saved.items()}  # type: ignore[union-attr]
 
     def load(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         """Fill tensors, whole or sharded, from those of the same names. Every rank must call it.
