@@ -217,7 +217,7 @@ class _Run:
             if draws:
                 sheets = example_images(trainer, self.eval_source or self.train_source)
                 for name, images in sheets.items():
-                    self.log.pictures(step, name, images)
+                    self.log.images(step, name, images)
             if measures and self.eval_source:
                 self.log.scalars(step, evaluate(trainer, self.eval_source, self.batch_size))
         self.since = time.perf_counter(), step  # samples_per_s is that of training
