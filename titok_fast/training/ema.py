@@ -1,4 +1,4 @@
-"""Moving average of a model's weights, which evaluation, pictures and exports use.
+"""Moving average of a model's weights, which evaluation, example images and exports use.
 
 Upstream: modeling/modules/ema_model.py. Its resume replaced the configured decay by a default; here
 the recipe gives the decay. Not torch's AveragedModel: it copies the whole module, frozen parameters

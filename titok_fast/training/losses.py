@@ -118,9 +118,8 @@ class ReconstructionLoss(nn.Module):
             distance = F.l1_loss if cfg.reconstruction_loss == "l1" else F.mse_loss
             reconstruction = distance(x, y) * cfg.reconstruction_weight
             if isinstance(bottleneck, DiagonalGaussian):
-                reconstruction = (
-                    reconstruction / torch.full_like(reconstruction, cfg.logvar_init).exp()
-                )
+                variance = torch.full_like(reconstruction, cfg.logvar_init).exp()
+                reconstruction = reconstruction / variance
                 kl = cfg.kl_weight * (bottleneck.kl().sum() / len(x))
                 regular, logs = kl, {"kl_loss": kl}
             else:
@@ -239,13 +238,10 @@ def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
         raise ValueError(f"the losses want images and reconstructions (B, 3, S, S); got {got}")
 
 
-def _without_perceptual(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
-) -> None:
+def _without_perceptual(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [k for k in state if k.startswith(f"{prefix}perceptual.")]:
         del state[key]
 
 
 def _forgive_perceptual(module: nn.Module, keys: Any) -> None:
-    missing = keys.missing_keys
-    missing[:] = [k for k in missing if "perceptual." not in k]
+    keys.missing_keys[:] = [k for k in keys.missing_keys if "perceptual." not in k]

@@ -270,14 +270,15 @@ def set_cuda_math(tf32: bool) -> None:
 def _check_options(recipe: Recipe, ranks: Ranks) -> None:
     if recipe.training.parallel != "fsdp2" or ranks.size == 1:
         return
-    adversary = recipe.stage in ("vqgan", "stage2", "single_stage")
-    adaptive = adversary and recipe.losses.adaptive_discriminator_weight
-    for key, value in (
-        ("model.vq_model.clustering_vq", recipe.training.clustering_vq),
-        ("losses.adaptive_discriminator_weight", adaptive),
-    ):
-        if value:
-            raise ValueError(
-                f"{key} reads whole weights between passes, which training.parallel=fsdp2 shards: "
-                "use ddp"
-            )
+    has_discriminator = recipe.stage in ("vqgan", "stage2", "single_stage")
+    refused = {
+        "model.vq_model.clustering_vq": recipe.training.clustering_vq,
+        "losses.adaptive_discriminator_weight": (
+            has_discriminator and recipe.losses.adaptive_discriminator_weight
+        ),
+    }
+    for key in (key for key, value in refused.items() if value):
+        raise ValueError(
+            f"{key} reads whole weights between passes, which training.parallel=fsdp2 shards: "
+            "use ddp"
+        )
