@@ -1,12 +1,16 @@
 """What the tests of the training loop share: recipes of tiny runs, and data in memory."""
 
 import dataclasses
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -127,6 +131,18 @@ def recipe_of(kind: str, weights: Path, output: Path, steps: int = 6, **training
         lr_scheduler=ScheduleConfig(warmup_steps=0),
         training=TrainingConfig(**{**settings, **training}),
     )
+
+
+@contextmanager
+def process_group(rank: int, world: int, folder: Path) -> Iterator[None]:
+    """Inside `with`, this process is one of `world` that meet in a folder, or alone."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    yield
+    gc.collect()  # what outlives the group keeps its threads, and a process that ends then aborts
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def updated(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:

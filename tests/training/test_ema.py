@@ -1,14 +1,12 @@
 """The moving average: its rule, frozen parameters, swapping, sharded models."""
 
-import gc
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from support.official import needs_upstream, official
+from support.tiny_runs import process_group
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,7 +14,6 @@ from torch.distributed.tensor import DTensor
 
 from titok_fast.training.ema import Ema
 
-CHECKOUT = os.environ.get("TITOK_UPSTREAM", "")
 STEPS = 12
 
 
@@ -64,17 +61,13 @@ def test_it_averages_by_that_rule() -> None:
         torch.testing.assert_close(ema.average[name].double(), want, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.skipif(not CHECKOUT, reason="TITOK_UPSTREAM names no checkout")
+@needs_upstream
 def test_it_is_upstreams_average() -> None:
-    path = Path(CHECKOUT) / "modeling/modules/ema_model.py"
-    spec = importlib.util.spec_from_file_location("official_ema", path)
-    assert spec is not None
-    assert spec.loader is not None
-    official = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(official)
     model = network()
     model[0].requires_grad_(False)
-    ours, theirs = Ema(model, 0.6), official.EMAModel(model.parameters(), decay=0.6)
+    with official("modeling.modules.ema_model") as upstream:
+        theirs = upstream.EMAModel(model.parameters(), decay=0.6)
+    ours = Ema(model, 0.6)
     for step in range(STEPS):
         move(model, step)
         ours.update(step)
@@ -128,14 +121,12 @@ def test_a_decay_out_of_range_is_refused() -> None:
         Ema(network(), 1.5)
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    _average_sharded(rank, folder)
-    gc.collect()  # what outlives the group keeps its threads, and a process that ends then aborts
-    dist.destroy_process_group()
+def _rank(rank: int, folder: Path) -> None:
+    with process_group(rank, 2, folder):
+        _average_sharded(rank, folder)
 
 
-def _average_sharded(rank: int, folder: str) -> None:
+def _average_sharded(rank: int, folder: Path) -> None:
     model = network()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     ema = Ema(model, 0.7)
@@ -155,11 +146,11 @@ def _average_sharded(rank: int, folder: str) -> None:
         for n, p in model.named_parameters()
     )
     if rank == 0:
-        torch.save({"average": whole, "y": y.detach(), "unchanged": unchanged}, f"{folder}/out")
+        torch.save({"average": whole, "y": y.detach(), "unchanged": unchanged}, folder / "out")
 
 
 def test_sharded_models_average_as_whole_ones_do(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    mp.spawn(_rank, (tmp_path,), nprocs=2)
     got = torch.load(tmp_path / "out", weights_only=True)
     model = network()
     ema = Ema(model, 0.7)

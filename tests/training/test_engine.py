@@ -20,7 +20,6 @@ from support.tiny_runs import (
     PROCESSES,
     assert_equal,
     final,
-    make_weights,
     recipe_of,
     saved_tensors,
     source_of,
@@ -37,11 +36,6 @@ from titok_fast.training.trainer import Trainer
 
 BATCH = 8
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the ranks have
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights"))
 
 
 def start(
@@ -130,16 +124,13 @@ def losses(output: Path) -> dict[str, list[float]]:
 def comparable(kind: str, weights: Path, output: Path, steps: int, **training: Any) -> Recipe:
     """Without dropout, which each rank draws for itself; with the published warm-up.
 
-    The adversary makes a run chaotic: on one rank, changing the first weights by 1e-7 changes the
+    The discriminator makes a run chaotic: on one rank, changing the first weights by 1e-7 changes the
     50th loss by 1e-3 at full rate (1e-4), though only by rounding while the rate warms up. Wrong
     gradients show in their norm, whatever the rate.
     """
     recipe = recipe_of(kind, weights, output, steps, **training)
-    recipe = updated(
-        recipe, experiment={"eval_every": steps, "save_every": 0},
-        lr_scheduler={"warmup_steps": 5000},
-        optimizer={"learning_rate": 1e-4},
-    )  # fmt: skip
+    rate = {"optimizer": {"learning_rate": 1e-4}, "lr_scheduler": {"warmup_steps": 5000}}
+    recipe = updated(recipe, experiment={"eval_every": steps, "save_every": 0}, **rate)
     if kind == "generator":
         recipe = replace(recipe, generator=replace(GENERATOR, dropout=0.0, attn_drop=0.0))
     return recipe
@@ -177,7 +168,7 @@ def agree(kinds: tuple[str, ...], steps: int, weights: Path, folder: Path) -> No
         assert want.keys() == got.keys()
         for name, values in want.items():
             # a gradient's length moves more than the loss where a unit crosses its kink, and the
-            # adversary's term is a mean of logits of either sign
+            # discriminator's term is a mean of logits of either sign
             rel, floor = (1e-4 if "norm" in name else 1e-5), (1e-6 if "gan" in name else 1e-7)
             assert got[name] == pytest.approx(values, rel=rel, abs=floor), f"{output.name} {name}"
 

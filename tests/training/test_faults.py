@@ -22,7 +22,6 @@ from support.tiny_runs import (
     PROCESSES,
     assert_equal,
     final,
-    make_weights,
     recipe_of,
     snapshot,
     source_of,
@@ -40,11 +39,6 @@ from titok_fast.training.trainer import Trainer
 
 # children use one thread, and the order of sums, so their last bits, follow the number of threads
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights"))
 
 
 def run(recipe: Recipe) -> str:
@@ -177,9 +171,8 @@ def test_bad_update_changes_nothing(
     assert_equal(after, before)
     (note,) = [line["note"] for line in read_log(tmp_path / "log.jsonl") if "note" in line]
     assert note.startswith(told)
-    assert [line["bad_steps"] for line in read_log(tmp_path / "log.jsonl") if "lr" in line] == [
-        0, 0, 0, 1, 1,
-    ]  # fmt: skip
+    bad = [line["bad_steps"] for line in read_log(tmp_path / "log.jsonl") if "lr" in line]
+    assert bad == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["vqgan", "stage1", "single_stage"])
@@ -387,10 +380,9 @@ def test_torchrun_and_its_signal(recipe_file: Path, tmp_path: Path) -> None:
     train = ["-m", "titok_fast.cli.train", "--device=cpu", "--quiet", str(recipe_file)]
     more = ["training.per_gpu_batch_size=4", "training.max_train_steps=100000"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(
-        [*start, *train, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment["OMP_NUM_THREADS"] = "1"
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*start, *train, *more], env=environment, **told)
     end = time.monotonic() + 120
     while done(tmp_path / "out") < 5 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)

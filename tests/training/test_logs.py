@@ -202,8 +202,7 @@ def test_wandb_continues_the_run_of_its_directory(
     first, second, third = (c for c in calls if isinstance(c, dict))
     assert first == second
     assert first["id"] != third["id"]
-    assert first | {"id": "", "dir": ""} == {
-        "project": "p", "name": "n", "id": "", "resume": "allow", "dir": "",
-        "config": {"stage": "vqgan"},
-    }  # fmt: skip
+    del first["id"], first["dir"]
+    wanted = {"project": "p", "name": "n", "resume": "allow", "config": {"stage": "vqgan"}}
+    assert first == wanted
     assert calls[1:4] == [(3, {"loss": 1.5}), (3, {"samples": (8, 8)}), "end"]

@@ -20,7 +20,6 @@ from support.tiny_runs import (
     N,
     assert_equal,
     final,
-    make_weights,
     recipe_of,
     saved_tensors,
     source_of,
@@ -40,11 +39,6 @@ from titok_fast.training.stage_model import StageModel
 from titok_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,12 +136,9 @@ def test_autocast_learns_as_well_for_500_updates(kind: str, weights: Path, tmp_p
     ends = []
     for name, precision in (("float32", "no"), ("bf16", "bf16")):
         recipe = recipe_of(kind, weights, tmp_path / name, 500, mixed_precision=precision)
-        run(
-            updated(
-                recipe, optimizer={"learning_rate": 3e-4}, experiment={"save_every": 0},
-                losses={"discriminator_start": 1000}, lr_scheduler={"warmup_steps": 50},
-            )
-        )  # fmt: skip
+        rate = {"optimizer": {"learning_rate": 3e-4}, "lr_scheduler": {"warmup_steps": 50}}
+        rare = {"experiment": {"save_every": 0}, "losses": {"discriminator_start": 1000}}
+        run(updated(recipe, **rate, **rare))
         loss = "loss" if kind == "generator" else "total_loss"
         log = read_log(tmp_path / name / "log.jsonl")[-50:]
         usage = [line.get("codes/usage", 1.0) for line in log]
@@ -234,19 +225,16 @@ def test_generator_learns_from_tokens_on_file(weights: Path, tmp_path: Path) -> 
     assert Image.open(sheet).size == (2 * SIDE + 6, SIDE + 4)
 
     small = replace(recipe, generator=replace(GENERATOR, image_seq_len=K + 1), tokenizer=None)
-    with pytest.raises(ValueError, match=r"holds 4 tokens a picture .*wants 5 with ids below 16"):
+    with pytest.raises(ValueError, match=r"holds 4 tokens per image .*wants 5 with ids below 16"):
         loop.train(small, ALONE, bar=False)
 
 
 def test_what_is_logged_and_shown_when(weights: Path, tmp_path: Path) -> None:
+    every = {"eval": 3, "generate": 2, "log": 2, "log_grad_norm": 4, "save": 1}
     recipe = updated(
-        recipe_of("stage2", weights, tmp_path, 4),
-        experiment={
-            "eval_every": 3, "generate_every": 2, "log_every": 2, "log_grad_norm_every": 4,
-            "save_every": 1, "keep": 2,
-        },
-        training={"num_generated_images": 3},
-    )  # fmt: skip
+        recipe_of("stage2", weights, tmp_path, 4, num_generated_images=3),
+        experiment={"keep": 2, **{f"{what}_every": steps for what, steps in every.items()}},
+    )
     source = source_of(recipe)
     loop.train(recipe, ALONE, (source, source), bar=False)
     log = read_log(tmp_path / "log.jsonl")

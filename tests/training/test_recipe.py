@@ -44,6 +44,9 @@ SMALL = TokenizerConfig(
     vit_dec_model_size=(64, 1, 2),
     finetune_decoder=False,
 )
+VAE = replace(SMALL, is_legacy=False, quantize_mode="vae")
+REVIVING = TrainingConfig(clustering_vq=True)
+BARE: dict[str, Any] = {"tokenizer": None}
 SECTIONS = {
     "experiment": Experiment,
     "losses": LossConfig,
@@ -108,7 +111,7 @@ def test_the_official_generator_file_is_our_recipe() -> None:
     assert theirs.stage == "generator"
     assert theirs.experiment.output_dir == "titok_b64_maskgit"  # the file has none: the name
     assert theirs.experiment.tokenizer_checkpoint == "tokenizer_titok_b64.bin"
-    # that file draws its pictures greedily; ours as the published model does
+    # that file draws its images greedily; ours as the published model does
     assert theirs.sampling == replace(
         SamplingConfig.from_official(OFFICIAL / "generator/maskgit.yaml"), schedule="arccos"
     )
@@ -247,7 +250,7 @@ def test_every_setting_has_a_key_of_its_own(section: str, name: str, tmp_path: P
     assert read_recipe(path) == changed
 
 
-def test_one_key_sets_the_side_of_the_picture_for_data_and_model(tmp_path: Path) -> None:
+def test_one_key_sets_the_side_of_the_image_for_data_and_model(tmp_path: Path) -> None:
     recipe = read_recipe(written(tmp_path, STAGE1), ["dataset.preprocessing.crop_size=128"])
     assert recipe.tokenizer is not None
     assert (recipe.data.crop_size, recipe.tokenizer.crop_size) == (128, 128)
@@ -256,22 +259,19 @@ def test_one_key_sets_the_side_of_the_picture_for_data_and_model(tmp_path: Path)
 def test_models_come_back_whole() -> None:
     proxy = VQGANConfig(32, (1, 2), 1, 16, 48)
     sizes: dict[str, Any] = {"vit_enc_model_size": (64, 1, 2), "vit_dec_model_size": (96, 3, 4)}
-    tokenizer = TokenizerConfig(
-        8, 64, 5, False, 0.5, **sizes, vit_enc_patch_size=8, vit_dec_patch_size=2, crop_size=32,
-        pixel=proxy,
-    )  # fmt: skip
+    sizes |= {"vit_enc_patch_size": 8, "vit_dec_patch_size": 2, "crop_size": 32}
+    tokenizer = TokenizerConfig(8, 64, 5, False, 0.5, **sizes, pixel=proxy)
     generator = GeneratorConfig("UViT", 64, 2, 2, 128, 0.2, 0.3, 8, 64, 10, 0.25)
     sampling = SamplingConfig(12, 2.5, "power-cosine", 2.0, 7.0, False, "cosine", "probability")
     data = DataConfig(kind="fashion-mnist", crop_size=32)
-    models = {"tokenizer": tokenizer, "generator": generator, "sampling": sampling}
+    models: dict[str, Any] = {"generator": generator, "sampling": sampling}
     for recipe in (
-        Recipe("generator", **models, data=data),  # type: ignore[arg-type]
-        Recipe("generator", generator=generator, sampling=sampling,
-               data=DataConfig(kind="tokens", train="shards")),
+        Recipe("generator", tokenizer=tokenizer, **models, data=data),
+        Recipe("generator", **models, data=DataConfig(kind="tokens", train="shards")),
         Recipe("stage2", tokenizer=tokenizer, data=data),
         Recipe("vqgan", vqgan=proxy, data=data),
         Recipe("classifier", data=data),
-    ):  # fmt: skip
+    ):
         assert Recipe.from_official(recipe.to_official()) == recipe
 
 
@@ -327,17 +327,15 @@ def test_wandb_is_asked_for_by_the_official_switch_unless_logging_says_otherwise
 @pytest.mark.parametrize(
     ("given", "kind"),
     [
-        (["dataset.params.train_shards_path_or_url=folder/of/pictures"], "folder"),
-        (["dataset.params.train_shards_path_or_url=a-{00..99}.tar"], "webdataset"),
-        (["dataset.params.kind=folder"], "folder"),
-        (["dataset.params.kind=fashion-mnist", "dataset.params.train_shards_path_or_url="],
-         "fashion-mnist"),
+        ("train_shards_path_or_url=folder/of/images", "folder"),
+        ("train_shards_path_or_url=a-{00..99}.tar", "webdataset"),
+        ("kind=folder", "folder"),
+        ("kind=fashion-mnist train_shards_path_or_url=", "fashion-mnist"),
     ],
-)  # fmt: skip
-def test_the_kind_of_data_follows_from_its_path(
-    tmp_path: Path, given: list[str], kind: str
-) -> None:
-    assert read_recipe(written(tmp_path, STAGE1), given).data.kind == kind
+)
+def test_the_kind_of_data_follows_from_its_path(tmp_path: Path, given: str, kind: str) -> None:
+    overrides = [f"dataset.params.{override}" for override in given.split()]
+    assert read_recipe(written(tmp_path, STAGE1), overrides).data.kind == kind
 
 
 def test_pretokenised_data_are_read_as_tokens_and_need_no_tokenizer(tmp_path: Path) -> None:
@@ -402,17 +400,24 @@ def test_a_stage_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
         ({"tokenizer": replace(SMALL, quantize_mode="vae")}, "quantize_mode=vq"),
         ({"data": DataConfig(kind="tokens", train="x")}, "wants images"),
         ({"data": DataConfig(crop_size=128)}, "wants one crop_size; got 256"),
-        ({"stage": "vqgan", "vqgan": VQGANConfig(), "tokenizer": None,
-          "data": DataConfig(crop_size=40)}, "multiple of 16; got 40"),
-        ({"stage": "generator", "generator": GeneratorConfig(image_seq_len=8)},
-         r"wants image_seq_len .* \(4, 4096\); got \(8, 4096\)"),
-        ({"stage": "generator", "generator": GeneratorConfig(), "tokenizer": None},
-         "wants model.vq_model to tokenise"),
-        ({"stage": "single_stage",
-          "tokenizer": replace(SMALL, is_legacy=False, quantize_mode="vae"),
-          "training": TrainingConfig(clustering_vq=True)}, "a VAE has no codes"),
+        (
+            {"stage": "vqgan", "vqgan": VQGANConfig(), "data": DataConfig(crop_size=40)} | BARE,
+            "multiple of 16; got 40",
+        ),
+        (
+            {"stage": "generator", "generator": GeneratorConfig(image_seq_len=8)},
+            r"wants image_seq_len .* \(4, 4096\); got \(8, 4096\)",
+        ),
+        (
+            {"stage": "generator", "generator": GeneratorConfig()} | BARE,
+            "wants model.vq_model to tokenise",
+        ),
+        (
+            {"stage": "single_stage", "tokenizer": VAE, "training": REVIVING},
+            "a VAE has no codes",
+        ),
     ],
-)  # fmt: skip
+)
 def test_models_and_data_must_fit_the_stage(changes: dict[str, Any], message: str) -> None:
     good = Recipe("stage1", tokenizer=SMALL)
     with pytest.raises(ValueError, match=message):
