@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, whatever kills the writer; damage is seen and gone round."""
+"""Checkpoints: whole or absent, whatever kills the writer; damage is found and avoided."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ from titok_fast.training.stage_model import StageModel
 
 
 def tensors(step: int) -> dict[str, Tensor]:
-    """Of all kinds a run has; every value tells the step."""
+    """Of all kinds that a run has; the values depend on the step."""
     base = torch.arange(12.0) + 100 * step
     return {
         "model/weight": base.view(3, 4),
@@ -113,7 +113,7 @@ def damage_manifest(folder: Path) -> None:
         (damage_manifest, r"no readable manifest\.json"),
     ],
 )
-def test_damage_is_named_and_gone_round(tmp_path: Path, damage: Any, told: str) -> None:
+def test_damage_is_named_and_avoided(tmp_path: Path, damage: Any, told: str) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     damage(tmp_path / "checkpoint-2")
@@ -154,7 +154,7 @@ PATCHED = (
 
 
 def write_and_die(output: Path, deadly: int, told: int) -> None:
-    """In a process of its own: save until the `deadly`-th call of what changes files, and die.
+    """In a process of its own: save, and die at the `deadly`-th call that changes files.
 
     Args:
         output: folder of the run, which has checkpoint 1.
@@ -186,7 +186,7 @@ def child(output: Path, deadly: int) -> tuple[int | None, list[int]]:
     output.mkdir()
     save(output, 1, keep=2)
     reader, writer = os.pipe()
-    # a fork is at work at once, where a new interpreter would import torch for seconds
+    # fork: a new interpreter would import torch for seconds
     process = get_context("fork").Process(target=write_and_die, args=(output, deadly, writer))
     process.start()
     process.join()
@@ -196,7 +196,7 @@ def child(output: Path, deadly: int) -> tuple[int | None, list[int]]:
 
 
 def survives(output: Path, deadly: int) -> None:
-    """Kill the writer at a point; what is there must be whole, and the run must go on."""
+    """Kill the writer at a point; the checkpoints must be whole, and the run must continue."""
     status, told = child(output, deadly)
     assert status == -signal.SIGKILL
     found = checkpoints.newest(output)  # a warning of damage would be an error here

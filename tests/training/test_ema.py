@@ -23,7 +23,7 @@ def network() -> nn.Sequential:
 
 
 def move(model: nn.Module, step: int) -> None:
-    """What an optimizer would do: the same change on every rank, whatever part a rank holds."""
+    """Change parameters as an optimizer would, alike on every rank."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

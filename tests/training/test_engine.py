@@ -1,4 +1,4 @@
-"""Ranks: two do what one does with the same global batch, and all notice when one is gone."""
+"""Ranks: two do what one does with the same global batch; all notice when one is gone."""
 
 import hashlib
 import os
@@ -65,7 +65,7 @@ def start(
 def run_together(
     work: Callable[..., Any], args: Any, size: int = 2, patience: float = 60.0
 ) -> tuple[list[Any], list[ForkServerProcess]]:
-    """What `size` ranks told, and the ended processes."""
+    """Messages of `size` ranks, and the ended processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,7 +137,7 @@ def comparable(kind: str, weights: Path, output: Path, steps: int, **training: A
 
 
 def agree(kinds: tuple[str, ...], steps: int, weights: Path, folder: Path) -> None:
-    """One rank, and two in all the ways they can share the work."""
+    """Compare one rank with two, in all the ways to share the work."""
     many: list[Recipe] = []
     for kind in kinds:
         revives = kind in ("stage1", "vqgan")
@@ -223,7 +223,7 @@ def train_many_in_turn(ranks: Ranks, *jobs: tuple[Recipe, list[int]]) -> None:
 
 
 def loses_a_rank(ranks: Ranks, recipe: Recipe, kill: int, how: signal.Signals) -> str:
-    """Rank 1 goes in the middle of update `kill`."""
+    """Rank 1 is killed or stopped in update `kill`."""
     step = Trainer.apply
 
     def apply(trainer: Trainer) -> None:

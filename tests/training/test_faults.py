@@ -1,4 +1,4 @@
-"""What ends a run or only disturbs it: signals, kills, NaN, full disks, wrong recipes."""
+"""Faults: signals, kills, NaN, full disks, wrong recipes."""
 
 import errno
 import json
@@ -46,7 +46,7 @@ def run(recipe: Recipe) -> str:
 
 
 def train_slowly(recipe: Recipe) -> None:
-    """In a process of its own, with a breath in each update in which it can be killed."""
+    """In a process of its own, with a pause in each update in which it can be killed."""
     torch.set_num_threads(1)
     apply = Trainer.apply
 
@@ -67,7 +67,7 @@ def done(output: Path) -> int:
 
 
 def killed_runs_are_exact(kills: int, steps: int, weights: Path, folder: Path) -> None:
-    """Kill -9 at random moments, go on, and end with the weights of the run that was left alone."""
+    """Kill -9 at random moments, resume, and end with the weights of an undisturbed run."""
     alone, killed = (
         updated(
             recipe_of("stage2", weights, folder / name, steps),
@@ -176,10 +176,10 @@ def test_bad_update_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", ["vqgan", "stage1", "single_stage"])
-def test_nan_in_a_picture_reaches_the_loss(
+def test_nan_in_an_image_reaches_the_loss(
     kind: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the search for codes, out of which nothing but valid ids comes."""
+    """Even through the nearest-code search, whose ids are always valid."""
     gradients = Trainer.gradients
 
     def spoilt(trainer: Trainer, batch: Any, detailed: bool = False) -> bool:
@@ -341,7 +341,7 @@ def test_log_that_cannot_be_written_leaves_the_checkpoint(
 
 @pytest.fixture
 def recipe_file(weights: Path, tmp_path: Path) -> Path:
-    """A recipe of a folder of pictures, as a file."""
+    """A recipe of a folder of images, as a file."""
     rng = np.random.default_rng(0)
     for i in range(16):
         path = tmp_path / "data" / str(i % 2) / f"{i}.png"

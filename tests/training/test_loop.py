@@ -194,7 +194,7 @@ def test_stage2_leaves_the_codes_alone(weights: Path, tmp_path: Path) -> None:
 
 def test_gradients_are_clipped_to_their_global_length() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    sgd = torch.optim.SGD(model.parameters(), 1.0)
+    sgd = torch.optim.SGD([{"params": part.parameters()} for part in model], 1.0)
     stage_model = StageModel("model", model, Engine(model, ALONE), sgd)
     for limit, steep in ((0.5, 100.0), (0.5, 1e-4), (0.0, 100.0)):
         before = [p.detach().clone() for p in model.parameters()]

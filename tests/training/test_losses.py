@@ -324,8 +324,6 @@ def test_two_ranks_do_what_one_does_with_both_batches(tmp_path: Path) -> None:
 
 def official_config(mode: str, **fields: Any) -> Any:
     losses = asdict(LossConfig(**(SMALL | fields)))
-    # upstream's default
-    del losses["lecam_ema_decay"]
     return OmegaConf.create({"losses": losses, "model": {"vq_model": {"quantize_mode": mode}}})
 
 

@@ -31,7 +31,6 @@ from titok_fast.training.optim import (
     discriminator_learning_rate,
     learning_rate,
     parameter_groups,
-    set_learning_rate,
 )
 from titok_fast.training.recipe.sections import (
     LossConfig,
@@ -215,18 +214,6 @@ def test_its_state_is_there_before_the_first_step(device: str) -> None:
     trained(optimizer, ours)
     for p, state in before.items():
         assert all(optimizer.state[p][k] is v for k, v in state.items())
-
-
-def test_rates_are_set_in_every_group_also_where_they_are_tensors() -> None:
-    optimizer = build_optimizer(small(), OptimizerConfig(), learning_rate=0.5)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.5]
-    set_learning_rate(optimizer, 0.25)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25]
-    held = torch.tensor(1.0)
-    optimizer.param_groups[0]["lr"] = held
-    set_learning_rate(optimizer, 0.125)
-    assert optimizer.param_groups[0]["lr"] is held
-    assert held.item() == 0.125
 
 
 def test_where_the_fused_step_does_not_fit() -> None:

@@ -147,7 +147,7 @@ def test_every_recipe_reads_back_from_its_official_form_and_builds(name: str) ->
 
 
 def as_published(tokenizer: TokenizerConfig) -> TokenizerConfig:
-    """Without what training alone needs, and without the codebook that a VAE has no use for."""
+    """Without settings of training alone, and without a VAE's unused codebook."""
     tokenizer = replace(tokenizer, commitment_cost=0.25)  # stage 2 has 0
     vae = tokenizer.quantize_mode == "vae"
     return replace(tokenizer, codebook_size=2, use_l2_norm=False) if vae else tokenizer
@@ -296,7 +296,7 @@ def test_a_model_that_the_stage_has_no_use_for_is_refused(tmp_path: Path) -> Non
         read_recipe(path, ["stage=classifier"])
 
 
-def test_keys_without_meaning_here_are_read_over(tmp_path: Path) -> None:
+def test_keys_without_meaning_here_are_ignored(tmp_path: Path) -> None:
     path = written(tmp_path, STAGE1)
     plain = read_recipe(path)
     more = ["experiment.logging_dir=x", "dataset.params.dataset_with_class_label=True"]

@@ -1,4 +1,4 @@
-"""Every stage in small, by the committed recipes and the documented commands, one after another.
+"""Every stage in small, by the recipes of the package and the documented commands, in order.
 
 The data are drawn shapes in the files of Fashion-MNIST, which a fresh machine does not have.
 """
@@ -20,7 +20,7 @@ from titok_fast.training.logs import read_log
 CLASSES = 10
 BATCH = 20
 TRAIN = 2 * BATCH  # so that two updates see all of them, and means over updates are free of noise
-# what a fashion recipe is run with here: smaller networks, fewer updates, nothing else
+# overrides of every run here
 SHORT = (
     "experiment.log_every=1 experiment.save_every=0 experiment.generate_every=0 "
     "experiment.eval_every=0 lr_scheduler.params.warmup_steps=5 training.num_generated_images=10"
@@ -65,7 +65,7 @@ STAGES = {
 
 
 def shapes(count: int, seed: int) -> np.ndarray:
-    """(count, 28, 28) of ten drawings in turn, each at places and greys of its own."""
+    """(count, 28, 28) of ten shapes in turn, at random places and greys."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-14:14, -14:14]
     cx, cy = rng.integers(-3, 4, (2, count, 1, 1))

@@ -143,15 +143,3 @@ def discriminator_learning_rate(
     base = optimizer.discriminator_learning_rate
     base = optimizer.learning_rate if base is None else base
     return learning_rate(step - start, schedule, base, training.max_train_steps - start)
-
-
-def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Give every group of an optimizer the rate `value`.
-
-    A tensor rate (capturable optimizers keep one on the device) is filled, not replaced.
-    """
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value

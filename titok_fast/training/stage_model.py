@@ -14,7 +14,6 @@ from titok_fast.backends.cpu_training import make_lean
 from titok_fast.models.attention import ENVIRONMENT
 from titok_fast.models.blocks import PostNormBlock, PreNormBlock, set_attention
 from titok_fast.training.engine import BLOCKS, Engine, local, whole
-from titok_fast.training.optim import set_learning_rate
 from titok_fast.training.recipe.sections import TrainingConfig
 
 # narrower blocks have small activations: they keep SDPA, which rounds less
@@ -45,7 +44,8 @@ class StageModel:
         """Clip the gradients, take an optimizer step and clear them; 0 does not clip."""
         if max_norm:
             nn.utils.clip_grads_with_norm_(self.network.parameters(), max_norm, self._norm)
-        set_learning_rate(self.optimizer, learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 

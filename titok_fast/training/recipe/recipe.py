@@ -52,7 +52,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage wants one of {', '.join(STAGES)}; got {self.stage!r}")
-        problem = _unfit_models(self) or _unfit_data(self)
+        problem = _problem_with_models(self) or _problem_with_data(self)
         if problem:
             raise ValueError(f"stage {self.stage!r} {problem}")
 
@@ -226,7 +226,7 @@ def _models(stage: str, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _unfit_models(recipe: Recipe) -> str:
+def _problem_with_models(recipe: Recipe) -> str:
     """Why the models do not fit the stage, or nothing."""
     stage, tokenizer, generator = recipe.stage, recipe.tokenizer, recipe.generator
     needed = {"vqgan": recipe.vqgan, "generator": generator}.get(stage, tokenizer)
@@ -256,7 +256,7 @@ def _unfit_models(recipe: Recipe) -> str:
     return ""
 
 
-def _unfit_data(recipe: Recipe) -> str:
+def _problem_with_data(recipe: Recipe) -> str:
     """Why the data do not fit stage and models, or nothing."""
     stage, tokenizer, S = recipe.stage, recipe.tokenizer, recipe.data.crop_size
     if recipe.data.kind == "tokens" and stage != "generator":
