@@ -65,7 +65,8 @@ def build_optimizer(
     """
     groups = parameter_groups(model, config.weight_decay)
     lr = config.learning_rate if learning_rate is None else learning_rate
-    options = {"lr": lr, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+    betas = (config.beta1, config.beta2)
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": config.epsilon}
     if config.fused == "apex":
         return _with_moments(_fused_adam()(groups, adam_w_mode=True, **options))
     parameters = [p for group in groups for p in group["params"]]

@@ -94,9 +94,13 @@ class Task:
             weights: the model's state dict, whole, on the CPU.
             folder: made if it does not exist.
         """
+        trained = self.model
+        model: PretrainedModel | FashionClassifier
         with torch.device("meta"):
-            classifier = isinstance(self.model, FashionClassifier)
-            model = FashionClassifier() if classifier else type(self.model)(self.model.config)
+            if isinstance(trained, FashionClassifier):
+                model = FashionClassifier()
+            else:
+                model = type(trained)(trained.config)
         nn.Module.load_state_dict(model, weights, assign=True)
         model.save_pretrained(folder)
 
