@@ -1,4 +1,4 @@
-"""Settings of the C library's allocator for training on a CPU."""
+"""What a training process asks of the C library's memory, on a CPU."""
 
 import ctypes
 import sys
@@ -7,14 +7,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory it frees, for the next update.
+    """Let this process keep what it frees, for the next update.
 
-    An update allocates and frees gigabytes of gradients and activations. By default glibc returns
-    them to the system and gets new pages of 4 KiB for the next update, which under a hypervisor is
-    a good part of its time. Peak memory stays the same, apart from fragmentation.
+    An update makes gradients and activations of gigabytes, and frees them. glibc would give them
+    back to the system and take fresh pages of 4 KiB for the next: under a hypervisor a good part of
+    the update's time. Peak memory is the same, give or take fragments.
 
     Returns:
-        Whether the C library supports it (glibc does).
+        Whether the C library is one that can be told so (glibc).
     """
     if not sys.platform.startswith("linux"):
         return False
