@@ -124,8 +124,8 @@ def losses(output: Path) -> dict[str, list[float]]:
 def comparable(kind: str, weights: Path, output: Path, steps: int, **training: Any) -> Recipe:
     """Without dropout, which each rank draws for itself; with the published warm-up.
 
-    The discriminator makes a run chaotic: on one rank, changing the first weights by 1e-7 changes the
-    50th loss by 1e-3 at full rate (1e-4), though only by rounding while the rate warms up. Wrong
+    The discriminator makes a run chaotic: on one rank, changing the first weights by 1e-7 changes
+    the 50th loss by 1e-3 at full rate (1e-4), but only by rounding errors during the warm-up. Wrong
     gradients show in their norm, whatever the rate.
     """
     recipe = recipe_of(kind, weights, output, steps, **training)

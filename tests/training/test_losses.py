@@ -285,7 +285,7 @@ def _train_rank(rank: int, world: int, folder: Path) -> None:
 
 
 def _train(rank: int, world: int, folder: Path) -> None:
-    """A few joint updates of a last layer and the discriminator; writes what rank `rank` ends with."""
+    """A few joint updates of a last layer and the discriminator; saves the final state."""
     torch.manual_seed(0)
     start = {"discriminator_channels": 32, "discriminator_start": 0}
     weights = {"lecam_regularization_weight": 0.5, "discriminator_weight": 1.0}
