@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_runs import ALONE, updated, recipe_of
+from support.tiny_runs import ALONE, recipe_of, updated
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
