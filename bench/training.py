@@ -4,7 +4,7 @@
 
 An update is what both trainings do with a batch that is there: proxy codes where the stage wants
 them, forward, backward, clipping, optimizer, discriminator. Data, logs and averaged weights are
-left out; the generator reads tokens. Ours is the Learner of `titok-fast train` with the committed
+left out; the generator reads tokens. Ours is the Trainer of `titok-fast train` with the committed
 recipe, upstream its models and losses (--upstream) under bfloat16 autocast, and with --float32 both
 in float32 as well; on CUDA ours once more with training.compile, and float32 is TF32, as both set
 it. Weights are random: in the first update both have the same.

@@ -1,4 +1,4 @@
-"""Our side of the training benchmark: the Learner of `titok-fast train` under random weights."""
+"""Our side of the training benchmark: the Trainer of `titok-fast train` under random weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from titok_fast.training.memory import keep_freed_memory
 from titok_fast.training.recipe.recipe import Recipe, read_recipe
 from titok_fast.training.tasks.base import Task
 from titok_fast.training.tasks.registry import build_task
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {
@@ -109,7 +109,7 @@ class OurLearner:
         if device.type == "cpu":
             keep_freed_memory()
         with random_weights():
-            self.learner = Learner(recipe, Ranks(0, 1, device))
+            self.learner = Trainer(recipe, Ranks(0, 1, device))
         fill_task(self.learner.task)
 
     def update(self, batch: dict[str, Tensor]) -> float:

@@ -23,7 +23,7 @@ from titok_fast.models.weights import to_official
 from titok_fast.training.optim import decays
 from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.tasks.base import Task
-from titok_fast.training.update import set_cuda_math
+from titok_fast.training.trainer import set_cuda_math
 
 CPU = torch.device("cpu")
 

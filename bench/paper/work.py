@@ -29,7 +29,7 @@ from titok_fast.evaluation.statistics import Gaussian
 from titok_fast.io.images import to_uint8
 from titok_fast.sampling.unmask import sample, sample_seeds
 from titok_fast.training.loop import FINAL, train
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 Figures = dict[str, Any]
 SIDE = 32
@@ -218,7 +218,7 @@ def _measure_speed(setup: Setup, e: Experiment) -> Figures:
 
 def _training_step(setup: Setup, K: int) -> Callable[[], object]:
     B, random = setup.settings.generator_batch, torch.Generator().manual_seed(0)
-    learner = Learner(setup.recipe(Experiment("generator", "B", K, "arccos")), setup.ranks)
+    learner = Trainer(setup.recipe(Experiment("generator", "B", K, "arccos")), setup.ranks)
     batch = {
         "tokens": torch.randint(256, (B, K), generator=random),
         "labels": torch.randint(CLASSES, (B,), generator=random),

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_runs import ALONE, but, recipe_of
+from support.tiny_runs import ALONE, recipe_of, updated
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from titok_fast import TiTok, TokenizerConfig
 from titok_fast.costs import tokenizer_costs
 from titok_fast.models.blocks import set_attention
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 CONFIG = TokenizerConfig(
     num_latent_tokens=4,
@@ -114,8 +114,8 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any]) -> None:
 
 def test_it_learns(tmp_path: Path) -> None:
     recipe = recipe_of("single_stage", tmp_path, tmp_path, steps=60)
-    recipe = replace(but(recipe, losses={"discriminator_start": 100}), tokenizer=CONFIG)
-    learner = Learner(recipe, ALONE)
+    recipe = replace(updated(recipe, losses={"discriminator_start": 100}), tokenizer=CONFIG)
+    learner = Trainer(recipe, ALONE)
     # not noise, which four codes cannot hold
     shade = torch.linspace(0.1, 0.9, 8).view(8, 1, 1, 1).expand(8, 3, 16, 16)
     batch = {"images": shade.contiguous(), "labels": torch.zeros(8, dtype=torch.int64)}

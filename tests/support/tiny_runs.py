@@ -1,12 +1,18 @@
 """What the tests of the training loop share: recipes of tiny runs, and data in memory."""
 
 import dataclasses
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from titok_fast import (
     GeneratorConfig,
@@ -20,6 +26,7 @@ from titok_fast import (
 from titok_fast.data.config import DataConfig
 from titok_fast.data.sources import ArraySource
 from titok_fast.distributed import Ranks
+from titok_fast.training import checkpoints
 from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.recipe.sections import (
     Experiment,
@@ -28,7 +35,7 @@ from titok_fast.training.recipe.sections import (
     ScheduleConfig,
     TrainingConfig,
 )
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 # processes that start at once: a server imports torch for all, and is forked before it has threads
 PROCESSES = get_context("forkserver")
@@ -69,14 +76,14 @@ GENERATOR = GeneratorConfig(
 
 
 def data(count: int = 24, side: int = SIDE) -> ArraySource:
-    """Smooth pictures with something to learn: the label moves a bright spot."""
+    """Smooth images with something to learn: the label moves a bright spot."""
     rng = np.random.default_rng(0)
     labels = np.arange(count) % CLASSES
     y, x = np.mgrid[:side, :side] / side
     centers = (labels + 0.5 + 0.3 * rng.random(count)) / CLASSES
     spots = np.exp(-(((x - centers[:, None, None]) ** 2 + (y - 0.5) ** 2) * 20))
     colours = rng.integers(100, 200, (count, 1, 1, 3))
-    # some noise everywhere: where a picture is flat, group norms divide by next to nothing
+    # some noise everywhere: where an image is flat, group norms divide by almost 0
     noise = rng.integers(0, 50, (count, side, side, 3))
     return ArraySource((spots[..., None] * colours + noise).astype(np.uint8), labels)
 
@@ -101,8 +108,13 @@ def recipe_of(kind: str, weights: Path, output: Path, steps: int = 6, **training
     return Recipe(
         stage=stage,
         experiment=Experiment(
-            name=kind, output_dir=str(output), save_every=2, eval_every=0, generate_every=0,
-            log_every=1, log_grad_norm_every=0,
+            name=kind,
+            output_dir=str(output),
+            save_every=2,
+            eval_every=0,
+            generate_every=0,
+            log_every=1,
+            log_grad_norm_every=0,
             init_weight=str(weights / "stage1") if stage == "stage2" else "",
             tokenizer_checkpoint=str(weights / "stage2") if generates else "",
             pretrained_tokenizer_weight=str(weights / "vqgan"),
@@ -118,10 +130,22 @@ def recipe_of(kind: str, weights: Path, output: Path, steps: int = 6, **training
         optimizer=OptimizerConfig(learning_rate=3e-3),
         lr_scheduler=ScheduleConfig(warmup_steps=0),
         training=TrainingConfig(**{**settings, **training}),
-    )  # fmt: skip
+    )
 
 
-def but(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+@contextmanager
+def process_group(rank: int, world: int, folder: Path) -> Iterator[None]:
+    """Inside `with`, this process is one of `world` that meet in a folder, or alone."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    yield
+    gc.collect()  # what outlives the group keeps its threads, and a process that ends then aborts
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def updated(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """A copy with some fields of some sections changed."""
     changed = {
         name: dataclasses.replace(getattr(recipe, name), **fields)
@@ -131,10 +155,32 @@ def but(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 
 def source_of(recipe: Recipe) -> ArraySource:
-    """Data of the recipe's picture size."""
+    """Data of the recipe's image size."""
     return data(side=recipe.data.crop_size)
 
 
-def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
+def saved_tensors(output: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint, whole, whichever rank wrote which part."""
+    found = checkpoints.newest(output)
+    assert found is not None
+    metadata = HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(entry.size) for name, entry in metadata.items()}
+    found.load(tensors, ALONE)
+    return tensors
+
+
+def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """Assert equal names and bits."""
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def final(output: Path) -> dict[str, torch.Tensor]:
+    """Weights that a run exported."""
+    return load_file(output / "final" / "model.safetensors")
+
+
+def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of everything that a checkpoint would hold."""
-    return {name: t.detach().clone() for name, t in learner.tensors().items()}
+    return {name: t.detach().clone() for name, t in trainer.tensors().items()}

@@ -1,37 +1,34 @@
-"""Checkpoints: whole or absent, whatever kills the writer; damage is seen and gone round."""
+"""Checkpoints: whole or absent, whatever kills the writer; damage is found and avoided."""
 
 import errno
 import json
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from support.tiny_runs import ALONE, assert_equal
 from torch import Tensor, nn
 
-from titok_fast.distributed import Ranks
-from titok_fast.training import checkpoints as state
+from titok_fast.training import checkpoints
+from titok_fast.training.engine import Engine
 from titok_fast.training.optim import build_optimizer
-from titok_fast.training.recipe.recipe import OptimizerConfig, Recipe
-from titok_fast.training.resume import (
-    check_same_recipe,
-    optimizer_steps,
-    optimizer_tensors,
-    restore_optimizer,
-    room_for,
-)
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
+from titok_fast.training.recipe.recipe import Recipe
+from titok_fast.training.recipe.sections import OptimizerConfig
+from titok_fast.training.resume import check_same_recipe
+from titok_fast.training.stage_model import StageModel
 
 
 def tensors(step: int) -> dict[str, Tensor]:
-    """Of all kinds a run has; every value tells the step."""
+    """Of all kinds that a run has; the values depend on the step."""
     base = torch.arange(12.0) + 100 * step
     return {
         "model/weight": base.view(3, 4),
@@ -42,23 +39,22 @@ def tensors(step: int) -> dict[str, Tensor]:
 
 
 def save(output: Path, step: int, keep: int = 0) -> Path:
-    return state.write(output, step, tensors(step), {"step": step}, ranks=ALONE, keep=keep)
+    return checkpoints.write(output, step, tensors(step), {"step": step}, ranks=ALONE, keep=keep)
 
 
 def check(output: Path, step: int) -> None:
     """The newest valid checkpoint is that of `step`, to the last bit."""
-    found = state.newest(output)
+    found = checkpoints.newest(output)
     assert found is not None
     assert (found.step, found.state) == (step, {"step": step})
     wanted = tensors(step)
-    assert found.shapes() == {name: t.shape for name, t in wanted.items()}
     got = {name: torch.zeros_like(t) for name, t in wanted.items()}
     found.load(got, ALONE)
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def test_round_trip_and_names(tmp_path: Path) -> None:
-    assert state.newest(tmp_path) is None
+    assert checkpoints.newest(tmp_path) is None
     folder = save(tmp_path, 7)
     assert folder == tmp_path / "checkpoint-7"
     check(tmp_path, 7)
@@ -72,10 +68,10 @@ def test_round_trip_and_names(tmp_path: Path) -> None:
 def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path) -> None:
     for step in (2, 9, 10, 11):
         save(tmp_path, step, keep=2)
-    assert [step for step, _ in state.found(tmp_path)] == [11, 10]
+    assert [step for step, _ in checkpoints.found(tmp_path)] == [11, 10]
     assert not list(tmp_path.glob(".*"))
     save(tmp_path, 12)
-    assert len(state.found(tmp_path)) == 3
+    assert len(checkpoints.found(tmp_path)) == 3
 
 
 def test_written_twice_is_written_once(tmp_path: Path) -> None:
@@ -117,7 +113,7 @@ def damage_manifest(folder: Path) -> None:
         (damage_manifest, r"no readable manifest\.json"),
     ],
 )
-def test_damage_is_named_and_gone_round(tmp_path: Path, damage: Any, told: str) -> None:
+def test_damage_is_named_and_avoided(tmp_path: Path, damage: Any, told: str) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     damage(tmp_path / "checkpoint-2")
@@ -128,7 +124,7 @@ def test_damage_is_named_and_gone_round(tmp_path: Path, damage: Any, told: str) 
         pytest.warns(UserWarning, match="checkpoint-1 is damaged"),
         pytest.raises(ValueError, match=r"all 2 checkpoints in .* are damaged: move them away"),
     ):
-        state.newest(tmp_path)
+        checkpoints.newest(tmp_path)
 
 
 def test_latest_counts_before_the_number(tmp_path: Path) -> None:
@@ -142,7 +138,7 @@ def test_latest_counts_before_the_number(tmp_path: Path) -> None:
 
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    found = state.newest(tmp_path)
+    found = checkpoints.newest(tmp_path)
     assert found is not None
     with pytest.raises(ValueError, match=r"checkpoint-1 does not fit this run: .*model/bias"):
         found.load({"model/bias": torch.zeros(3)}, ALONE)
@@ -158,7 +154,7 @@ PATCHED = (
 
 
 def write_and_die(output: Path, deadly: int, told: int) -> None:
-    """In a process of its own: save until the `deadly`-th call of what changes files, and die.
+    """In a process of its own: save, and die at the `deadly`-th call that changes files.
 
     Args:
         output: folder of the run, which has checkpoint 1.
@@ -190,7 +186,7 @@ def child(output: Path, deadly: int) -> tuple[int | None, list[int]]:
     output.mkdir()
     save(output, 1, keep=2)
     reader, writer = os.pipe()
-    # a fork is at work at once, where a new interpreter would import torch for seconds
+    # fork: a new interpreter would import torch for seconds
     process = get_context("fork").Process(target=write_and_die, args=(output, deadly, writer))
     process.start()
     process.join()
@@ -200,10 +196,10 @@ def child(output: Path, deadly: int) -> tuple[int | None, list[int]]:
 
 
 def survives(output: Path, deadly: int) -> None:
-    """Kill the writer at a point; what is there must be whole, and the run must go on."""
+    """Kill the writer at a point; the checkpoints must be whole, and the run must continue."""
     status, told = child(output, deadly)
     assert status == -signal.SIGKILL
-    found = state.newest(output)  # a warning of damage would be an error here
+    found = checkpoints.newest(output)  # a warning of damage would be an error here
     assert found is not None
     assert found.step >= max(told, default=1)
     check(output, found.step)
@@ -256,67 +252,80 @@ def test_full_disk_ends_clearly_and_leaves_the_last_one(
 
 def test_folder_is_tried_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / ".checkpoint-4.part").mkdir(parents=True)  # of a killed run
-    state.check_writable(tmp_path / "run", 1000)
+    checkpoints.check_writable(tmp_path / "run", 1000)
     assert list((tmp_path / "run").iterdir()) == []
     with pytest.raises(OSError, match=r"has room for \d+ MiB, a checkpoint takes \d{10,} MiB"):
-        state.check_writable(tmp_path / "run", 1 << 60)
+        checkpoints.check_writable(tmp_path / "run", 1 << 60)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write checkpoints to .*output_dir"):
-        state.check_writable(tmp_path / "file" / "run", 1000)
+        checkpoints.check_writable(tmp_path / "file" / "run", 1000)
 
     def read_only(*args: Any, **options: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)  # root may write where the mode forbids it
     with pytest.raises(OSError, match=r"Read-only file system.*make this one writable"):
-        state.check_writable(tmp_path / "run", 1000)
+        checkpoints.check_writable(tmp_path / "run", 1000)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_optimizer_state_by_name(tmp_path: Path, fused: bool) -> None:
-    def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+class ApexAdam(torch.optim.Optimizer):
+    """Counts steps by group, as apex's FusedAdam does; makes its state at the first step."""
+
+    def __init__(self, groups: Any, **options: Any) -> None:
+        super().__init__(groups, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["exp_avg"].lerp_(p.grad, 0.1)
+                state["exp_avg_sq"].lerp_(p.grad.square(), 0.1)
+                p -= 0.01 / group["step"] * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1)
+
+
+@pytest.mark.parametrize("fused", ["torch", "apex"])
+def test_optimizer_state_by_name(
+    tmp_path: Path, fused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apex = SimpleNamespace(FusedAdam=ApexAdam)
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
+
+    def stage_model() -> StageModel:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-        groups = [{"params": model[1].parameters()}, {"params": model[0].parameters()}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=fused)
-        advance(model, optimizer, range(steps))
-        return model, optimizer
+        optimizer = build_optimizer(model, OptimizerConfig(fused=fused))
+        return StageModel("model", model, Engine(model, ALONE), optimizer)
 
-    def advance(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    def advance(trained: StageModel, steps: range) -> None:
         for i in steps:
-            model(torch.full((2, 3), float(i))).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            trained.network(torch.full((2, 3), float(i))).square().sum().backward()
+            trained.step(1e-2, 0.0)
 
-    model, optimizer = trained(3)
-    saved = {**model.state_dict(), **optimizer_tensors(optimizer, model)}
-    assert "1.bias/exp_avg_sq" in saved
-    state.write(tmp_path, 3, saved, {"steps": optimizer_steps(optimizer)}, ranks=ALONE)
-
-    found = state.newest(tmp_path)
-    assert found is not None
-    fresh, other = trained(0)
-    shapes = {k: v for k, v in found.shapes().items() if "/" in k}
-    room = room_for(shapes, other, fresh)
-    found.load({**fresh.state_dict(), **room}, ALONE)
-    restore_optimizer(other, fresh, room, found.state["steps"])
-    advance(model, optimizer, range(3, 6))
-    advance(fresh, other, range(3, 6))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, fresh.state_dict()[name]), name
-
-
-def test_optimizer_state_that_is_there_is_loaded_in_place() -> None:
-    model = nn.Linear(3, 4)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    own = optimizer_tensors(optimizer, model)
-    assert own.keys() == {
-        f"{p}/{k}" for p in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")
+    first, resumed = stage_model(), stage_model()
+    names = ["exp_avg", "exp_avg_sq"] + ["step"] * (fused == "torch")
+    parameters = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert first.tensors().keys() == {f"model/{p}" for p in parameters} | {
+        f"model_optimizer/{p}/{name}" for p in parameters for name in names
     }
-    room = room_for({name: value.shape for name, value in own.items()}, optimizer, model)
-    restore_optimizer(optimizer, model, room, optimizer_steps(optimizer))
-    now = optimizer_tensors(optimizer, model)
-    assert all(room[name] is value and now[name] is value for name, value in own.items())
+    advance(first, range(3))
+    state = json.loads(json.dumps(first.state()))
+    assert state == {"model_optimizer_steps": [3, 3] if fused == "apex" else [None, None]}
+    checkpoints.write(tmp_path, 3, first.tensors(), state, ranks=ALONE)
+
+    found = checkpoints.newest(tmp_path)
+    assert found is not None
+    before = resumed.tensors()
+    found.load(before, ALONE)
+    resumed.restore(found.state)
+    assert all(before[name] is value for name, value in resumed.tensors().items() if "exp" in name)
+    for trained in (first, resumed):
+        advance(trained, range(3, 6))
+    assert_equal(resumed.tensors(), first.tensors())
 
 
 def test_changed_recipe_is_listed(tmp_path: Path) -> None:

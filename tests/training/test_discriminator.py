@@ -1,4 +1,4 @@
-"""The adversary: published keys and sizes, its blur and pool, and the official module's numbers."""
+"""The discriminator: published keys and sizes, blur, pool, and the official module's numbers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ranks: two do what one does with the same global batch, and all notice when one is gone."""
+"""Ranks: two do what one does with the same global batch; all notice when one is gone."""
 
 import hashlib
 import os
@@ -13,34 +13,29 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.tiny_runs import (
     ALONE,
     GENERATOR,
     KINDS,
     PROCESSES,
-    but,
-    make_weights,
+    assert_equal,
+    final,
     recipe_of,
+    saved_tensors,
     source_of,
+    updated,
 )
 from torch import Tensor
 
 from titok_fast.distributed import RankLostError, Ranks, join, rank_mean
-from titok_fast.training import checkpoints as state
-from titok_fast.training import loop
+from titok_fast.training import checkpoints, loop
 from titok_fast.training.engine import whole
 from titok_fast.training.logs import read_log
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 BATCH = 8
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the ranks have
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights"))
 
 
 def start(
@@ -70,7 +65,7 @@ def start(
 def run_together(
     work: Callable[..., Any], args: Any, size: int = 2, patience: float = 60.0
 ) -> tuple[list[Any], list[ForkServerProcess]]:
-    """What `size` ranks told, and the ended processes."""
+    """Messages of `size` ranks, and the ended processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,7 +107,7 @@ def train_all(ranks: Ranks, recipes: list[Recipe]) -> list[str]:
     for recipe in recipes:
         run = loop._Run(recipe, ranks, (source_of(recipe), source_of(recipe)))
         run.run(bar=False)
-        found.append(digest(run.learner.tensors()))
+        found.append(digest(run.trainer.tensors()))
     return found
 
 
@@ -129,23 +124,20 @@ def losses(output: Path) -> dict[str, list[float]]:
 def comparable(kind: str, weights: Path, output: Path, steps: int, **training: Any) -> Recipe:
     """Without dropout, which each rank draws for itself; with the published warm-up.
 
-    The adversary makes a run chaotic: on one rank, changing the first weights by 1e-7 changes the
-    50th loss by 1e-3 at full rate (1e-4), though only by rounding while the rate warms up. Wrong
+    The discriminator makes a run chaotic: on one rank, changing the first weights by 1e-7 changes
+    the 50th loss by 1e-3 at full rate (1e-4), but only by rounding errors during the warm-up. Wrong
     gradients show in their norm, whatever the rate.
     """
     recipe = recipe_of(kind, weights, output, steps, **training)
-    recipe = but(
-        recipe, experiment={"eval_every": steps, "save_every": 0},
-        lr_scheduler={"warmup_steps": 5000},
-        optimizer={"learning_rate": 1e-4},
-    )  # fmt: skip
+    rate = {"optimizer": {"learning_rate": 1e-4}, "lr_scheduler": {"warmup_steps": 5000}}
+    recipe = updated(recipe, experiment={"eval_every": steps, "save_every": 0}, **rate)
     if kind == "generator":
         recipe = replace(recipe, generator=replace(GENERATOR, dropout=0.0, attn_drop=0.0))
     return recipe
 
 
 def agree(kinds: tuple[str, ...], steps: int, weights: Path, folder: Path) -> None:
-    """One rank, and two in all the ways they can share the work."""
+    """Compare one rank with two, in all the ways to share the work."""
     many: list[Recipe] = []
     for kind in kinds:
         revives = kind in ("stage1", "vqgan")
@@ -176,7 +168,7 @@ def agree(kinds: tuple[str, ...], steps: int, weights: Path, folder: Path) -> No
         assert want.keys() == got.keys()
         for name, values in want.items():
             # a gradient's length moves more than the loss where a unit crosses its kink, and the
-            # adversary's term is a mean of logits of either sign
+            # discriminator's term is a mean of logits of either sign
             rel, floor = (1e-4 if "norm" in name else 1e-5), (1e-6 if "gan" in name else 1e-7)
             assert got[name] == pytest.approx(values, rel=rel, abs=floor), f"{output.name} {name}"
 
@@ -201,15 +193,6 @@ def train_in_turn(ranks: Ranks, recipe: Recipe, ends: list[int]) -> None:
         run.run(bar=False)
 
 
-def saved(output: Path) -> dict[str, Tensor]:
-    """All tensors of the newest checkpoint, whole, whoever wrote which part."""
-    found = state.newest(output)
-    assert found is not None
-    room = {name: torch.zeros(shape) for name, shape in found.shapes().items()}
-    found.load(room, ALONE)
-    return room
-
-
 def test_resuming_shards_is_exact_and_other_ways_of_sharing_may_go_on(
     weights: Path, tmp_path: Path
 ) -> None:
@@ -220,20 +203,16 @@ def test_resuming_shards_is_exact_and_other_ways_of_sharing_may_go_on(
     )
     jobs = [(whole_run, [4]), (parts, [1, 2, 4]), (moved, [2])]
     together(train_many_in_turn, *jobs)
-    want = saved(outputs[0])
-    got = saved(outputs[1])
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert torch.equal(got[name], tensor), name
-    final = [load_file(output / "final" / "model.safetensors") for output in outputs[:2]]
-    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+    want = saved_tensors(outputs[0])
+    assert_equal(saved_tensors(outputs[1]), want)
+    assert_equal(final(outputs[1]), final(outputs[0]))
 
-    alone = but(moved, training={"per_gpu_batch_size": BATCH, "parallel": "ddp"})
+    alone = updated(moved, training={"per_gpu_batch_size": BATCH, "parallel": "ddp"})
     train_in_turn(ALONE, alone, [4])
     for name, tensor in want.items():
         if name.startswith("model/"):
-            assert torch.allclose(saved(outputs[2])[name], tensor, atol=1e-4), name
-    too_large = but(moved, training={"per_gpu_batch_size": 2 * BATCH})
+            assert torch.allclose(saved_tensors(outputs[2])[name], tensor, atol=1e-4), name
+    too_large = updated(moved, training={"per_gpu_batch_size": 2 * BATCH})
     with pytest.raises(ValueError, match="began with 8 samples per update, now there are 16"):
         train_in_turn(ALONE, too_large, [4])
 
@@ -244,15 +223,15 @@ def train_many_in_turn(ranks: Ranks, *jobs: tuple[Recipe, list[int]]) -> None:
 
 
 def loses_a_rank(ranks: Ranks, recipe: Recipe, kill: int, how: signal.Signals) -> str:
-    """Rank 1 goes in the middle of update `kill`."""
-    step = Learner.apply
+    """Rank 1 is killed or stopped in update `kill`."""
+    step = Trainer.apply
 
-    def apply(learner: Learner) -> None:
-        if ranks.rank == 1 and learner.step == kill:
+    def apply(trainer: Trainer) -> None:
+        if ranks.rank == 1 and trainer.step == kill:
             os.kill(os.getpid(), how)
-        step(learner)
+        step(trainer)
 
-    Learner.apply = apply  # type: ignore[method-assign]
+    Trainer.apply = apply  # type: ignore[method-assign]
     loop.train(recipe, ranks, (source_of(recipe), None), bar=False)
     return "never"
 
@@ -276,7 +255,7 @@ def test_lost_rank_ends_the_others(
     (message,) = told
     wanted = f"another rank is gone, or has not answered for {patience:g} s: "
     assert message.startswith(wanted)
-    found = state.newest(tmp_path)
+    found = checkpoints.newest(tmp_path)
     assert found is not None
     assert found.step == 4
 
@@ -322,8 +301,8 @@ def test_sharing_refuses_what_reads_whole_weights(weights: Path, tmp_path: Path)
     two = Ranks(0, 2, torch.device("cpu"))
     recipe = recipe_of("stage1", weights, tmp_path, parallel="fsdp2", clustering_vq=True)
     with pytest.raises(ValueError, match=r"clustering_vq reads whole weights.*use ddp"):
-        Learner(recipe, two)
+        Trainer(recipe, two)
     recipe = recipe_of("stage2", weights, tmp_path, parallel="fsdp2")
-    recipe = but(recipe, losses={"adaptive_discriminator_weight": True})
+    recipe = updated(recipe, losses={"adaptive_discriminator_weight": True})
     with pytest.raises(ValueError, match=r"adaptive_discriminator_weight reads whole weights"):
-        Learner(recipe, two)
+        Trainer(recipe, two)

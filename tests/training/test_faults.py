@@ -1,4 +1,4 @@
-"""What ends a run or only disturbs it: signals, kills, NaN, full disks, wrong recipes."""
+"""Faults: signals, kills, NaN, full disks, wrong recipes."""
 
 import errno
 import json
@@ -17,45 +17,44 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.tiny_runs import ALONE, PROCESSES, but, make_weights, recipe_of, snapshot, source_of
+from support.tiny_runs import (
+    ALONE,
+    PROCESSES,
+    assert_equal,
+    final,
+    recipe_of,
+    snapshot,
+    source_of,
+    updated,
+)
 from torch import Tensor
 
 from titok_fast.cli.train import main
 from titok_fast.data.sources import ArraySource
-from titok_fast.training import checkpoints as state
-from titok_fast.training import loop
+from titok_fast.training import checkpoints, loop
 from titok_fast.training.logs import Log, read_log
+from titok_fast.training.loop import Interrupt
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.signals import Interrupt
-from titok_fast.training.update import Learner
+from titok_fast.training.trainer import Trainer
 
 # children use one thread, and the order of sums, so their last bits, follow the number of threads
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights"))
 
 
 def run(recipe: Recipe) -> str:
     return loop.train(recipe, ALONE, (source_of(recipe), None), bar=False)
 
 
-def final(output: Path) -> dict[str, Tensor]:
-    return load_file(output / "final" / "model.safetensors")
-
-
 def train_slowly(recipe: Recipe) -> None:
-    """In a process of its own, with a breath in each update in which it can be killed."""
+    """In a process of its own, with a pause in each update in which it can be killed."""
     torch.set_num_threads(1)
-    apply = Learner.apply
+    apply = Trainer.apply
 
-    def slow(learner: Learner) -> None:
-        apply(learner)
+    def slow(trainer: Trainer) -> None:
+        apply(trainer)
         time.sleep(0.02)
 
-    Learner.apply = slow  # type: ignore[method-assign]
+    Trainer.apply = slow  # type: ignore[method-assign]
     run(recipe)
 
 
@@ -68,9 +67,9 @@ def done(output: Path) -> int:
 
 
 def killed_runs_are_exact(kills: int, steps: int, weights: Path, folder: Path) -> None:
-    """Kill -9 at random moments, go on, and end with the weights of the run that was left alone."""
+    """Kill -9 at random moments, resume, and end with the weights of an undisturbed run."""
     alone, killed = (
-        but(
+        updated(
             recipe_of("stage2", weights, folder / name, steps),
             experiment={"save_every": 3, "keep": 2},
         )
@@ -90,10 +89,8 @@ def killed_runs_are_exact(kills: int, steps: int, weights: Path, folder: Path) -
         assert process.exitcode == -signal.SIGKILL
         deaths += 1
     run(killed)
-    want, got = final(folder / "alone"), final(output)
-    for name, tensor in want.items():
-        assert torch.equal(got[name], tensor), name
-    last = state.newest(output)
+    assert_equal(final(output), final(folder / "alone"))
+    last = checkpoints.newest(output)
     assert last is not None
     assert last.step == steps
 
@@ -111,32 +108,32 @@ def test_run_killed_twenty_times_ends_with_the_same_weights(weights: Path, tmp_p
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
     """Put a NaN into the loss, or an Inf into a gradient, of some updates."""
-    gradients, learn = Learner.gradients, None
+    gradients, loss = Trainer.gradients, None
 
-    def poisoned(learner: Learner, batch: Any, detailed: bool = False) -> bool:
-        nonlocal learn
-        learn = learn or learner.task.learn
-        step = learner.step
+    def poisoned(trainer: Trainer, batch: Any, detailed: bool = False) -> bool:
+        nonlocal loss
+        loss = loss or trainer.task.loss
+        step = trainer.step
 
         def bad(*args: Any) -> Any:
-            outcome = learn(*args)
+            outcome = loss(*args)
             if step in steps and what == "loss":
                 name = next(iter(outcome.logs))
                 outcome.logs[name] = outcome.logs[name] * float("nan")
                 outcome.loss = outcome.loss * float("nan")
             if step in steps and what == "gradient":
-                parameter = dict(learner.task.model.named_parameters())["decoder.mask_token"]
+                parameter = dict(trainer.task.model.named_parameters())["decoder.mask_token"]
                 hooks.append(parameter.register_hook(lambda g: g * float("inf")))
             return outcome
 
         hooks: list[Any] = []
-        learner.task.learn = bad  # type: ignore[method-assign]
-        finite = gradients(learner, batch, detailed)
+        trainer.task.loss = bad  # type: ignore[method-assign]
+        finite = gradients(trainer, batch, detailed)
         for hook in hooks:
             hook.remove()
         return finite
 
-    monkeypatch.setattr(Learner, "gradients", poisoned)
+    monkeypatch.setattr(Trainer, "gradients", poisoned)
 
 
 @pytest.mark.parametrize(
@@ -151,50 +148,47 @@ def test_bad_update_changes_nothing(
 ) -> None:
     poison(monkeypatch, {3}, what)
     kept: dict[str, dict[str, Tensor]] = {}
-    skip = Learner.skip
+    skip = Trainer.skip
 
-    def watched(learner: Learner) -> str:
-        culprit = skip(learner)
-        kept["after"] = snapshot(learner)
-        return culprit
+    def watched(trainer: Trainer) -> str:
+        reason = skip(trainer)
+        kept["after"] = snapshot(trainer)
+        return reason
 
-    monkeypatch.setattr(Learner, "skip", watched)
-    apply = Learner.apply
+    monkeypatch.setattr(Trainer, "skip", watched)
+    apply = Trainer.apply
 
-    def remember(learner: Learner) -> None:
-        apply(learner)
-        if learner.step == 3:
-            kept["before"] = snapshot(learner)
+    def remember(trainer: Trainer) -> None:
+        apply(trainer)
+        if trainer.step == 3:
+            kept["before"] = snapshot(trainer)
 
-    monkeypatch.setattr(Learner, "apply", remember)
+    monkeypatch.setattr(Trainer, "apply", remember)
     assert "6 updates done" in run(recipe_of("stage2", weights, tmp_path))
     before, after = kept["before"], kept["after"]
     assert "criterion/ema_real_logits_mean" in before
     assert "ema/decoder.mask_token" in before
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
+    assert_equal(after, before)
     (note,) = [line["note"] for line in read_log(tmp_path / "log.jsonl") if "note" in line]
     assert note.startswith(told)
-    assert [line["bad_steps"] for line in read_log(tmp_path / "log.jsonl") if "lr" in line] == [
-        0, 0, 0, 1, 1,
-    ]  # fmt: skip
+    bad = [line["bad_steps"] for line in read_log(tmp_path / "log.jsonl") if "lr" in line]
+    assert bad == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["vqgan", "stage1", "single_stage"])
-def test_nan_in_a_picture_reaches_the_loss(
+def test_nan_in_an_image_reaches_the_loss(
     kind: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the search for codes, out of which nothing but valid ids comes."""
-    gradients = Learner.gradients
+    """Even through the nearest-code search, whose ids are always valid."""
+    gradients = Trainer.gradients
 
-    def spoilt(learner: Learner, batch: Any, detailed: bool = False) -> bool:
-        if learner.step == 1:
+    def spoilt(trainer: Trainer, batch: Any, detailed: bool = False) -> bool:
+        if trainer.step == 1:
             batch = {**batch, "images": batch["images"].clone()}
             batch["images"][3, 0, 5, 5] = float("nan")
-        return gradients(learner, batch, detailed)
+        return gradients(trainer, batch, detailed)
 
-    monkeypatch.setattr(Learner, "gradients", spoilt)
+    monkeypatch.setattr(Trainer, "gradients", spoilt)
     assert "3 updates done" in run(recipe_of(kind, weights, tmp_path, 3))
     lines = read_log(tmp_path / "log.jsonl")
     (note,) = [line["note"] for line in lines if "note" in line]
@@ -208,10 +202,10 @@ def test_too_many_bad_updates_end_the_run(
 ) -> None:
     poison(monkeypatch, {1, 3, 4, 5}, "loss")
     recipe = recipe_of("stage2", weights, tmp_path, max_bad_steps=3)
-    message = "3 updates in a row, the last of them 6, met .*the loss term quantizer_loss is nan"
+    message = "3 updates in a row, the last of them 6, produced NaN or Inf: the loss term"
     with pytest.raises(ValueError, match=message):
         run(recipe)
-    found = state.newest(tmp_path)
+    found = checkpoints.newest(tmp_path)
     assert found is not None
     assert found.step == 4
     assert found.state["bad_steps"] == [2, 1]
@@ -220,7 +214,7 @@ def test_too_many_bad_updates_end_the_run(
 def test_signal_twice_kills(tmp_path: Path) -> None:
     code = """
 import os, signal
-from titok_fast.training.signals import Interrupt
+from titok_fast.training.loop import Interrupt
 with Interrupt() as interrupt:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -260,17 +254,16 @@ def test_full_disk_ends_the_run_and_it_goes_on_later(
     monkeypatch.setattr(safetensors.torch, "save", fails_later)
     with pytest.raises(OSError, match="checkpoint-4 was not written: No space left on device"):
         run(recipe)
-    assert [step for step, _ in state.found(full)] == [2]
+    assert [step for step, _ in checkpoints.found(full)] == [2]
     run(recipe)
-    for name, tensor in final(whole).items():
-        assert torch.equal(final(full)[name], tensor), name
+    assert_equal(final(full), final(whole))
 
 
 def test_full_disk_is_seen_before_training(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of("stage1", weights, tmp_path / "run")
-    monkeypatch.setattr(state.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="has room for 0 MiB, a checkpoint takes"):
         run(recipe)
     assert list((tmp_path / "run").iterdir()) == []
@@ -282,15 +275,15 @@ def test_full_disk_is_seen_before_training(
 def test_room_that_is_asked_for_is_what_a_checkpoint_takes(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check, asked = state.check_writable, []
+    check, asked = checkpoints.check_writable, []
 
     def watched(output: Path, needed: int) -> None:
         asked.append(needed)
         check(output, needed)
 
-    monkeypatch.setattr(state, "check_writable", watched)
+    monkeypatch.setattr(checkpoints, "check_writable", watched)
     run(recipe_of("stage2", weights, tmp_path, 2))
-    found = state.newest(tmp_path)
+    found = checkpoints.newest(tmp_path)
     assert found is not None
     files = [load_file(file) for file in found.folder.glob("*.safetensors")]
     assert asked == [sum(t.nbytes for tensors in files for t in tensors.values())]
@@ -300,16 +293,16 @@ def test_resume_refuses_another_run(weights: Path, tmp_path: Path) -> None:
     recipe = recipe_of("stage1", weights, tmp_path, 2)
     run(recipe)
     with pytest.raises(ValueError, match=r"recipe differs .*\n  optimizer\.params\.beta1: 0\.9 ->"):
-        run(but(recipe, optimizer={"beta1": 0.5}))
+        run(updated(recipe, optimizer={"beta1": 0.5}))
     source = source_of(recipe)
     fewer = ArraySource(source.images[:9], source.labels[:9])
     with pytest.raises(ValueError, match="the data are not those this run began with"):
         loop.train(recipe, ALONE, (fewer, None), bar=False)
     with pytest.raises(ValueError, match="began with 8 samples per update, now there are 4"):
-        run(but(recipe, training={"per_gpu_batch_size": 4}))
+        run(updated(recipe, training={"per_gpu_batch_size": 4}))
     with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run, and .*resume"):
-        run(but(recipe, experiment={"resume": False}))
-    assert "3 updates done" in run(but(recipe, training={"max_train_steps": 3}))
+        run(updated(recipe, experiment={"resume": False}))
+    assert "3 updates done" in run(updated(recipe, training={"max_train_steps": 3}))
 
 
 def test_missing_weights_are_named(weights: Path, tmp_path: Path) -> None:
@@ -318,11 +311,11 @@ def test_missing_weights_are_named(weights: Path, tmp_path: Path) -> None:
         ("stage2", "init_weight"),
         ("generator", "tokenizer_checkpoint"),
     ):
-        recipe = but(recipe_of(kind, weights, tmp_path), experiment={key: ""})
+        recipe = updated(recipe_of(kind, weights, tmp_path), experiment={key: ""})
         with pytest.raises(ValueError, match=f"this stage wants .*{key}"):
             run(recipe)
         with pytest.raises(FileNotFoundError):
-            run(but(recipe, experiment={key: str(tmp_path / "nowhere")}))
+            run(updated(recipe, experiment={key: str(tmp_path / "nowhere")}))
 
 
 def test_log_that_cannot_be_written_leaves_the_checkpoint(
@@ -339,7 +332,7 @@ def test_log_that_cannot_be_written_leaves_the_checkpoint(
     recipe = recipe_of("stage1", weights, tmp_path)
     with pytest.raises(OSError, match="No space left on device"):
         run(recipe)
-    found = state.newest(tmp_path)
+    found = checkpoints.newest(tmp_path)
     assert found is not None
     assert found.step == 2
     monkeypatch.setattr(Log, "scalars", scalars)
@@ -348,13 +341,13 @@ def test_log_that_cannot_be_written_leaves_the_checkpoint(
 
 @pytest.fixture
 def recipe_file(weights: Path, tmp_path: Path) -> Path:
-    """A recipe of a folder of pictures, as a file."""
+    """A recipe of a folder of images, as a file."""
     rng = np.random.default_rng(0)
     for i in range(16):
         path = tmp_path / "data" / str(i % 2) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
-    recipe = but(
+    recipe = updated(
         recipe_of("stage1", weights, tmp_path / "out", 4),
         data={"train": str(tmp_path / "data"), "eval": str(tmp_path / "data")},
         experiment={"eval_every": 2, "generate_every": 2},
@@ -379,7 +372,7 @@ def test_command(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(recipe_file), "training.seed=1", "--quiet", "--device=cpu"]) == 2
     assert "error: the recipe differs" in capsys.readouterr().err
     assert main([str(tmp_path / "none.yaml")]) == 2
-    assert "no recipe at" in capsys.readouterr().err
+    assert "no recipe file or name" in capsys.readouterr().err
 
 
 def test_torchrun_and_its_signal(recipe_file: Path, tmp_path: Path) -> None:
@@ -387,10 +380,9 @@ def test_torchrun_and_its_signal(recipe_file: Path, tmp_path: Path) -> None:
     train = ["-m", "titok_fast.cli.train", "--device=cpu", "--quiet", str(recipe_file)]
     more = ["training.per_gpu_batch_size=4", "training.max_train_steps=100000"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(
-        [*start, *train, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment["OMP_NUM_THREADS"] = "1"
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*start, *train, *more], env=environment, **told)
     end = time.monotonic() + 120
     while done(tmp_path / "out") < 5 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
@@ -398,6 +390,6 @@ def test_torchrun_and_its_signal(recipe_file: Path, tmp_path: Path) -> None:
     out, errors = process.communicate(timeout=60)
     assert out.count("stopped by SIGTERM after update") == 1, errors
     stopped_at = int(out.split("after update ")[1].split(";")[0])
-    found = state.newest(tmp_path / "out")
+    found = checkpoints.newest(tmp_path / "out")
     assert found is not None
     assert found.step == stopped_at >= 5

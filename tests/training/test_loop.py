@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from support.tiny_runs import (
     ALONE,
     CLASSES,
@@ -19,10 +18,12 @@ from support.tiny_runs import (
     SIDE,
     K,
     N,
-    but,
-    make_weights,
+    assert_equal,
+    final,
     recipe_of,
+    saved_tensors,
     source_of,
+    updated,
 )
 from torch._dynamo.utils import counters
 
@@ -30,38 +31,14 @@ from titok_fast import ImageBert, MaskGitVQGAN, TiTok
 from titok_fast.data.token_shards import shard_path, write_shard
 from titok_fast.distributed import Ranks
 from titok_fast.models.classifier import FashionClassifier
-from titok_fast.training import checkpoints as state
-from titok_fast.training import loop
+from titok_fast.training import checkpoints, loop
 from titok_fast.training.engine import Engine
 from titok_fast.training.logs import read_log
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.stage_model import Trained
-from titok_fast.training.update import Learner
+from titok_fast.training.stage_model import StageModel
+from titok_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights"))
-
-
-def final(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "final" / "model.safetensors")
-
-
-def saved(output: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint."""
-    found = state.newest(output)
-    assert found is not None
-    (path,) = found.folder.glob("*.safetensors")
-    return load_file(path)
-
-
-def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert torch.equal(got[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +54,7 @@ def test_loss_falls_and_the_export_loads(kind: str, weights: Path, tmp_path: Pat
 
     classes = {"vqgan": MaskGitVQGAN, "generator": ImageBert, "classifier": FashionClassifier}
     model = classes.get(kind, TiTok).from_pretrained(tmp_path / "final")
-    ema = {k[4:]: v for k, v in saved(tmp_path).items() if k.startswith("ema/")}
+    ema = {k[4:]: v for k, v in saved_tensors(tmp_path).items() if k.startswith("ema/")}
     assert ema
     got = model.state_dict()
     assert_equal({k: got[k] for k in ema}, ema)
@@ -87,14 +64,14 @@ def test_loss_falls_and_the_export_loads(kind: str, weights: Path, tmp_path: Pat
 def terminated_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Updates during which the process gets SIGTERM; to be filled by the test."""
     stops: list[int] = []
-    apply = Learner.apply
+    apply = Trainer.apply
 
-    def apply_and_signal(learner: Learner) -> None:
-        apply(learner)
-        if learner.step in stops:
+    def apply_and_signal(trainer: Trainer) -> None:
+        apply(trainer)
+        if trainer.step in stops:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Learner, "apply", apply_and_signal)
+    monkeypatch.setattr(Trainer, "apply", apply_and_signal)
     return stops
 
 
@@ -106,14 +83,14 @@ def test_resume_is_exact(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     recipe = recipe_of(kind, weights, whole, steps=7, clustering_vq=clustering)
     if kind == "vqgan":
-        recipe = but(recipe, losses={"adaptive_discriminator_weight": True})
+        recipe = updated(recipe, losses={"adaptive_discriminator_weight": True})
     source = source_of(recipe)
     loop.train(recipe, ALONE, (source, None), bar=False)
-    part = but(recipe, experiment={"output_dir": str(parts)})
+    part = updated(recipe, experiment={"output_dir": str(parts)})
     terminated_at += [2, 4]  # seen at the end of the next update: 3 is no multiple of save_every
     for ended in ("after update 3;", "after update 5;", "7 updates done"):
         assert ended in loop.train(part, ALONE, (source, None), bar=False)
-    assert_equal(saved(parts), saved(whole))
+    assert_equal(saved_tensors(parts), saved_tensors(whole))
     assert_equal(final(parts), final(whole))
     lines = [
         [{k: v for k, v in line.items() if k not in ("time", "samples_per_s")} for line in log]
@@ -131,7 +108,7 @@ def test_activation_checkpointing_changes_no_bit(kind: str, weights: Path, tmp_p
     plain = recipe_of(kind, weights, tmp_path / "plain", 3)
     run(plain)
     run(recipe_of(kind, weights, tmp_path / "less", 3, activation_checkpointing=True))
-    assert_equal(saved(tmp_path / "less"), saved(tmp_path / "plain"))
+    assert_equal(saved_tensors(tmp_path / "less"), saved_tensors(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("kind", ["stage2", "vae", "generator"])
@@ -140,8 +117,8 @@ def test_autocast_keeps_float32_weights_and_losses(
 ) -> None:
     for name, precision in (("float32", "no"), ("bf16", "bf16")):
         recipe = recipe_of(kind, weights, tmp_path / name, 4, mixed_precision=precision)
-        run(but(recipe, optimizer={"learning_rate": 3e-4}))
-    tensors, exact = saved(tmp_path / "bf16"), saved(tmp_path / "float32")
+        run(updated(recipe, optimizer={"learning_rate": 3e-4}))
+    tensors, exact = saved_tensors(tmp_path / "bf16"), saved_tensors(tmp_path / "float32")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     name = "reconstruction_loss" if kind != "generator" else "loss"
     first, second = (
@@ -159,12 +136,9 @@ def test_autocast_learns_as_well_for_500_updates(kind: str, weights: Path, tmp_p
     ends = []
     for name, precision in (("float32", "no"), ("bf16", "bf16")):
         recipe = recipe_of(kind, weights, tmp_path / name, 500, mixed_precision=precision)
-        run(
-            but(
-                recipe, optimizer={"learning_rate": 3e-4}, experiment={"save_every": 0},
-                losses={"discriminator_start": 1000}, lr_scheduler={"warmup_steps": 50},
-            )
-        )  # fmt: skip
+        rate = {"optimizer": {"learning_rate": 3e-4}, "lr_scheduler": {"warmup_steps": 50}}
+        rare = {"experiment": {"save_every": 0}, "losses": {"discriminator_start": 1000}}
+        run(updated(recipe, **rate, **rare))
         loss = "loss" if kind == "generator" else "total_loss"
         log = read_log(tmp_path / name / "log.jsonl")[-50:]
         usage = [line.get("codes/usage", 1.0) for line in log]
@@ -201,7 +175,7 @@ def test_without_averages_the_weights_themselves_are_exported(
 ) -> None:
     run(recipe_of("generator", weights, tmp_path, 3, use_ema=False))
     model = ImageBert.from_pretrained(tmp_path / "final").state_dict()
-    tensors = saved(tmp_path)
+    tensors = saved_tensors(tmp_path)
     assert not [name for name in tensors if name.startswith("ema/")]
     assert_equal(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
 
@@ -220,12 +194,13 @@ def test_stage2_leaves_the_codes_alone(weights: Path, tmp_path: Path) -> None:
 
 def test_gradients_are_clipped_to_their_global_length() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    half = Trained("model", model, Engine(model, ALONE), torch.optim.SGD(model.parameters(), 1.0))
+    sgd = torch.optim.SGD([{"params": part.parameters()} for part in model], 1.0)
+    stage_model = StageModel("model", model, Engine(model, ALONE), sgd)
     for limit, steep in ((0.5, 100.0), (0.5, 1e-4), (0.0, 100.0)):
         before = [p.detach().clone() for p in model.parameters()]
         (model(torch.ones(1, 3)).sum() * steep).backward()
-        length = float(half.measure())
-        half.descend(2.0, limit)
+        length = float(stage_model.gradient_norm())
+        stage_model.step(2.0, limit)
         moves = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
         moved = float(torch.cat([m.flatten() for m in moves]).norm())
         assert moved == pytest.approx(2 * (min(length, limit) if limit else length), rel=1e-4)
@@ -237,7 +212,7 @@ def test_generator_learns_from_tokens_on_file(weights: Path, tmp_path: Path) -> 
     labels = np.arange(24) % CLASSES
     tokens = (labels[:, None] * 5 + rng.integers(0, 2, (24, K))).astype(np.int64)
     write_shard(shard_path(tmp_path, 0), tokens, labels, about)
-    recipe = but(
+    recipe = updated(
         recipe_of("generator", weights, tmp_path / "out", 20),
         data={"kind": "tokens", "train": str(tmp_path), "eval": str(tmp_path)},
         experiment={"eval_every": 20, "generate_every": 20},
@@ -250,19 +225,16 @@ def test_generator_learns_from_tokens_on_file(weights: Path, tmp_path: Path) -> 
     assert Image.open(sheet).size == (2 * SIDE + 6, SIDE + 4)
 
     small = replace(recipe, generator=replace(GENERATOR, image_seq_len=K + 1), tokenizer=None)
-    with pytest.raises(ValueError, match=r"holds 4 tokens a picture .*wants 5 with ids below 16"):
+    with pytest.raises(ValueError, match=r"holds 4 tokens per image .*wants 5 with ids below 16"):
         loop.train(small, ALONE, bar=False)
 
 
 def test_what_is_logged_and_shown_when(weights: Path, tmp_path: Path) -> None:
-    recipe = but(
-        recipe_of("stage2", weights, tmp_path, 4),
-        experiment={
-            "eval_every": 3, "generate_every": 2, "log_every": 2, "log_grad_norm_every": 4,
-            "save_every": 1, "keep": 2,
-        },
-        training={"num_generated_images": 3},
-    )  # fmt: skip
+    every = {"eval": 3, "generate": 2, "log": 2, "log_grad_norm": 4, "save": 1}
+    recipe = updated(
+        recipe_of("stage2", weights, tmp_path, 4, num_generated_images=3),
+        experiment={"keep": 2, **{f"{what}_every": steps for what, steps in every.items()}},
+    )
     source = source_of(recipe)
     loop.train(recipe, ALONE, (source, source), bar=False)
     log = read_log(tmp_path / "log.jsonl")
@@ -272,7 +244,7 @@ def test_what_is_logged_and_shown_when(weights: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in norms] == [4]
     squares = [v**2 for k, v in norms[0].items() if k.startswith("grad_norm/")]
     assert sum(squares) ** 0.5 == pytest.approx(norms[0]["grad_norm"], rel=1e-4)
-    assert [step for step, _ in state.found(tmp_path)] == [4, 3]
+    assert [step for step, _ in checkpoints.found(tmp_path)] == [4, 3]
     sheets = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert sheets == [f"reconstructions-0000000{step}.png" for step in (2, 4)]
 
@@ -281,15 +253,15 @@ def test_random_numbers_do_not_depend_on_how_a_batch_is_shared(
     weights: Path, tmp_path: Path
 ) -> None:
     batch = {"tokens": torch.arange(8 * K).view(8, K) % N, "labels": torch.arange(8) % CLASSES}
-    whole = Learner(recipe_of("generator", weights, tmp_path), ALONE)
+    whole = Trainer(recipe_of("generator", weights, tmp_path), ALONE)
     ((_, wanted),) = whole._parts(batch)
-    whole.recipe = but(whole.recipe, training={"per_gpu_batch_size": 2})
-    parts = [draws for _, draws in whole._parts(batch)]
+    whole.recipe = updated(whole.recipe, training={"per_gpu_batch_size": 2})
+    parts = [numbers for _, numbers in whole._parts(batch)]
     for rank in range(2):
         whole.ranks = Ranks(rank, 2, ALONE.device)
         half = {name: x[4 * rank : 4 * rank + 4] for name, x in batch.items()}
         for name in wanted:
-            got = torch.cat([draws[name] for _, draws in whole._parts(half)])
+            got = torch.cat([numbers[name] for _, numbers in whole._parts(half)])
             assert torch.equal(got, wanted[name][4 * rank : 4 * rank + 4])
     assert_equal({k: torch.cat([d[k] for d in parts]) for k in wanted}, wanted)
     whole.step = 1

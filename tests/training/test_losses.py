@@ -1,6 +1,7 @@
 """Losses of the tokenizer: formulas by hand, upstream's modules, one rank against two."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,13 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from support.official import needs_upstream, official
+from support.tiny_runs import process_group
 from torch import Tensor, nn
 
 from titok_fast.models.quantizer import DiagonalGaussian
 from titok_fast.training import losses as module
 from titok_fast.training.losses import ReconstructionLoss, hinge_loss, proxy_code_loss
-from titok_fast.training.recipe.recipe import LossConfig
+from titok_fast.training.recipe.sections import LossConfig
 
 SMALL = {"discriminator_channels": 32, "discriminator_start": 10}
 
@@ -220,7 +222,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients(
     torch.testing.assert_close(total, plain + 0.7 + weight * gan)
     total.backward()  # the graph is still whole
     assert last.weight.grad is not None
-    # an adversary without gradient would otherwise weigh without bound
+    # without a bound, a discriminator without gradient would weigh infinitely
     for p in loss.discriminator.parameters():
         nn.init.zeros_(p)
     weight = loss.generator_loss(x, 1e6 * last(x), 10, vq_terms(), last.weight)[1]["d_weight"]
@@ -278,18 +280,16 @@ def test_a_weightless_perceptual_loss_needs_no_files() -> None:
 
 
 def _train_rank(rank: int, world: int, folder: Path) -> None:
-    """A few joint updates of a last layer and its adversary; writes what rank `rank` ends with."""
-    torch.set_num_threads(1)
-    if world > 1:
-        rendezvous = f"file://{folder}/rendezvous"
-        dist.init_process_group("gloo", rendezvous, rank=rank, world_size=world)
+    with process_group(rank, world, folder):
+        _train(rank, world, folder)
+
+
+def _train(rank: int, world: int, folder: Path) -> None:
+    """A few joint updates of a last layer and the discriminator; saves the final state."""
     torch.manual_seed(0)
-    loss = ReconstructionLoss(
-        LossConfig(
-            adaptive_discriminator_weight=True, discriminator_channels=32, discriminator_start=0,
-            lecam_regularization_weight=0.5, discriminator_weight=1.0,
-        )
-    )  # fmt: skip
+    start = {"discriminator_channels": 32, "discriminator_start": 0}
+    weights = {"lecam_regularization_weight": 0.5, "discriminator_weight": 1.0}
+    loss = ReconstructionLoss(LossConfig(adaptive_discriminator_weight=True, **start, **weights))
     last = nn.Conv2d(3, 3, 3, padding=1)
     generator = torch.Generator().manual_seed(3)
     groups = [list(last.parameters()), list(loss.discriminator.parameters())]
@@ -311,8 +311,6 @@ def _train_rank(rank: int, world: int, folder: Path) -> None:
                     p -= 0.05 * g / world
     state = loss.state_dict() | {f"last.{k}": t for k, t in last.state_dict().items()}
     torch.save(state, folder / f"{world}-{rank}.pt")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def test_two_ranks_do_what_one_does_with_both_batches(tmp_path: Path) -> None:
@@ -325,18 +323,8 @@ def test_two_ranks_do_what_one_does_with_both_batches(tmp_path: Path) -> None:
 
 
 def official_config(mode: str, **fields: Any) -> Any:
-    config = LossConfig(**(SMALL | fields))
-    names = (
-        "reconstruction_loss", "reconstruction_weight", "quantizer_weight", "perceptual_loss",
-        "perceptual_weight", "discriminator_start", "discriminator_factor", "discriminator_weight",
-        "lecam_regularization_weight", "kl_weight", "logvar_init",
-    )  # fmt: skip
-    return OmegaConf.create(
-        {
-            "losses": {name: getattr(config, name) for name in names},
-            "model": {"vq_model": {"quantize_mode": mode}},
-        }
-    )
+    losses = asdict(LossConfig(**(SMALL | fields)))
+    return OmegaConf.create({"losses": losses, "model": {"vq_model": {"quantize_mode": mode}}})
 
 
 def theirs_like(ours: ReconstructionLoss, kind: str, mode: str, **fields: Any) -> nn.Module:

@@ -1,17 +1,18 @@
 """Decay groups against upstream's rule on upstream's names, learning rates, the optimizer."""
 
 import ast
-import importlib.util
-import os
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.official import CHECKOUT, needs_upstream
 from support.tiny_models import (
     TINY_KINDS,
     TINY_VQGAN,
@@ -19,7 +20,7 @@ from support.tiny_models import (
     tiny_generator_config,
     tiny_tokenizer_config,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from titok_fast import MaskGitVQGAN, TiTok, generator_class
 from titok_fast.models.attention import BackendError
@@ -30,19 +31,14 @@ from titok_fast.training.optim import (
     discriminator_learning_rate,
     learning_rate,
     parameter_groups,
-    set_learning_rate,
 )
-from titok_fast.training.recipe.recipe import (
+from titok_fast.training.recipe.sections import (
     LossConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
 )
 
-CHECKOUT = os.environ.get("TITOK_UPSTREAM", "")
-needs_upstream = pytest.mark.skipif(
-    not CHECKOUT, reason="TITOK_UPSTREAM names no checkout of bytedance/1d-tokenizer"
-)
 KINDS = (*TINY_KINDS, "ViT", "UViT", "vqgan")
 
 
@@ -56,40 +52,42 @@ def model_of(kind: str) -> PretrainedModel:
     return on_meta(generator_class(config), config)
 
 
-def official_rule(name: str, ndim: int) -> bool:
+def official_rule(name: str, p: Tensor) -> bool:
     """The fact sheet's: who decays."""
     words = ["ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed"]
-    return ndim >= 2 and not any(word in name for word in words)
+    return p.ndim >= 2 and not any(word in name for word in words)
 
 
-def upstreams_rule() -> Callable[[str, Any], bool]:
-    """The predicate of its training script, which cannot be imported."""
+@cache
+def upstreams_predicate() -> Callable[[str, Tensor], bool]:
+    """Whom its training script, which cannot be imported, excludes from decay."""
     source = (Path(CHECKOUT) / "utils/train_utils.py").read_text()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "exclude":
-            excluded = eval(ast.unparse(node.value))
-            return lambda name, p: not excluded(name, p)
-    raise AssertionError("the script has no such predicate any more")
+    (excluded,) = (
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "exclude"
+    )
+    return eval(ast.unparse(excluded))
 
 
+def upstreams_rule(name: str, p: Tensor) -> bool:
+    return not upstreams_predicate()(name, p)
+
+
+@pytest.mark.parametrize(
+    "rule", [official_rule, pytest.param(upstreams_rule, marks=needs_upstream)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_our_names_decay_as_the_published_names_do(kind: str) -> None:
+def test_our_names_decay_as_the_published_names_do(
+    kind: str, rule: Callable[[str, Tensor], bool]
+) -> None:
     model = model_of(kind)
-    sides = set()
+    found = {}
     for name, parameter in model.named_parameters():
+        found[name] = decays(name, parameter.ndim)
         for official, tensor in to_official({name: parameter}, model.kind).items():
-            assert decays(name, parameter.ndim) == official_rule(official, tensor.ndim), name
-        sides.add(decays(name, parameter.ndim))
-    assert sides == {True, False}
-
-
-@needs_upstream
-@pytest.mark.parametrize("kind", KINDS)
-def test_our_names_decay_as_upstreams_script_says(kind: str) -> None:
-    model, rule = model_of(kind), upstreams_rule()
-    for name, parameter in model.named_parameters():
-        for official, tensor in to_official({name: parameter}, model.kind).items():
-            assert decays(name, parameter.ndim) == rule(official, tensor), name
+            assert found[name] == rule(official, tensor), name
+    assert set(found.values()) == {True, False}
 
 
 def test_what_decays_in_a_tokenizer() -> None:
@@ -140,14 +138,10 @@ def test_a_constant_rate_and_a_run_without_warm_up() -> None:
 @needs_upstream
 @pytest.mark.parametrize("scheduler", ["cosine", "constant"])
 def test_rates_are_upstreams(scheduler: str) -> None:
-    path = Path(CHECKOUT) / "utils/lr_schedulers.py"
-    spec = importlib.util.spec_from_file_location("official_lr_schedulers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    official = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(official)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
-    theirs = official.get_scheduler(scheduler, optimizer, 10, 110, base_lr=3e-4, end_lr=1e-5)
+    path = Path(CHECKOUT) / "utils/lr_schedulers.py"  # its package wants more than torch
+    get_scheduler = runpy.run_path(str(path))["get_scheduler"]
+    theirs = get_scheduler(scheduler, optimizer, 10, 110, base_lr=3e-4, end_lr=1e-5)
     ours = replace(COSINE, scheduler=scheduler)
     for step in range(111):
         rate = learning_rate(step, ours, 3e-4, 110)
@@ -222,18 +216,6 @@ def test_its_state_is_there_before_the_first_step(device: str) -> None:
         assert all(optimizer.state[p][k] is v for k, v in state.items())
 
 
-def test_rates_are_set_in_every_group_also_where_they_are_tensors() -> None:
-    optimizer = build_optimizer(small(), OptimizerConfig(), learning_rate=0.5)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.5]
-    set_learning_rate(optimizer, 0.25)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25]
-    held = torch.tensor(1.0)
-    optimizer.param_groups[0]["lr"] = held
-    set_learning_rate(optimizer, 0.125)
-    assert optimizer.param_groups[0]["lr"] is held
-    assert held.item() == 0.125
-
-
 def test_where_the_fused_step_does_not_fit() -> None:
     model = nn.Linear(2, 2, device="meta")
     assert build_optimizer(model, OptimizerConfig()).defaults["fused"] is False
@@ -261,6 +243,5 @@ def test_apex_gets_adamws_mode_and_our_numbers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=fused_adam))
     config = OptimizerConfig(learning_rate=0.5, beta1=0.8, beta2=0.7, epsilon=0.1, fused="apex")
     build_optimizer(small(), replace(config, weight_decay=0.2))
-    assert seen == {
-        "lr": 0.5, "betas": (0.8, 0.7), "eps": 0.1, "adam_w_mode": True, "decay": [0.0, 0.2]
-    }  # fmt: skip
+    adam = {"lr": 0.5, "betas": (0.8, 0.7), "eps": 0.1, "adam_w_mode": True}
+    assert seen == {**adam, "decay": [0.0, 0.2]}

@@ -1,7 +1,5 @@
-"""Recipes: official files and ours, unknown keys, overrides, bases, round trips, refusals."""
+"""Recipes: keys, stages, values, names, bases, round trips, refusals."""
 
-import os
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
@@ -9,43 +7,28 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from omegaconf import OmegaConf
-from support.tiny_models import on_meta
 
-from titok_fast import (
-    PRESETS,
-    GeneratorConfig,
-    MaskGitVQGAN,
-    SamplingConfig,
-    TiTok,
-    TokenizerConfig,
-    VQGANConfig,
-    generator_class,
-)
+from titok_fast import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
 from titok_fast.data.config import DataConfig
-from titok_fast.training.recipe.official import convert, flatten, nest
-from titok_fast.training.recipe.recipe import (
+from titok_fast.training.recipe.official import RECIPES, convert, flatten, nest
+from titok_fast.training.recipe.recipe import Recipe, read_recipe
+from titok_fast.training.recipe.sections import (
     Experiment,
     LossConfig,
     OptimizerConfig,
-    Recipe,
     ScheduleConfig,
     TrainingConfig,
-    read_recipe,
 )
 
-RECIPES = Path(__file__).resolve().parents[2] / "titok_fast" / "recipes"
-OURS = sorted(str(p.relative_to(RECIPES)) for p in RECIPES.rglob("*.yaml") if p.stem != "base")
-OFFICIAL = Path(os.environ.get("TITOK_UPSTREAM", "")) / "configs/training"
-needs_upstream = pytest.mark.skipif(
-    "TITOK_UPSTREAM" not in os.environ,
-    reason="TITOK_UPSTREAM names no checkout of bytedance/1d-tokenizer",
-)
 SMALL = TokenizerConfig(
     num_latent_tokens=4,
     vit_enc_model_size=(64, 1, 2),
     vit_dec_model_size=(64, 1, 2),
     finetune_decoder=False,
 )
+VAE = replace(SMALL, is_legacy=False, quantize_mode="vae")
+REVIVING = TrainingConfig(clustering_vq=True)
+BARE: dict[str, Any] = {"tokenizer": None}
 SECTIONS = {
     "experiment": Experiment,
     "losses": LossConfig,
@@ -77,132 +60,6 @@ lr_scheduler:
     params:
         learning_rate: ${optimizer.params.learning_rate}
 """
-
-
-# official files
-
-
-def official(name: str) -> Recipe:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "mixed_precision fp16")
-        return read_recipe(OFFICIAL / name)
-
-
-@needs_upstream
-@pytest.mark.parametrize("size", ["l32", "b64", "s128"])
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_official_stage_files_are_our_recipes(stage: str, size: str) -> None:
-    theirs = official(f"TiTok/{stage}/titok_{size}.yaml")
-    ours = read_recipe(RECIPES / f"imagenet/{stage}/titok_{size}.yaml")
-    assert theirs.stage == stage
-    assert theirs.experiment.logging == "wandb"  # enable_wandb
-    assert theirs.training.mixed_precision == "bf16"  # fp16
-    assert replace(theirs, experiment=ours.experiment) == ours
-    numbers = ("max_train_examples", "save_every", "eval_every", "generate_every", "log_every")
-    for name in (*numbers, "log_grad_norm_every", "resume", "pretrained_tokenizer_weight"):
-        assert getattr(theirs.experiment, name) == getattr(ours.experiment, name), name
-
-
-@needs_upstream
-def test_the_official_generator_file_is_our_recipe() -> None:
-    theirs = official("generator/maskgit.yaml")
-    ours = read_recipe(RECIPES / "imagenet/generator/maskgit_vit_b64.yaml")
-    assert theirs.stage == "generator"
-    assert theirs.experiment.output_dir == "titok_b64_maskgit"  # the file has none: the name
-    assert theirs.experiment.tokenizer_checkpoint == "tokenizer_titok_b64.bin"
-    # that file draws its pictures greedily; ours as the published model does
-    assert theirs.sampling == replace(
-        SamplingConfig.from_official(OFFICIAL / "generator/maskgit.yaml"), schedule="arccos"
-    )
-    assert replace(theirs, experiment=ours.experiment, sampling=ours.sampling) == ours
-
-
-@needs_upstream
-def test_official_fp16_is_said_to_be_read_as_bf16() -> None:
-    with pytest.warns(UserWarning, match="fp16 is read as bf16"):
-        read_recipe(OFFICIAL / "TiTok/stage1/titok_l32.yaml")
-
-
-@needs_upstream
-@pytest.mark.parametrize("name", ["tatitok_bl64_vae", "tatitok_bl128_vq"])
-def test_models_that_read_text_are_refused_by_the_key_that_says_so(name: str) -> None:
-    with pytest.raises(ValueError, match="dataset_with_text_label wants False"):
-        official(f"TA-TiTok/{name}.yaml")
-
-
-# our files
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_every_recipe_reads_back_from_its_official_form_and_builds(name: str) -> None:
-    recipe = read_recipe(RECIPES / name)
-    assert Recipe.from_official(recipe.to_official()) == recipe
-    if recipe.tokenizer is not None:
-        on_meta(TiTok, recipe.tokenizer)
-    if recipe.vqgan is not None:
-        on_meta(MaskGitVQGAN, recipe.vqgan)
-    if recipe.generator is not None:
-        on_meta(generator_class(recipe.generator), recipe.generator)
-
-
-def as_published(tokenizer: TokenizerConfig) -> TokenizerConfig:
-    """Without what training alone needs, and without the codebook that a VAE has no use for."""
-    tokenizer = replace(tokenizer, commitment_cost=0.25)  # stage 2 has 0
-    vae = tokenizer.quantize_mode == "vae"
-    return replace(tokenizer, codebook_size=2, use_l2_norm=False) if vae else tokenizer
-
-
-def test_there_is_a_recipe_for_every_published_model() -> None:
-    made = [read_recipe(RECIPES / name) for name in OURS if name.startswith("imagenet")]
-    final = [r.tokenizer for r in made if r.stage in ("stage2", "single_stage")]
-    tokenizers = [as_published(tokenizer) for tokenizer in final if tokenizer is not None]
-    generators = [(r.generator, r.sampling) for r in made if r.stage == "generator"]
-    published = {name: known for name, known in PRESETS.items() if known.tokenizer_hub}
-    assert len(published) == 9
-    for name, known in published.items():
-        assert as_published(known.tokenizer) in tokenizers, name
-        if known.generator is not None:
-            assert (known.generator, known.sampling) in generators, name
-
-
-def test_the_fashion_recipes_fit_together() -> None:
-    vqgan, stage1, stage2, generator, classifier = (
-        read_recipe(RECIPES / f"fashion/{name}.yaml")
-        for name in ("vqgan", "stage1", "stage2", "generator", "classifier")
-    )
-    assert stage1.tokenizer is not None
-    assert stage2.tokenizer is not None
-    assert generator.generator is not None
-    assert stage1.tokenizer.pixel == vqgan.vqgan
-    assert stage2.tokenizer == replace(stage1.tokenizer, finetune_decoder=True, commitment_cost=0.0)
-    assert generator.tokenizer == replace(stage2.tokenizer, commitment_cost=0.25)
-    assert generator.generator.condition_num_classes == 10
-    for recipe, earlier in (
-        (stage1.experiment.pretrained_tokenizer_weight, vqgan),
-        (stage2.experiment.pretrained_tokenizer_weight, vqgan),
-        (stage2.experiment.init_weight, stage1),
-        (generator.experiment.tokenizer_checkpoint, stage2),
-    ):
-        assert recipe.startswith(earlier.experiment.output_dir + "/")
-    assert {r.data.kind for r in (vqgan, stage1, stage2, classifier)} == {"fashion-mnist"}
-    assert generator.data.kind == "tokens"
-
-
-def test_the_preliminary_grid_is_a_matter_of_overrides() -> None:
-    recipe = read_recipe(
-        RECIPES / "imagenet/stage1/preliminary.yaml",
-        [
-            "model.vq_model.num_latent_tokens=64",
-            "model.vq_model.vit_enc_model_size=base",
-            "model.vq_model.vit_dec_model_size=base",
-            "experiment.name=titok_b64_preliminary",
-        ],
-    )
-    assert recipe.tokenizer == TokenizerConfig(
-        64, 1024, 16, vit_enc_model_size="base", vit_dec_model_size="base", finetune_decoder=False
-    )
-    assert recipe.experiment.output_dir == "runs/titok_b64_preliminary"
-    assert recipe.training.max_train_steps == 500_000
 
 
 # keys
@@ -249,7 +106,7 @@ def test_every_setting_has_a_key_of_its_own(section: str, name: str, tmp_path: P
     assert read_recipe(path) == changed
 
 
-def test_one_key_sets_the_side_of_the_picture_for_data_and_model(tmp_path: Path) -> None:
+def test_one_key_sets_the_side_of_the_image_for_data_and_model(tmp_path: Path) -> None:
     recipe = read_recipe(written(tmp_path, STAGE1), ["dataset.preprocessing.crop_size=128"])
     assert recipe.tokenizer is not None
     assert (recipe.data.crop_size, recipe.tokenizer.crop_size) == (128, 128)
@@ -258,22 +115,19 @@ def test_one_key_sets_the_side_of_the_picture_for_data_and_model(tmp_path: Path)
 def test_models_come_back_whole() -> None:
     proxy = VQGANConfig(32, (1, 2), 1, 16, 48)
     sizes: dict[str, Any] = {"vit_enc_model_size": (64, 1, 2), "vit_dec_model_size": (96, 3, 4)}
-    tokenizer = TokenizerConfig(
-        8, 64, 5, False, 0.5, **sizes, vit_enc_patch_size=8, vit_dec_patch_size=2, crop_size=32,
-        pixel=proxy,
-    )  # fmt: skip
+    sizes |= {"vit_enc_patch_size": 8, "vit_dec_patch_size": 2, "crop_size": 32}
+    tokenizer = TokenizerConfig(8, 64, 5, False, 0.5, **sizes, pixel=proxy)
     generator = GeneratorConfig("UViT", 64, 2, 2, 128, 0.2, 0.3, 8, 64, 10, 0.25)
     sampling = SamplingConfig(12, 2.5, "power-cosine", 2.0, 7.0, False, "cosine", "probability")
     data = DataConfig(kind="fashion-mnist", crop_size=32)
-    models = {"tokenizer": tokenizer, "generator": generator, "sampling": sampling}
+    models: dict[str, Any] = {"generator": generator, "sampling": sampling}
     for recipe in (
-        Recipe("generator", **models, data=data),  # type: ignore[arg-type]
-        Recipe("generator", generator=generator, sampling=sampling,
-               data=DataConfig(kind="tokens", train="shards")),
+        Recipe("generator", tokenizer=tokenizer, **models, data=data),
+        Recipe("generator", **models, data=DataConfig(kind="tokens", train="shards")),
         Recipe("stage2", tokenizer=tokenizer, data=data),
         Recipe("vqgan", vqgan=proxy, data=data),
         Recipe("classifier", data=data),
-    ):  # fmt: skip
+    ):
         assert Recipe.from_official(recipe.to_official()) == recipe
 
 
@@ -298,7 +152,7 @@ def test_a_model_that_the_stage_has_no_use_for_is_refused(tmp_path: Path) -> Non
         read_recipe(path, ["stage=classifier"])
 
 
-def test_keys_without_meaning_here_are_read_over(tmp_path: Path) -> None:
+def test_keys_without_meaning_here_are_ignored(tmp_path: Path) -> None:
     path = written(tmp_path, STAGE1)
     plain = read_recipe(path)
     more = ["experiment.logging_dir=x", "dataset.params.dataset_with_class_label=True"]
@@ -329,17 +183,15 @@ def test_wandb_is_asked_for_by_the_official_switch_unless_logging_says_otherwise
 @pytest.mark.parametrize(
     ("given", "kind"),
     [
-        (["dataset.params.train_shards_path_or_url=folder/of/pictures"], "folder"),
-        (["dataset.params.train_shards_path_or_url=a-{00..99}.tar"], "webdataset"),
-        (["dataset.params.kind=folder"], "folder"),
-        (["dataset.params.kind=fashion-mnist", "dataset.params.train_shards_path_or_url="],
-         "fashion-mnist"),
+        ("train_shards_path_or_url=folder/of/images", "folder"),
+        ("train_shards_path_or_url=a-{00..99}.tar", "webdataset"),
+        ("kind=folder", "folder"),
+        ("kind=fashion-mnist train_shards_path_or_url=", "fashion-mnist"),
     ],
-)  # fmt: skip
-def test_the_kind_of_data_follows_from_its_path(
-    tmp_path: Path, given: list[str], kind: str
-) -> None:
-    assert read_recipe(written(tmp_path, STAGE1), given).data.kind == kind
+)
+def test_the_kind_of_data_follows_from_its_path(tmp_path: Path, given: str, kind: str) -> None:
+    overrides = [f"dataset.params.{override}" for override in given.split()]
+    assert read_recipe(written(tmp_path, STAGE1), overrides).data.kind == kind
 
 
 def test_pretokenised_data_are_read_as_tokens_and_need_no_tokenizer(tmp_path: Path) -> None:
@@ -402,19 +254,26 @@ def test_a_stage_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
         ({"stage": "generator"}, "wants the section model.generator"),
         ({"tokenizer": None}, r"wants the section model\.vq_model"),
         ({"tokenizer": replace(SMALL, quantize_mode="vae")}, "quantize_mode=vq"),
-        ({"data": DataConfig(kind="tokens", train="x")}, "wants pictures"),
+        ({"data": DataConfig(kind="tokens", train="x")}, "wants images"),
         ({"data": DataConfig(crop_size=128)}, "wants one crop_size; got 256"),
-        ({"stage": "vqgan", "vqgan": VQGANConfig(), "tokenizer": None,
-          "data": DataConfig(crop_size=40)}, "multiple of 16; got 40"),
-        ({"stage": "generator", "generator": GeneratorConfig(image_seq_len=8)},
-         r"wants image_seq_len .* \(4, 4096\); got \(8, 4096\)"),
-        ({"stage": "generator", "generator": GeneratorConfig(), "tokenizer": None},
-         "wants model.vq_model to tokenise"),
-        ({"stage": "single_stage",
-          "tokenizer": replace(SMALL, is_legacy=False, quantize_mode="vae"),
-          "training": TrainingConfig(clustering_vq=True)}, "a VAE has no codes"),
+        (
+            {"stage": "vqgan", "vqgan": VQGANConfig(), "data": DataConfig(crop_size=40)} | BARE,
+            "multiple of 16; got 40",
+        ),
+        (
+            {"stage": "generator", "generator": GeneratorConfig(image_seq_len=8)},
+            r"wants image_seq_len .* \(4, 4096\); got \(8, 4096\)",
+        ),
+        (
+            {"stage": "generator", "generator": GeneratorConfig()} | BARE,
+            "wants model.vq_model to tokenise",
+        ),
+        (
+            {"stage": "single_stage", "tokenizer": VAE, "training": REVIVING},
+            "a VAE has no codes",
+        ),
     ],
-)  # fmt: skip
+)
 def test_models_and_data_must_fit_the_stage(changes: dict[str, Any], message: str) -> None:
     good = Recipe("stage1", tokenizer=SMALL)
     with pytest.raises(ValueError, match=message):
@@ -487,9 +346,40 @@ def test_bases_do_not_chain_and_must_exist(tmp_path: Path) -> None:
         read_recipe(written(tmp_path, "base: missing.yaml\n", "d.yaml"))
 
 
+@pytest.mark.parametrize("name", ["fashion/stage1", "imagenet/generator/maskgit_vit_l32"])
+def test_recipes_of_the_package_have_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)  # a folder is no recipe
+    assert read_recipe(name, ["training.seed=3"]) == read_recipe(
+        RECIPES / f"{name}.yaml", ["training.seed=3"]
+    )
+
+
+def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion").mkdir()
+    written(tmp_path / "fashion", STAGE1 + "training: {seed: 7}\n", "stage1")
+    assert read_recipe("fashion/stage1").training.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("fashion/stag1", "fashion/stage1"),
+        ("recipes/fashion/vqgan.yaml", "fashion/vqgan"),
+        ("zzz", "fashion/classifier, fashion/generator"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_near_ones(name: str, known: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no recipe file or name '{name}'; .*{known}"):
+        read_recipe(name)
+    with pytest.raises(FileNotFoundError, match="no recipe file or name"):
+        read_recipe("fashion/base")  # to start from, not to train
+
+
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no recipe at"):
-        read_recipe(tmp_path / "nothing.yaml")
     with pytest.raises(ValueError, match="not readable as YAML"):
         read_recipe(written(tmp_path, "a: [1\n"))
     with pytest.raises(ValueError, match="wants keys and values"):
@@ -507,12 +397,5 @@ def test_yaml_tags_execute_nothing(tmp_path: Path) -> None:
 
 
 def test_a_plain_no_is_a_word() -> None:
-    path = (
-        Path(__file__).resolve().parents[2]
-        / "titok_fast"
-        / "recipes"
-        / "fashion"
-        / "classifier.yaml"
-    )
-    recipe = read_recipe(path, ["training.mixed_precision=no"])
+    recipe = read_recipe("fashion/classifier", ["training.mixed_precision=no"])
     assert recipe.training.mixed_precision == "no"

@@ -18,7 +18,7 @@ from titok_fast.models.blocks import Attention, PostNormBlock, PreNormBlock, set
 from titok_fast.training.memory import keep_freed_memory
 from titok_fast.training.recipe.sections import TrainingConfig
 from titok_fast.training.stage_model import WIDE, prepare_blocks
-from titok_fast.training.update import set_cuda_math
+from titok_fast.training.trainer import set_cuda_math
 
 D, HEADS, L = 32, 4, 17
 KINDS: dict[str, Callable[[], nn.Module]] = {

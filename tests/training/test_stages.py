@@ -1,4 +1,4 @@
-"""Every stage in small, by the committed recipes and the documented commands, one after another.
+"""Every stage in small, by the recipes of the package and the documented commands, in order.
 
 The data are drawn shapes in the files of Fashion-MNIST, which a fresh machine does not have.
 """
@@ -17,12 +17,10 @@ from titok_fast.cli import main as cli
 from titok_fast.data.token_shards import TokenSource
 from titok_fast.training.logs import read_log
 
-RECIPES = Path(__file__).resolve().parents[2] / "titok_fast" / "recipes"
-SINGLE_STAGE = "imagenet/single_stage/titok_bl64_vq8k.yaml"
 CLASSES = 10
 BATCH = 20
 TRAIN = 2 * BATCH  # so that two updates see all of them, and means over updates are free of noise
-# what a fashion recipe is run with here: smaller networks, fewer updates, nothing else
+# overrides of every run here
 SHORT = (
     "experiment.log_every=1 experiment.save_every=0 experiment.generate_every=0 "
     "experiment.eval_every=0 lr_scheduler.params.warmup_steps=5 training.num_generated_images=10"
@@ -47,6 +45,14 @@ BERT = under(
     "hidden_size=48 num_hidden_layers=2 num_attention_heads=2 intermediate_size=96 num_steps=4 "
     "dropout=0 attn_drop=0",
 )
+TOKENS = "vit_enc_patch_size=8 vit_dec_patch_size=8 num_latent_tokens=16 token_size=12"
+FROM_START = (
+    f"{FASHION} {VIT} {under('model.vq_model.', TOKENS)} dataset.params.kind=fashion-mnist "
+    "dataset.params.eval_shards_path_or_url= dataset.preprocessing.crop_size=32 "
+    "dataset.preprocessing.resize_shorter_edge=32 losses.perceptual_loss=none "
+    "losses.discriminator_start=35 losses.discriminator_channels=32 experiment.name=single_stage "
+    "experiment.output_dir=runs/fashion/single_stage optimizer.params.learning_rate=1e-3"
+)
 # stage -> overrides, updates, and the share of the first updates' loss that the last stay below
 STAGES = {
     "vqgan": (f"{FASHION} {under('model.pixel.', PIXEL)}", 40, 0.5),
@@ -54,30 +60,20 @@ STAGES = {
     "stage2": (f"{FASHION} {TITOK} {FAST} losses.discriminator_start=35", 40, 0.9),
     "generator": (f"{TITOK} {BERT}", 60, 0.9),
     "classifier": (FASHION, 30, 0.5),
-    "single_stage": (
-        f"{FASHION} {VIT} dataset.params.kind=fashion-mnist losses.perceptual_loss=none "
-        "dataset.params.eval_shards_path_or_url= model.vq_model.vit_enc_patch_size=8 "
-        "model.vq_model.vit_dec_patch_size=8 model.vq_model.num_latent_tokens=16 "
-        "model.vq_model.token_size=12 dataset.preprocessing.crop_size=32 "
-        "dataset.preprocessing.resize_shorter_edge=32 losses.discriminator_start=35 "
-        "losses.discriminator_channels=32 experiment.name=single_stage "
-        "experiment.output_dir=runs/fashion/single_stage optimizer.params.learning_rate=1e-3",
-        40, 0.9,
-    ),
-}  # fmt: skip
+    "single_stage": (FROM_START, 40, 0.9),
+}
 
 
 def shapes(count: int, seed: int) -> np.ndarray:
-    """(count, 28, 28) of ten drawings in turn, each at places and greys of its own."""
+    """(count, 28, 28) of ten shapes in turn, at random places and greys."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-14:14, -14:14]
     cx, cy = rng.integers(-3, 4, (2, count, 1, 1))
     x, y = np.abs(x - cx), np.abs(y - cy)
     far = np.hypot(x, y)
-    drawings = [
-        far < 4, far < 9, (far > 5) & (far < 9), np.maximum(x, y) < 7, (x < 2) | (y < 2), x < 3,
-        y < 3, np.abs(x - y) < 2, x + y < 9, (np.maximum(x, y) > 4) & (np.maximum(x, y) < 8),
-    ]  # fmt: skip
+    square = np.maximum(x, y)
+    drawings = [far < 4, far < 9, (far > 5) & (far < 9), square < 7, (x < 2) | (y < 2)]
+    drawings += [x < 3, y < 3, np.abs(x - y) < 2, x + y < 9, (square > 4) & (square < 8)]
     which = np.arange(count) % CLASSES
     inside = np.stack(drawings)[which, np.arange(count)]
     return inside * rng.integers(120, 250, (count, 1, 1)) + rng.integers(0, 6, (count, 28, 28))
@@ -89,9 +85,10 @@ def titok_fast(command: str) -> None:
 
 def train(stage: str) -> None:
     overrides, updates, _ = STAGES[stage]
-    recipe = SINGLE_STAGE if stage == "single_stage" else f"fashion/{stage}.yaml"
+    single_stage = "imagenet/single_stage/titok_bl64_vq8k"
+    recipe = single_stage if stage == "single_stage" else f"fashion/{stage}"
     titok_fast(
-        f"train {shlex.quote(str(RECIPES / recipe))} {SHORT} training.max_train_steps={updates} "
+        f"train {recipe} {SHORT} training.max_train_steps={updates} "
         f"training.per_gpu_batch_size={BATCH} {overrides} --quiet --device cpu"
     )
 

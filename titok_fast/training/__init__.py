@@ -1,6 +1,7 @@
-"""Training: a recipe to a model, for every stage of a tokenizer and for the generator.
+"""Training: a recipe to a model, for every stage of a tokenizer, the generator and the classifier.
 
-A task computes losses, `update` turns them into an optimizer step, `loop` runs, logs and saves.
+A task computes losses and trainer.py turns them into updates of the model and its discriminator.
+loop.py repeats updates, writes logs and checkpoints, and resumes a run bit for bit.
 Reading order: recipe, tasks, losses, discriminator, optim, ema, code_revival, engine, stage_model,
-update, loop, checkpoints, resume, validation, logs, signals.
+trainer, loop, checkpoints, resume, validation, logs.
 """

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoint-{step}`: tensors as safetensors, written by
 torch.distributed.checkpoint, each rank its share; `state.json` with everything else; and
 `manifest.json` with the SHA-256 of every file. It is written under a hidden name, synced, and
-renamed when complete; then `latest` names it. Reading checks the hashes, and goes back to an older
+renamed when complete; then `latest` names it. Reading checks the hashes, and uses an older
 checkpoint where one is damaged. Nothing is ever unpickled.
 """
 
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,7 +29,6 @@ JSON = Any
 LATEST = "latest"
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _HIDDEN = ".checkpoint-"  # being written, or being deleted
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,6 @@ class Checkpoint:
     folder: Path
     step: int
     state: dict[str, JSON]
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Its tensors' shapes by name."""
-        reader = dcp.HuggingFaceStorageReader(str(self.folder))
-        saved = reader.read_metadata().state_dict_metadata
-        return {name: entry.size for name, entry in saved.items()}  # type: ignore[union-attr]
 
     def load(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         """Fill tensors, whole or sharded, from those of the same names. Every rank must call it.
@@ -95,12 +87,12 @@ def write(
     """
     final, part = output / f"checkpoint-{step}", output / f"{_HIDDEN}{step}.part"
     if not ranks.agree(lambda: _make_way(final, part)):
-        return final  # written before; a run's state at a step does not depend on how it got there
+        return final  # written before: a resumed run reaches the same state
     try:
         _save_tensors(part, dict(tensors), ranks)
         ranks.agree(lambda: _seal(part, final, step, dict(state)))
     except OSError as error:
-        if ranks.rank == 0:  # a full disk may need the room for its last log lines
+        if ranks.rank == 0:  # the last log lines may need the room on a full disk
             shutil.rmtree(part, ignore_errors=True)
         reason = error.strerror or error
         raise OSError(error.errno, f"checkpoint {final} was not written: {reason}") from error
@@ -113,7 +105,7 @@ def _save_tensors(part: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     try:
         with _quiet():
             dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
-    except CheckpointException as error:  # no kind of Exception, and the same on every rank
+    except CheckpointException as error:  # a BaseException, and the same on every rank
         cause = _first_cause(error)
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror) from error
@@ -121,7 +113,7 @@ def _save_tensors(part: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
 
 
 def _make_way(final: Path, part: Path) -> bool:
-    """Clear both names; False if a valid checkpoint is there already."""
+    """Remove what has these names; False if a valid checkpoint is there already."""
     clean(final.parent)
     if final.exists():
         if not _damage(final):
@@ -150,7 +142,7 @@ def _prune(output: Path, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Under a hidden name first: a folder that is half deleted must not look like a checkpoint."""
+    """Delete under a hidden name: a half deleted folder must not look like a checkpoint."""
     hidden = folder.with_name(f"{_HIDDEN}{folder.name.removeprefix('checkpoint-')}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)
@@ -158,20 +150,17 @@ def _delete(folder: Path) -> None:
 
 def clean(output: Path) -> None:
     """Delete what a killed run left half written or half deleted."""
-    for rest in output.glob(f"{_HIDDEN}*"):
-        shutil.rmtree(rest)
-    for rest in output.glob(f".{LATEST}.*"):
-        rest.unlink()
+    for folder in output.glob(f"{_HIDDEN}*"):
+        shutil.rmtree(folder)
+    for file in output.glob(f".{LATEST}.*"):
+        file.unlink()
 
 
 def found(output: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints in a run's folder, newest first; not checked."""
-    steps = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in output.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and path.is_dir()
-    ]
-    return sorted(steps, reverse=True)
+    folders = [path for path in output.glob("checkpoint-*") if path.is_dir()]
+    steps = [(path.name.removeprefix("checkpoint-"), path) for path in folders]
+    return sorted(((int(step), path) for step, path in steps if step.isdigit()), reverse=True)
 
 
 def newest(output: Path) -> Checkpoint | None:
@@ -203,7 +192,7 @@ def newest(output: Path) -> Checkpoint | None:
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files; empty if nothing is."""
+    """What is wrong with a checkpoint's files; empty if nothing is wrong."""
     try:
         files = json.loads((folder / _MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -222,7 +211,7 @@ def _damage(folder: Path) -> str:
 def _fingerprint(path: Path) -> dict[str, JSON]:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(1 << 22):
             digest.update(chunk)
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
@@ -241,14 +230,14 @@ def _first_cause(error: CheckpointException) -> BaseException:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that one process is one process."""
+    """Without torch's warning that the run has one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         yield
 
 
 def check_writable(output: Path, bytes_needed: int) -> None:
-    """Make the run's folder and try it, before hours are spent on what cannot be saved.
+    """Make the run's folder and try writing, before hours of training that cannot be saved.
 
     Args:
         output: folder of the run; made if it does not exist.
@@ -268,9 +257,10 @@ def check_writable(output: Path, bytes_needed: int) -> None:
         free = shutil.disk_usage(output).free
     except OSError as error:
         raise OSError(
-            error.errno, f"cannot write checkpoints to {output} ({error.strerror}): choose another "
+            error.errno,
+            f"cannot write checkpoints to {output} ({error.strerror}): choose another "
             "experiment.output_dir, or make this one writable",
-        ) from error  # fmt: skip
+        ) from error
     if free < bytes_needed:
         raise OSError(
             f"{output} has room for {free / 2**20:.0f} MiB, a checkpoint takes "

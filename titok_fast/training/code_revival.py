@@ -1,6 +1,6 @@
 """Revival of unused codebook rows: CVQ-VAE, arXiv:2307.15139, as upstream's `clustering_vq`.
 
-It is no part of VectorQuantizer: published files hold its table and nothing else.
+It is not part of VectorQuantizer, because published files hold its table only.
 """
 
 import torch
@@ -16,10 +16,10 @@ from titok_fast.models.quantizer import VectorQuantizer
 class CodeRevival:
     """Pulls rarely used rows of a codebook to the nearest latent of the batch.
 
-    A running share of use p (decay 0.99, from 0) makes each row's rate
-    exp(-10 N p / (1 - 0.99) - 1e-3): 0.999 for a dead row, 4.5e-5 for one used a hundredth of its
-    fair share. The result is the same on all ranks, and no rank holds the latents of another: per
-    row they agree on the smallest distance, and its owner (the lowest on a tie) shares its latent.
+    Each row moves by the rate exp(-10 N p / (1 - 0.99) - 1e-3), where p is the running share of its
+    use (decay 0.99, from 0): 0.999 for an unused row, 4.5e-5 for one used a hundredth of its fair
+    share. The result is the same on all ranks, and no rank holds the latents of another: per row
+    they agree on the smallest distance, and its rank (the lowest on a tie) shares its latent.
 
     Args:
         N: codebook size.
@@ -33,9 +33,9 @@ class CodeRevival:
 
     @torch.no_grad()
     def update(self, quantizer: VectorQuantizer, z: Tensor, ids: Tensor) -> None:
-        """Revive, in place. Every rank must call it, between its backward and the optimizer's step.
+        """Revive in place. Every rank must call it, between its backward and the optimizer's step.
 
-        Upstream does it inside the forward, after its distances: the gradients are the same.
+        Upstream revives inside the forward, after the distances: the gradients are the same.
 
         Args:
             quantizer: whose table is changed; the one that made `ids` from `z`.
@@ -74,5 +74,5 @@ def _nearest_over_ranks(distance: Tensor, anchors: Tensor) -> Tensor:
     owner = torch.full_like(distance, world, dtype=torch.int64)
     owner[distance == least] = rank
     dist.all_reduce(owner, dist.ReduceOp.MIN)
-    chosen = torch.where((owner == rank)[:, None], anchors, torch.zeros_like(anchors))
-    return sum_over_ranks(chosen)  # one rank's rows plus zeros
+    own = torch.where((owner == rank)[:, None], anchors, torch.zeros_like(anchors))
+    return sum_over_ranks(own)  # one rank's rows plus zeros

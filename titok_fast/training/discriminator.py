@@ -1,4 +1,4 @@
-"""The adversary of decoder fine-tuning: a convolutional critic that scores patches of a picture.
+"""The discriminator of decoder fine-tuning: a convolutional network that scores image patches.
 
 Upstream: modeling/modules/discriminator.py, whose parameter names it keeps. Float32 throughout.
 """
@@ -13,7 +13,7 @@ _SLOPE = 0.1  # of LeakyReLU below zero
 
 
 class Blur(nn.Module):
-    """Halve the sides with a fixed 4 x 4 binomial kernel, so that no frequency folds back."""
+    """Halve the sides with a fixed 4 x 4 binomial kernel, against aliasing."""
 
     kernel: Tensor
 
@@ -32,12 +32,12 @@ class Blur(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Pictures to a grid of logits: high where a patch looks real.
+    """Images to a grid of logits: high where a patch looks real.
 
     The defaults are the published network, 1,909,889 parameters: 256 px are halved three times to
-    32 and max-pooled to 16 x 16 logits. Features smaller than the pooled side are left as they are
-    (upstream would copy pixels to fill the grid): below 128 px the logits form a grid of S/8, so
-    32 px are judged as 4 x 4.
+    32 and max-pooled to 16 x 16 logits. Features smaller than the pooled side are not pooled
+    (upstream would copy pixels to fill the grid): below 128 px the grid has side S/8, so 32 px give
+    4 x 4 logits.
 
     Args:
         hidden_channels: width of the first stage, doubled by each after it; a multiple of 32.

@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from titok_fast.distributed import Ranks
 from titok_fast.models.blocks import PostNormBlock, PreNormBlock
 from titok_fast.models.vqgan import Level
 
-# what is sharded, checkpointed and compiled as one piece
+# modules that are sharded, checkpointed and compiled as a unit
 BLOCKS = (PreNormBlock, PostNormBlock, Level)
 
 
 class _Calls(nn.Module):
-    """Runs functions of the model inside one module's forward, where both wrappers do their work.
+    """Runs functions of the model inside one module's forward, which DDP and FSDP2 both hook.
 
-    So that a model's other methods (`encode`, `trunk`) need no forward of their own.
+    So a model's other methods (`encode`, `hidden`) need no forward of their own. FSDP2 has
+    register_fsdp_forward_method for that; DDP has no such call.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, bf16: bool) -> None:
@@ -39,7 +41,7 @@ class Engine:
     Args:
         model: on the ranks' device; FSDP2 replaces its parameters by shards.
         ranks: who shares the work.
-        kind: "ddp" (every rank holds the model) or "fsdp2" (every rank holds a part).
+        kind: "ddp" (every rank holds the model) or "fsdp2" (every rank holds a shard).
         bf16: run the model under bfloat16 autocast.
     """
 
@@ -52,10 +54,10 @@ class Engine:
             self._module = DistributedDataParallel(self._module, gradient_as_bucket_view=True)
 
     def __call__(self, work: Callable[..., Any], *args: Any) -> Any:
-        """`work(model, *args)` with the model whole inside."""
+        """`work(model, *args)` with all parameters gathered."""
         result = self._module(work, *args)
         if self.sharded and not torch.is_grad_enabled():
-            self._module.reshard()  # type: ignore[operator]  # no backward will do it
+            self._module.reshard()  # type: ignore[operator]  # without a backward, nothing else does
         return result
 
     def gradients(self, *, reduce: bool) -> AbstractContextManager[None]:
@@ -71,7 +73,7 @@ def _shard(module: nn.Module, ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # some outputs are views, which nothing here changes in place
+    # some outputs are views, which no code here changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for part in [part for part in module.modules() if isinstance(part, BLOCKS)]:
@@ -81,14 +83,12 @@ def _shard(module: nn.Module, ranks: Ranks) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, gathered from all ranks where it is sharded. Every rank must call it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be sharded."""
-    part = getattr(tensor, "to_local", None)
-    return tensor if part is None else part()
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines always, TensorBoard or W&B where asked, a bar, sheets of pictures.
+"""Logs of a run: JSON lines always, TensorBoard or W&B where asked, a progress bar, image sheets.
 
 `log.jsonl` in the output directory holds one object per line with `step` (updates done), `time`
 (seconds since 1970) and the values. Only rank 0 writes; on other ranks every method does nothing.
@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,11 +23,10 @@ from titok_fast.io.files import write_atomic
 from titok_fast.io.images import grid, save_png, to_pil, to_uint8
 
 LOG_NAME = "log.jsonl"
-Values = Mapping[str, float | Tensor]
 
 
 class Log:
-    """Where a run's numbers, remarks and pictures go.
+    """Where a run's numbers, remarks and images go; a context manager.
 
     Args:
         output_dir: is created.
@@ -63,29 +61,41 @@ class Log:
         self.folder, self.writes = Path(output_dir), rank == 0
         if not self.writes:
             return
-        self.board = _board(kind, self.folder, name, project, config, step)
+        self.board: _TensorBoard | _Wandb | None = None
+        if kind == "tensorboard":
+            self.board = _TensorBoard(self.folder, step)
+        elif kind == "wandb":
+            self.board = _Wandb(self.folder, name, project, config)
+        elif kind != "none":
+            raise ValueError(f"experiment.logging wants none, tensorboard or wandb; got {kind!r}")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / LOG_NAME
         if path.exists():
             drop_after(path, step)
         self.file = path.open("a", encoding="utf-8")
         self.bar: tqdm[NoReturn] = tqdm(
-            total=total, initial=step, unit="update", desc=name, mininterval=1.0,
-            disable=not bar, file=sys.stderr,
-        )  # fmt: skip
+            total=total,
+            initial=step,
+            unit="update",
+            desc=name,
+            mininterval=1.0,
+            disable=not bar,
+            file=sys.stderr,
+        )
 
-    def scalars(self, step: int, values: Values) -> None:
+    def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Record values of an update, and show those without a group beside the bar.
 
         Args:
             step: updates done.
-            values: by name; "a/b" groups them on boards. One-element tensors are read, which makes
-                the host wait for the device.
+            values: by name; "a/b" groups them on boards. Tensors of one element are read, which
+                waits for the device.
         """
         if not self.writes:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        self._line(step, {name: _json(number) for name, number in numbers.items()})
+        # JSON has no NaN and no infinity: their names
+        self._line(step, {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()})
         if self.board is not None:
             self.board.scalars(step, numbers)
         shown = {name: f"{v:.4g}" for name, v in numbers.items() if "/" not in name}
@@ -97,36 +107,36 @@ class Log:
             self._line(step, {"note": text})
             self.bar.write(f"update {step}: {text}", file=sys.stderr)
 
-    def pictures(
-        self, step: int, name: str, images: Tensor, columns: int | None = None
-    ) -> Path | None:
-        """Write a sheet of pictures to `pictures/NAME-STEP.png`, and to the board.
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        """Write a sheet of images to `pictures/NAME-STEP.png`, atomically, and to the board.
 
         Args:
             step: updates done.
             name: part of a file name.
-            images: (B, 3, H, W) in [0, 1], any float dtype and device; clamped.
-            columns: pictures per row.
+            images: (B, 3, H, W) in [0, 1], any float dtype and device; clamped, and rounded as
+                reconstructions are.
 
-        Returns:
-            The file, or None on ranks that write nothing.
+        Raises:
+            ValueError: wrong shape or dtype, no image, or NaN on a CPU.
         """
         if not self.writes:
-            return None
+            return
+        sheet = grid(to_pil(to_uint8(images, rounding="round")))
         path = self.folder / "pictures" / f"{name}-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        sheet = save_grid(path, images, columns)
+        save_png(path, sheet)
         if self.board is not None:
-            self.board.picture(step, name, sheet)
-        return path
+            self.board.image(step, name, sheet)
 
     def advance(self, step: int) -> None:
         """Move the bar to `step` updates done."""
         if self.writes:
             self.bar.update(step - self.bar.n)
 
-    def close(self) -> None:
-        """Finish the bar and the files; what was recorded is on disk already."""
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if not self.writes:
             return
         self.bar.close()
@@ -134,41 +144,10 @@ class Log:
         if self.board is not None:
             self.board.close()
 
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _line(self, step: int, values: Mapping[str, Any]) -> None:
         line = {"step": step, "time": round(time.time(), 3), **values}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()  # a killed run loses nothing
-
-
-def save_grid(path: str | Path, images: Tensor, columns: int | None = None) -> Image.Image:
-    """Write a batch as one PNG, whole or not at all.
-
-    Args:
-        path: file name ending in .png, in a folder that exists.
-        images: (B, 3, H, W) in [0, 1], any float dtype and device; clamped, and rounded as
-            reconstructions are.
-        columns: pictures per row; by default the sheet is as square as it gets.
-
-    Returns:
-        The sheet.
-
-    Raises:
-        ValueError: wrong shape, dtype or suffix, no picture, or NaN on a CPU.
-    """
-    sheet = grid(to_pil(to_uint8(images, rounding="round")), columns)
-    save_png(path, sheet)
-    return sheet
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -189,41 +168,39 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def drop_after(path: str | Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> None:
     """Remove a log's records of updates after `step`, and a torn last line.
 
     Raises:
         ValueError: the file is no log; it stays as it is.
     """
-    kept = "".join(
-        json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step
-    ).encode()
-    if kept != Path(path).read_bytes():
+    records = [record for record in read_log(path) if record["step"] <= step]
+    kept = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if kept != path.read_bytes():
         write_atomic(path, kept)
 
 
-def _json(number: float) -> float | str:
-    """JSON has no NaN and no infinity: their names."""
-    return number if math.isfinite(number) else str(number)
+def _package(module: str, kind: str, install: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"experiment.logging={kind} wants the package {kind}: pip install {install}, or choose "
+            "experiment.logging=none"
+        ) from error
 
 
 class _TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "experiment.logging=tensorboard wants the package tensorboard: pip install "
-                "'titok_fast[train]', or choose experiment.logging=none"
-            ) from error
+        package = _package("torch.utils.tensorboard", "tensorboard", "'titok_fast[train]'")
         # hides what an earlier run wrote after its last checkpoint
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.writer = package.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, sheet: Image.Image) -> None:
+    def image(self, step: int, name: str, sheet: Image.Image) -> None:
         self.writer.add_image(name, np.asarray(sheet), step, dataformats="HWC")
 
     def close(self) -> None:
@@ -234,43 +211,24 @@ class _Wandb:
     def __init__(
         self, folder: Path, name: str, project: str, config: Mapping[str, Any] | None
     ) -> None:
-        try:
-            self.wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise ImportError(
-                "experiment.logging=wandb (or training.enable_wandb in an official file) wants the "
-                "package wandb: pip install wandb, or choose experiment.logging=none"
-            ) from error
+        # training.enable_wandb of an official file asks for it too
+        self.wandb = _package("wandb", "wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
-        # the same directory is the same run, so that a resumed run continues its curves
-        run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.run = self.wandb.init(
-            project=project, name=name or None, dir=str(folder), id=run_id, resume="allow",
+            project=project,
+            name=name or None,
+            dir=str(folder),
+            # the same directory is the same run, so that a resumed run continues its curves
+            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+            resume="allow",
             config=dict(config or {}),
-        )  # fmt: skip
+        )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
-    def picture(self, step: int, name: str, sheet: Image.Image) -> None:
+    def image(self, step: int, name: str, sheet: Image.Image) -> None:
         self.run.log({name: self.wandb.Image(sheet)}, step=step)
 
     def close(self) -> None:
         self.run.finish()
-
-
-def _board(
-    kind: str,
-    folder: Path,
-    name: str,
-    project: str,
-    config: Mapping[str, Any] | None,
-    step: int,
-) -> _TensorBoard | _Wandb | None:
-    if kind == "tensorboard":
-        return _TensorBoard(folder, step)
-    if kind == "wandb":
-        return _Wandb(folder, name, project, config)
-    if kind != "none":
-        raise ValueError(f"experiment.logging wants none, tensorboard or wandb; got {kind!r}")
-    return None

@@ -1,4 +1,4 @@
-"""Losses of the tokenizer stages: proxy codes, and pixels with an adversary. Always float32.
+"""Losses of the tokenizer stages: proxy codes, and pixels with a discriminator. Always float32.
 
 Upstream: modeling/modules/losses.py (ReconstructionLoss_Stage1, _Stage2, _Single_Stage); the
 adaptive weight is Taming's, arXiv:2012.09841 equation 7. The generator's loss is in masking.py.
@@ -16,7 +16,7 @@ from titok_fast.distributed import rank_mean
 from titok_fast.models.perceptual import perceptual
 from titok_fast.models.quantizer import DiagonalGaussian
 from titok_fast.training.discriminator import Discriminator
-from titok_fast.training.recipe.recipe import LossConfig
+from titok_fast.training.recipe.sections import LossConfig
 
 Logs = dict[str, Tensor]
 _LARGEST_ADAPTIVE_WEIGHT = 1e4
@@ -30,7 +30,7 @@ def proxy_code_loss(logits: Tensor, codes: Tensor) -> Tensor:
         codes: (B, G*G) int64 in [0, N), row-major.
 
     Returns:
-        Float32 scalar, the mean over all B * G * G places.
+        Float32 scalar, the mean over all B * G * G codes.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -39,7 +39,7 @@ def proxy_code_loss(logits: Tensor, codes: Tensor) -> Tensor:
         got = f"{tuple(logits.shape)} and {tuple(codes.shape)}"
         raise ValueError(f"proxy_code_loss wants logits (B, N, G, G), codes (B, G*G); got {got}")
     with torch.autocast(logits.device.type, enabled=False):
-        # the decoder's logits are rows in memory: this order makes no copy beyond the float32 one
+        # the decoder's logits are channels last in memory, so only the conversion to float32 copies
         rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1]).float()
         return F.cross_entropy(rows, codes.reshape(-1))
 
@@ -50,17 +50,17 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 class ReconstructionLoss(nn.Module):
-    """Stage 2, single stage, MaskGIT-VQGAN and Taming's recipe: pixels, features, adversary.
+    """Stage 2, single stage, MaskGIT-VQGAN and Taming's recipe: pixels, features, discriminator.
 
     total = w_r * reconstruction / exp(logvar) + w_p * perceptual + w_q * quantizer (or w_kl * KL)
     + factor * w_d * lambda * (-mean D(reconstruction)); the factor is 0 before discriminator_start,
     lambda is 1 unless adaptive, exp(logvar) is 1 for VQ. Holds the discriminator (published names)
-    and LeCam's moving averages; the frozen perceptual network is not part of its state_dict.
+    and LeCam's moving averages; the frozen perceptual network is not part of its state_dict. LeCam
+    and the adaptive weight see means over ranks, so that many ranks do what one does with their
+    batches together; upstream's ranks each use their own.
 
     Args:
         config: `losses` of the recipe.
-        global_means: LeCam and the adaptive weight see the mean over ranks, so that many ranks do
-            what one does with their batches together. Off: each rank's own, as published.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: see `perceptual` and `Discriminator`.
@@ -69,9 +69,9 @@ class ReconstructionLoss(nn.Module):
     ema_real_logits_mean: Tensor
     ema_fake_logits_mean: Tensor
 
-    def __init__(self, config: LossConfig, *, global_means: bool = True) -> None:
+    def __init__(self, config: LossConfig) -> None:
         super().__init__()
-        self.config, self.global_means = config, global_means
+        self.config = config
         name = config.perceptual_loss if config.perceptual_weight > 0 else "none"
         self.perceptual = perceptual(name, config.perceptual_weights_file)
         self.discriminator = Discriminator(
@@ -118,9 +118,8 @@ class ReconstructionLoss(nn.Module):
             distance = F.l1_loss if cfg.reconstruction_loss == "l1" else F.mse_loss
             reconstruction = distance(x, y) * cfg.reconstruction_weight
             if isinstance(bottleneck, DiagonalGaussian):
-                reconstruction = (
-                    reconstruction / torch.full_like(reconstruction, cfg.logvar_init).exp()
-                )
+                variance = torch.full_like(reconstruction, cfg.logvar_init).exp()
+                reconstruction = reconstruction / variance
                 kl = cfg.kl_weight * (bottleneck.kl().sum() / len(x))
                 regular, logs = kl, {"kl_loss": kl}
             else:
@@ -149,7 +148,7 @@ class ReconstructionLoss(nn.Module):
 
         Args:
             images: (B, 3, S, S) in [0, 1].
-            reconstructions: those of the tokenizer's half of the step; no gradient goes to them.
+            reconstructions: of `generator_loss`; no gradient goes to them.
             step: update, counted from 0. Before discriminator_start the hinge counts 0.
 
         Returns:
@@ -161,7 +160,7 @@ class ReconstructionLoss(nn.Module):
         cfg = self.config
         _check_pair(images, reconstructions)
         with torch.autocast(images.device.type, enabled=False):
-            # two calls, as published; together they would need twice the memory at once
+            # two calls, as published: one call on both would double the peak memory
             real = self.discriminator(images.detach().float())
             fake = self.discriminator(reconstructions.detach().float())
             factor = cfg.discriminator_factor if self.discriminator_acts(step) else 0.0
@@ -181,7 +180,7 @@ class ReconstructionLoss(nn.Module):
     def _gan_term(
         self, y: Tensor, step: int, plain: Tensor, last_layer: Tensor | None
     ) -> tuple[Tensor, Tensor, float]:
-        """(-mean D(y), its weight, its factor); zeros without a discriminator pass."""
+        """(-mean D(y), its weight, its factor); 0 before the discriminator acts."""
         cfg = self.config
         factor = cfg.discriminator_factor if self.discriminator_acts(step) else 0.0
         gan, weight = y.new_zeros(()), y.new_full((), cfg.discriminator_weight)
@@ -199,18 +198,16 @@ class ReconstructionLoss(nn.Module):
         return gan, weight, factor
 
     def _adaptive(self, plain: Tensor, gan: Tensor, last_layer: Tensor) -> Tensor:
-        """Ratio of the two gradients' lengths at the last layer, without gradient itself."""
+        """Ratio of the two gradients' norms at the last layer, itself without gradient."""
         (g_plain,) = torch.autograd.grad(plain, last_layer, retain_graph=True)
         (g_gan,) = torch.autograd.grad(gan, last_layer, retain_graph=True)
-        if self.global_means:
-            g_plain, g_gan = rank_mean(g_plain), rank_mean(g_gan)
+        g_plain, g_gan = rank_mean(g_plain), rank_mean(g_gan)
         ratio = g_plain.float().norm() / (g_gan.float().norm() + 1e-4)
         return ratio.clamp(0.0, _LARGEST_ADAPTIVE_WEIGHT)
 
     def _lecam(self, real: Tensor, fake: Tensor) -> Tensor:
         """LeCam on batch means, with the averages of before this batch; then moves them."""
-        if self.global_means:
-            real, fake = rank_mean(real), rank_mean(fake)
+        real, fake = rank_mean(real), rank_mean(fake)
         ema_real, ema_fake = self.ema_real_logits_mean, self.ema_fake_logits_mean
         loss = F.relu(real - ema_fake).square().mean() + F.relu(ema_real - fake).square().mean()
         if self.training:
@@ -221,7 +218,7 @@ class ReconstructionLoss(nn.Module):
     def _moved(self, ema: Tensor, mean: Tensor) -> Tensor:
         decay = self.config.lecam_ema_decay
         moved = ema * decay + mean.detach() * (1 - decay)
-        # the step of a NaN is skipped by the loop, but a NaN in here would stay for good
+        # the loop skips the update of a NaN, but a NaN in this average would stay
         return torch.where(moved.isfinite(), moved, ema)
 
 
@@ -241,13 +238,10 @@ def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
         raise ValueError(f"the losses want images and reconstructions (B, 3, S, S); got {got}")
 
 
-def _without_perceptual(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
-) -> None:
+def _without_perceptual(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [k for k in state if k.startswith(f"{prefix}perceptual.")]:
         del state[key]
 
 
 def _forgive_perceptual(module: nn.Module, keys: Any) -> None:
-    missing = keys.missing_keys
-    missing[:] = [k for k in missing if "perceptual." not in k]
+    keys.missing_keys[:] = [k for k in keys.missing_keys if "perceptual." not in k]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from titok_fast.models.attention import BackendError
-from titok_fast.training.recipe.recipe import (
+from titok_fast.training.recipe.sections import (
     LossConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -17,23 +17,14 @@ from titok_fast.training.recipe.recipe import (
 )
 
 # a parameter whose name holds one of these does not decay; upstream: utils/train_utils.py
-NO_DECAY = (
-    "ln",
-    "bias",
-    "latent_tokens",
-    "mask_token",
-    "embedding",
-    "norm",
-    "gamma",
-    "embed",
-)
+NO_DECAY = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
 
 
 def decays(name: str, ndim: int) -> bool:
     """Whether weight decay acts on a parameter, by its name and number of dimensions.
 
-    The rule is upstream's and so are the words. Our names give every parameter the side its
-    published name gives it, which a test holds for all models.
+    Upstream's rule, written for the published names. A test proves for all models that our names
+    decide alike.
     """
     return ndim >= 2 and not any(word in name for word in NO_DECAY)
 
@@ -51,11 +42,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
-    still = [p for n, p in named if not decays(n, p.ndim)]
-    rest = [p for n, p in named if decays(n, p.ndim)]
     return [
-        {"params": still, "weight_decay": 0.0},
-        {"params": rest, "weight_decay": weight_decay},
+        {"params": [p for n, p in named if not decays(n, p.ndim)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if decays(n, p.ndim)], "weight_decay": weight_decay},
     ]
 
 
@@ -76,13 +65,10 @@ def build_optimizer(
     """
     groups = parameter_groups(model, config.weight_decay)
     lr = config.learning_rate if learning_rate is None else learning_rate
-    options: dict[str, Any] = {
-        "lr": lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.epsilon,
-    }
+    betas = (config.beta1, config.beta2)
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": config.epsilon}
     if config.fused == "apex":
-        return _fused_adam()(groups, adam_w_mode=True, **options)
+        return _with_moments(_fused_adam()(groups, adam_w_mode=True, **options))
     parameters = [p for group in groups for p in group["params"]]
     fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     if config.fused == "torch" and not fits:
@@ -91,23 +77,23 @@ def build_optimizer(
     return _with_moments(AdamW(groups, fused=fits, **options))
 
 
-def _with_moments(optimizer: AdamW) -> AdamW:
-    """Make its state now, as its first step would.
+def _with_moments(optimizer: Optimizer) -> Optimizer:
+    """Allocate the state that the first step would: a checkpoint is then loaded in place.
 
-    Made there, between activations on a CPU's heap, moments leave these no whole room to reuse.
+    Allocated at the first step, moments would also fragment a CPU's heap.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), device=p.device if group["fused"] else "cpu"),
-                "exp_avg": torch.zeros_like(p, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
-            }
+            state = optimizer.state[p]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(p, requires_grad=False)
+            if isinstance(optimizer, AdamW):  # apex counts steps by group
+                state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
     return optimizer
 
 
 def _fused_adam() -> Any:
-    """NVIDIA's optimizer. PyPI's `apex` is another package, so the class itself is looked for."""
+    """NVIDIA's optimizer class, which PyPI's other package `apex` does not have."""
     try:
         return importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError) as error:
@@ -145,9 +131,9 @@ def discriminator_learning_rate(
 ) -> float:
     """Rate of the discriminator at the model's update `step`.
 
-    Its clock starts at discriminator_start, with a warm-up of its own, and reaches `end_lr` with
-    the run. Upstream's does not on several devices: it subtracts the start once from a length that
-    it has multiplied by their number.
+    Its schedule starts at discriminator_start, with a warm-up of its own, and reaches `end_lr` at
+    the end of the run. Upstream's does not on several devices: it subtracts the start once from a
+    length that it has multiplied by the number of devices.
 
     Raises:
         ValueError: the discriminator has not started.
@@ -158,15 +144,3 @@ def discriminator_learning_rate(
     base = optimizer.discriminator_learning_rate
     base = optimizer.learning_rate if base is None else base
     return learning_rate(step - start, schedule, base, training.max_train_steps - start)
-
-
-def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Give every group of an optimizer the rate `value`.
-
-    A tensor rate (capturable optimizers keep one on the device) is filled, not replaced.
-    """
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value

@@ -1,4 +1,4 @@
-"""A network with its engine and optimizer: the model of a stage, or its adversary."""
+"""A network with its engine and optimizer: the model of a stage, or its criterion."""
 
 import os
 from collections.abc import Mapping
@@ -14,99 +14,78 @@ from titok_fast.backends.cpu_training import make_lean
 from titok_fast.models.attention import ENVIRONMENT
 from titok_fast.models.blocks import PostNormBlock, PreNormBlock, set_attention
 from titok_fast.training.engine import BLOCKS, Engine, local, whole
-from titok_fast.training.optim import set_learning_rate
-from titok_fast.training.recipe.recipe import TrainingConfig
-from titok_fast.training.resume import (
-    optimizer_steps,
-    optimizer_tensors,
-    restore_optimizer,
-    room_for,
-)
+from titok_fast.training.recipe.sections import TrainingConfig
 
-# narrower blocks keep SDPA, which rounds less, and their activations: these are small
+# narrower blocks have small activations: they keep SDPA, which rounds less
 WIDE = 512
 
 
-class Trained:
-    """What the two halves of an update have in common.
+class StageModel:
+    """A network that is trained: clips its gradients, takes steps, names its state.
 
     Args:
         name: "model" or "criterion"; begins the names of its tensors in a checkpoint.
         network: on its device, sharded if it is to be.
         engine: calls it.
-        optimizer: of its trainable parameters.
+        optimizer: of its trainable parameters, from `build_optimizer`.
     """
 
     def __init__(self, name: str, network: nn.Module, engine: Engine, optimizer: Optimizer) -> None:
         self.name, self.network, self.engine, self.optimizer = name, network, engine, optimizer
         self._norm = torch.zeros(())
 
-    def measure(self) -> Tensor:
-        """Global length of the gradient, over all shards; kept for `descend`."""
+    def gradient_norm(self) -> Tensor:
+        """Global norm of the gradient over all shards; `step` clips by it."""
         grads = [p.grad for p in self.network.parameters() if p.grad is not None]
         self._norm = nn.utils.get_total_norm(grads)
         return whole(self._norm)
 
-    def descend(self, rate: float, limit: float) -> None:
-        """Clip the gradient that was measured, and take an optimizer's step.
-
-        Args:
-            rate: learning rate.
-            limit: highest length of the gradient; 0 does not clip.
-        """
-        if limit:
-            nn.utils.clip_grads_with_norm_(self.network.parameters(), limit, self._norm)
-        set_learning_rate(self.optimizer, rate)
+    def step(self, learning_rate: float, max_norm: float) -> None:
+        """Clip the gradients, take an optimizer step and clear them; 0 does not clip."""
+        if max_norm:
+            nn.utils.clip_grads_with_norm_(self.network.parameters(), max_norm, self._norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.optimizer.step()
-        self.forget()
+        self.optimizer.zero_grad()
 
-    def forget(self) -> None:
-        """Drop the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def culprit(self) -> str | None:
+    def first_non_finite(self) -> str | None:
         """Name of the first parameter whose gradient has a NaN or Inf on this rank."""
         for name, p in self.network.named_parameters():
             if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all()):
                 return name
         return None
 
-    def tensors(self, found: Mapping[str, torch.Size] | None = None) -> dict[str, Tensor]:
-        """Weights, buffers and optimizer state by name; the tensors themselves, not copies.
+    # torch.distributed.checkpoint.state_dict gives the same names, but takes a step of apex's
+    # optimizer to learn its state, and copies where these are loaded in place
 
-        Args:
-            found: names and shapes in a checkpoint to load: makes room for the state that
-                apex's optimizer only has after its first step.
-        """
-        if found is None:
-            steps = optimizer_tensors(self.optimizer, self.network)
-        else:
-            saved = under(f"{self.name}_optimizer", found)
-            steps = room_for(saved, self.optimizer, self.network)
-        weights = {f"{self.name}/{k}": v for k, v in self.network.state_dict().items()}
-        return weights | {f"{self.name}_optimizer/{k}": v for k, v in steps.items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, buffers and optimizer state by name; the tensors themselves, not copies."""
+        tensors = {f"{self.name}/{k}": v for k, v in self.network.state_dict().items()}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{self.name}_optimizer/{name}/{key}"] = value
+        return tensors
 
-    def steps(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors, as plain JSON."""
-        return {f"{self.name}_optimizer_steps": optimizer_steps(self.optimizer)}
+    def state(self) -> dict[str, Any]:
+        """The rest, as JSON: steps by group, as apex counts them; torch has tensors."""
+        groups = self.optimizer.param_groups
+        return {f"{self.name}_optimizer_steps": [group.get("step") for group in groups]}
 
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take optimizer state from tensors that were loaded; weights are loaded in place."""
-        found = under(f"{self.name}_optimizer", tensors)
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take `state` from a checkpoint whose tensors were loaded in place."""
         steps = state[f"{self.name}_optimizer_steps"]
-        restore_optimizer(self.optimizer, self.network, found, steps)
-
-
-def under(part: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries "part/rest", by "rest"."""
-    return {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{part}/")}
+        for group, step in zip(self.optimizer.param_groups, steps, strict=True):
+            if step is not None:
+                group["step"] = step
 
 
 def prepare_blocks(model: nn.Module, config: TrainingConfig) -> None:
-    """Attention, checkpoints and compilation, block by block.
+    """Choose attention, activation checkpoints and compilation, block by block.
 
-    One compiled block serves all. On a CPU, wide transformer blocks become lean, and in bfloat16
-    they attend by plain products unless the environment names a back end.
+    One compiled block serves all. On a CPU, wide transformer blocks recompute activations in
+    backward (`make_lean`), and in bfloat16 attend by plain matmuls unless the environment names a
+    back end.
     """
     plain = not (config.compile or config.activation_checkpointing)
     for block in model.modules():
@@ -122,6 +101,6 @@ def prepare_blocks(model: nn.Module, config: TrainingConfig) -> None:
         if config.compile:
             forward = torch.compile(forward)
         if config.activation_checkpointing:
-            # outside: nothing is compiled where torch.compile meets the checkpoint first
+            # outermost: where torch.compile meets the checkpoint first, it compiles nothing
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward  # type: ignore[method-assign]

@@ -1,5 +1,6 @@
 """What a training run is: a frozen `Recipe`, read from YAML under upstream's field names.
 
-Every key of a file is used, is known to mean nothing, or is an error.
+A recipe is a file, or a name of one that comes with the package. Every key of it is used, is known
+to mean nothing here, or is an error that names the nearest keys.
 Reading order: recipe, sections, official.
 """

@@ -1,4 +1,4 @@
-"""Where upstream's YAML files keep each setting, and how such a file becomes checked values.
+"""Where upstream's YAML files keep each setting; finding, reading and checking such files.
 
 `Table` maps a dotted official key to a section and field of recipe.py and to the field's type.
 """
@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 Table = dict[str, tuple[str, str, Any]]
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 # section of ours -> official prefix of its fields
 PREFIXES = {
@@ -28,7 +29,7 @@ PREFIXES = {
     "lr_scheduler": "lr_scheduler.params",
     "training": "training",
 }
-# fields that lie elsewhere or are called otherwise
+# fields with another place or name in official files
 RENAMED = {
     "experiment.pretrained_tokenizer_weight": "model.vq_model.pretrained_tokenizer_weight",
     "sampling.num_sample_steps": "model.generator.num_steps",
@@ -41,18 +42,18 @@ RENAMED = {
     "lr_scheduler.scheduler": "lr_scheduler.scheduler",
     "training.clustering_vq": "model.vq_model.clustering_vq",
 }
-# one key of a file fills these and another field
+# fields filled by a key that fills another field too
 DERIVED = ("tokenizer.crop_size", "tokenizer.pixel", "generator.codebook_size")
 
 # official keys that change nothing here, and why
 MEANINGLESS = {
-    "experiment.logging_dir": "logs lie in experiment.output_dir",
+    "experiment.logging_dir": "logs are in experiment.output_dir",
     "dataset.params.dataset_with_class_label": "a label is read where a record has one",
 }
-# official keys of which only one value is within reach
+# official keys of which we support one value
 FIXED = {
     "dataset.params.dataset_with_text_label": (False, "models that read text are out of scope"),
-    "dataset.preprocessing.res_ratio_filtering": (False, "pictures are not filtered by shape"),
+    "dataset.preprocessing.res_ratio_filtering": (False, "images are not filtered by shape"),
 }
 # official keys read by recipe.py itself
 SPECIAL = {
@@ -79,7 +80,28 @@ def table(classes: Mapping[str, type]) -> Table:
     return found
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def find(name_or_path: str | Path) -> Path:
+    """The file of a recipe: an existing file, else one of `titok_fast/recipes` by name.
+
+    Args:
+        name_or_path: a file, or a name such as "fashion/stage1".
+
+    Raises:
+        FileNotFoundError: neither; names the recipes most like it.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    files = (file.relative_to(RECIPES) for file in RECIPES.rglob("*.yaml") if file.stem != "base")
+    names = sorted(file.with_suffix("").as_posix() for file in files)
+    name = str(name_or_path)
+    if name in names:
+        return RECIPES / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, n=3) or names
+    raise FileNotFoundError(f"no recipe file or name {name!r}; known: {', '.join(near)}")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe file over its `base:`, with overrides on top and `${...}` resolved.
 
     Args:
@@ -94,10 +116,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         FileNotFoundError: no such file, or no such base.
         ValueError: unreadable, a base with a base, a malformed override, a dangling reference.
     """
-    config = _load_file(Path(path))
+    config = _load_file(path)
     base = config.pop("base", None)
     if base is not None:
-        base_path = Path(path).parent / str(base)
+        base_path = path.parent / str(base)
         below = _load_file(base_path)
         if "base" in below:
             raise ValueError(f"{base_path} is the base of {path} and wants none of its own")
@@ -161,35 +183,35 @@ def check_names(flat: Iterable[str], known: Table) -> None:
         last = key.rpartition(".")[2]
         near = [name for name in names if name.rpartition(".")[2] == last]
         near += difflib.get_close_matches(key, names, n=3, cutoff=0.75)
-        inside = [name for name in names if name.startswith(f"{key}.")][:3]
-        likely = ", ".join(dict.fromkeys([*near, *inside])) or "nothing"
+        near += [name for name in names if name.startswith(f"{key}.")][:3]
+        likely = ", ".join(dict.fromkeys(near)) or "nothing"
         problems.append(f"{key} (near it: {likely})")
     if problems:
         raise ValueError("unknown keys in the recipe:\n  " + "\n  ".join(problems))
 
 
+# not OmegaConf.structured: it refuses 1e6 for an int, takes 1 for a bool, any number for a str and
+# "5" for an int, and makes "False" of a plain no
 def convert(value: Any, wanted: Any, name: str) -> Any:
     """A YAML value as a field's type.
 
-    Whole floats are integers, integers floats, lists tuples; nothing ("key=") is an empty string.
+    Whole floats become integers, integers floats, lists tuples; nothing ("key=") an empty string.
 
     Raises:
         ValueError: the value is of another kind; the message has `name`.
     """
-    for kind in get_args(wanted) if isinstance(wanted, UnionType) else (wanted,):
-        plain = get_origin(kind) or kind
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if plain is float and number:
+    kinds = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    for kind in (get_origin(kind) or kind for kind in kinds):
+        if kind is float and number:
             return float(value)
-        if plain is int and number and float(value).is_integer():
+        if kind is int and number and float(value).is_integer():
             return int(value)
-        if plain is tuple and isinstance(value, list | tuple):
+        if kind is tuple and isinstance(value, list | tuple):
             return tuple(convert(part, int, name) for part in value)
-        if plain in (bool, str, NoneType) and isinstance(value, plain):
+        if kind in (bool, str, NoneType) and isinstance(value, kind):
             return value
-        if plain is str and value is None:
-            return ""
-        if plain is str and value is False:
-            return "no"  # what the word is where YAML does not make a truth value of it
-    readable = getattr(wanted, "__name__", str(wanted)) if not get_args(wanted) else str(wanted)
+        if kind is str and (value is None or value is False):
+            return "" if value is None else "no"  # YAML reads a plain no as False
+    readable = wanted.__name__ if isinstance(wanted, type) else str(wanted)
     raise ValueError(f"{name} wants {readable}; got {value!r}")

@@ -1,7 +1,7 @@
 """What a training run is: one frozen `Recipe`, read from YAML under upstream's field names.
 
-The sections (recipe_sections.py) hold what the code uses; recipe_names.py knows where upstream's
-files put it. Every key of a file is used, or known to mean nothing, or an error.
+sections.py holds the settings that the code uses; official.py knows where upstream's files put
+them. Every key of a file is used, or known to mean nothing, or an error.
 """
 
 import warnings
@@ -12,7 +12,7 @@ from typing import Any
 
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
 from titok_fast.data.config import DataConfig
-from titok_fast.training.recipe import official as recipe_names
+from titok_fast.training.recipe import official
 from titok_fast.training.recipe.sections import (
     Experiment,
     LossConfig,
@@ -20,18 +20,6 @@ from titok_fast.training.recipe.sections import (
     ScheduleConfig,
     TrainingConfig,
 )
-
-__all__ = [
-    "STAGES",
-    "DataConfig",
-    "Experiment",
-    "LossConfig",
-    "OptimizerConfig",
-    "Recipe",
-    "ScheduleConfig",
-    "TrainingConfig",
-    "read_recipe",
-]
 
 STAGES = ("vqgan", "stage1", "stage2", "single_stage", "generator", "classifier")
 
@@ -43,8 +31,8 @@ class Recipe:
     Attributes:
         stage: "vqgan", "stage1" (proxy codes), "stage2" (decoder), "single_stage", "generator" or
             "classifier".
-        tokenizer: stages 1, 2 and single; generator: the tokenizer that makes tokens and pictures,
-            None where tokens are read from files and no pictures are wanted.
+        tokenizer: stages 1, 2 and single; generator: the tokenizer that makes tokens and images,
+            None where tokens are read from files and no images are wanted.
         generator, sampling: stage "generator".
         vqgan: stage "vqgan". Stages 1 and 2 have it as `tokenizer.pixel`.
     """
@@ -64,7 +52,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage wants one of {', '.join(STAGES)}; got {self.stage!r}")
-        problem = _unfit_models(self) or _unfit_data(self)
+        problem = _problem_with_models(self) or _problem_with_data(self)
         if problem:
             raise ValueError(f"stage {self.stage!r} {problem}")
 
@@ -76,19 +64,17 @@ class Recipe:
             ValueError: unknown keys (with near matches), values of a wrong type or out of range,
                 models that do not fit the stage, or a stage that cannot be told.
         """
-        flat = recipe_names.flatten(config)
-        known = recipe_names.table(_SECTIONS)
-        recipe_names.check_names(flat, known)
+        flat = official.flatten(config)
+        known = official.table(_SECTIONS)
+        official.check_names(flat, known)
         found: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
         for key, (section, name, kind) in known.items():
             if key in flat:
-                found[section][name] = recipe_names.convert(flat[key], kind, key)
+                found[section][name] = official.convert(flat[key], kind, key)
         _read_special(flat, found)
         stage = flat.get("stage") or _infer_stage(found)
-        return cls(stage=stage, **_models(stage, found), **{
-            section: made(**found[section])
-            for section, made in _SECTIONS.items() if section not in _MODELS
-        })  # fmt: skip
+        settings = {name: kind(**found[name]) for name, kind in _SETTINGS.items()}
+        return cls(stage=stage, **_models(stage, found), **settings)
 
     def to_official(self) -> dict[str, Any]:
         """The whole file as nested dictionaries of YAML's types; `from_official` reads it back."""
@@ -98,14 +84,14 @@ class Recipe:
             if section == "tokenizer.pixel" and self.tokenizer and self.tokenizer.is_legacy:
                 part = self.tokenizer.pixel
             for name, value in asdict(part).items() if part is not None else ():
-                if f"{section}.{name}" not in recipe_names.DERIVED:
-                    key = recipe_names.official_name(section, name)
+                if f"{section}.{name}" not in official.DERIVED:
+                    key = official.official_name(section, name)
                     flat[key] = list(value) if isinstance(value, tuple) else value
         if self.generator is not None:
-            flat[recipe_names.official_name("tokenizer", "codebook_size")] = (
+            flat[official.official_name("tokenizer", "codebook_size")] = (
                 self.generator.codebook_size
             )
-        return recipe_names.nest(flat)
+        return official.nest(flat)
 
 
 # by section, in the order of a file; models are optional, and only some stages have them
@@ -116,16 +102,16 @@ _MODELS = {
     "sampling": SamplingConfig,
     "vqgan": VQGANConfig,
 }
-_SECTIONS: dict[str, type] = {
+_SETTINGS: dict[str, Any] = {
     "experiment": Experiment,
-    **_MODELS,
     "losses": LossConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "lr_scheduler": ScheduleConfig,
     "training": TrainingConfig,
 }
-# models a stage has a use for
+_SECTIONS: dict[str, type] = {**_MODELS, **_SETTINGS}
+# models that a stage uses
 _USED = {
     "vqgan": ("vqgan",),
     "stage1": ("tokenizer", "tokenizer.pixel"),
@@ -136,18 +122,21 @@ _USED = {
 }
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe or an official configuration file.
 
     Args:
-        path: YAML or JSON; its key `base` may name a file (relative to this one) to start from.
+        name_or_path: a YAML or JSON file, or a recipe of the package by name, such as
+            "fashion/stage1"; a file that exists comes first. Its key `base` may name a file
+            (relative to this one) to start from.
         overrides: "dotted.key=value" under the file's own names, such as "training.seed=1".
 
     Raises:
-        FileNotFoundError: no such file, or no such base.
+        FileNotFoundError: no such file or name, or no such base.
         ValueError: as `Recipe.from_official`; the message names the file.
     """
-    config = recipe_names.load(path, overrides)
+    path = official.find(name_or_path)
+    config = official.load(path, overrides)
     try:
         return Recipe.from_official(config)
     except ValueError as error:
@@ -155,13 +144,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _read_special(flat: Mapping[str, Any], found: dict[str, dict[str, Any]]) -> None:
-    """Keys that are no field of their own: checks them, and fills `found` where they decide."""
-    for key, (wanted, reason) in recipe_names.FIXED.items():
+    """Check the keys that fill no field alone, and put their effect into `found`."""
+    for key, (wanted, reason) in official.FIXED.items():
         if flat.get(key, wanted) != wanted:
             raise ValueError(f"{key} wants {wanted}: {reason}; got {flat[key]!r}")
     special = {
-        key: recipe_names.convert(flat[key], kind, key)
-        for key, kind in recipe_names.SPECIAL.items()
+        key: official.convert(flat[key], kind, key)
+        for key, kind in official.SPECIAL.items()
         if flat.get(key) is not None
     }
     experiment, data = found["experiment"], found["data"]
@@ -170,9 +159,8 @@ def _read_special(flat: Mapping[str, Any], found: dict[str, dict[str, Any]]) -> 
     if special.get("dataset.params.pretokenization"):
         data |= {"kind": "tokens", "train": special["dataset.params.pretokenization"]}
     elif "kind" not in data:
-        data["kind"] = "folder" if data.get("train") and ".tar" not in data["train"] else (
-            "webdataset"
-        )  # fmt: skip
+        shards = ".tar" in (data.get("train") or ".tar")
+        data["kind"] = "webdataset" if shards else "folder"
     if not data.get("train") and data["kind"] != "fashion-mnist":
         raise ValueError(
             f"dataset.params.train_shards_path_or_url wants the path of the data (kind "
@@ -199,7 +187,7 @@ def _infer_stage(found: Mapping[str, Mapping[str, Any]]) -> str:
         return "single_stage"
     if tokenizer.get("finetune_decoder") is True:
         return "stage2"
-    # a stage-1 file has no use for a discriminator
+    # stage 1 has no discriminator
     if tokenizer.get("finetune_decoder") is False and "discriminator_weight" not in found["losses"]:
         return "stage1"
     raise ValueError(
@@ -213,7 +201,7 @@ def _models(stage: str, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         return {}  # Recipe says what is wanted
     for section in _MODELS:
         if found[section] and section not in _USED[stage]:
-            key = recipe_names.official_name(section, next(iter(found[section])))
+            key = official.official_name(section, next(iter(found[section])))
             raise ValueError(f"stage {stage!r} has no use for {key}")
     made: dict[str, Any] = {}
     tokens = dict(found["tokenizer"])
@@ -225,8 +213,8 @@ def _models(stage: str, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         made["generator"] = GeneratorConfig(**given | found["generator"])
         schedule = found["losses"].get("mask_schedule_strategy", LossConfig.mask_schedule_strategy)
         # annealing: what upstream's sampling script does for these files
-        chosen = {"softmax_temperature_annealing": True, "schedule": schedule}
-        made["sampling"] = SamplingConfig(**chosen | found["sampling"])
+        defaults = {"softmax_temperature_annealing": True, "schedule": schedule}
+        made["sampling"] = SamplingConfig(**defaults | found["sampling"])
         if tokens.keys() <= shared.keys():
             tokens = {}  # sizes of token files, not a tokenizer
     if tokens:
@@ -238,7 +226,7 @@ def _models(stage: str, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _unfit_models(recipe: Recipe) -> str:
+def _problem_with_models(recipe: Recipe) -> str:
     """Why the models do not fit the stage, or nothing."""
     stage, tokenizer, generator = recipe.stage, recipe.tokenizer, recipe.generator
     needed = {"vqgan": recipe.vqgan, "generator": generator}.get(stage, tokenizer)
@@ -247,9 +235,7 @@ def _unfit_models(recipe: Recipe) -> str:
         return f"wants the section {names.get(stage, 'model.vq_model')}"
     if stage in ("stage1", "stage2", "single_stage"):
         assert tokenizer is not None
-        wanted = {
-            "stage1": (True, False), "stage2": (True, True), "single_stage": (False, False)
-        }[stage]  # fmt: skip
+        wanted = stage != "single_stage", stage == "stage2"
         got = (tokenizer.is_legacy, tokenizer.finetune_decoder)
         if got != wanted or (stage != "single_stage" and tokenizer.quantize_mode != "vq"):
             return (
@@ -270,13 +256,13 @@ def _unfit_models(recipe: Recipe) -> str:
     return ""
 
 
-def _unfit_data(recipe: Recipe) -> str:
+def _problem_with_data(recipe: Recipe) -> str:
     """Why the data do not fit stage and models, or nothing."""
     stage, tokenizer, S = recipe.stage, recipe.tokenizer, recipe.data.crop_size
     if recipe.data.kind == "tokens" and stage != "generator":
-        return "wants pictures; got dataset.params.kind=tokens"
+        return "wants images; got dataset.params.kind=tokens"
     if stage == "generator" and tokenizer is None and recipe.data.kind != "tokens":
-        return "wants model.vq_model to tokenise pictures, or dataset.params.kind=tokens"
+        return "wants model.vq_model to tokenise images, or dataset.params.kind=tokens"
     if tokenizer is not None and tokenizer.crop_size != S:
         return f"wants one crop_size; got {tokenizer.crop_size} (tokenizer) and {S} (data)"
     if recipe.vqgan is not None and S % recipe.vqgan.downsampling:

@@ -15,7 +15,7 @@ class Experiment(Settings):
 
     Attributes:
         name: of the run; `output_dir` defaults to it.
-        output_dir: checkpoints, logs and pictures go here.
+        output_dir: checkpoints, logs and images go here.
         project: W&B's project.
         max_train_examples: examples that count as one epoch in logs; None: what the data holds.
         save_every, eval_every, generate_every, log_every, log_grad_norm_every: updates; 0 is never.
@@ -50,7 +50,7 @@ class Experiment(Settings):
 
 @dataclass(frozen=True)
 class LossConfig(Settings):
-    """Numbers of all losses; each stage reads its own. Defaults: stage 2 and the generator.
+    """Settings of all losses; each stage reads its own. Defaults: stage 2 and the generator.
 
     Attributes:
         reconstruction_loss: "l2" or "l1".
@@ -94,8 +94,8 @@ class OptimizerConfig(Settings):
 
     Attributes:
         discriminator_learning_rate: None is `learning_rate`.
-        epsilon: upstream's files may name it, but its code does not read it; here it counts.
-        fused: "torch" is torch's fused step, "apex" NVIDIA's, "auto" torch's where it can work.
+        epsilon: upstream's code does not read it from its files; ours does.
+        fused: "torch" is torch's fused step, "apex" NVIDIA's, "auto" torch's where it can run.
     """
 
     name: str = among("adamw", "adamw")
@@ -127,7 +127,7 @@ class TrainingConfig(Settings):
         mixed_precision: "no" or "bf16" (autocast; weights stay float32).
         ema_decay: highest decay of the averaged weights.
         max_train_steps: optimizer updates.
-        num_generated_images: pictures of one grid.
+        num_generated_images: images of one sheet.
         max_grad_norm: gradients are clipped to this global norm; 0 does not clip.
         parallel: how ranks share the work: "ddp" or "fsdp2".
         max_bad_steps: updates in a row with a NaN or Inf after which the run stops.

@@ -1,12 +1,13 @@
 """What differs between stages: the networks, what is done with a batch, and what is shown.
 
-A task computes losses; learner.py turns them into updates. Whatever a task does with the trained
+A task computes losses; trainer.py turns them into updates. Whatever a task does with the trained
 network goes through the engine, which holds it whole, also where ranks share its parameters out.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,20 @@ from titok_fast.training.losses import Logs, ReconstructionLoss
 from titok_fast.training.recipe.recipe import Recipe
 
 Batch = Mapping[str, Tensor]
-Draws = Mapping[str, Tensor]
+RandomInputs = Mapping[str, Tensor]
+Model = TypeVar("Model", bound=PretrainedModel)
 
 
 @dataclass
 class Outcome:
-    """What a batch gave.
+    """Result of a batch.
 
     Attributes:
         loss: scalar with gradient, the mean over the batch.
         logs: detached scalars by name, likewise means.
-        reconstructions: (B, 3, S, S) without gradient, where an adversary judges them.
-        latents: (B, C, H, W) as they entered the quantizer, where there is one.
-        ids: (B, H, W) int64 codes they became.
+        reconstructions: (B, 3, S, S) without gradient, where a discriminator judges them.
+        latents: (B, C, H, W) inputs of the quantizer, where there is one.
+        ids: (B, H, W) int64 codes of the latents.
     """
 
     loss: Tensor
@@ -46,7 +48,7 @@ class Task:
 
     Attributes:
         model: what is trained and exported; in training mode, on the device.
-        criterion: losses with an adversary of its own, or None.
+        criterion: losses with their discriminator, or None.
         quantizer: the codebook that is trained, or None.
     """
 
@@ -57,35 +59,33 @@ class Task:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
 
-    def draws(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def random_inputs(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers of a global batch, on the CPU; the first dimension of each is B."""
         return {}
 
-    def learn(
-        self, engine: Engine, batch: Batch, draws: Draws, step: int, detailed: bool
+    def loss(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
     ) -> Outcome:
         """Loss of a batch.
 
         Args:
             engine: holds the model.
-            batch: of data.py, on the device.
-            draws: the rows of `draws` that belong to the batch, on the device.
+            batch: of `Batches`, on the device.
+            random_inputs: the batch's rows of what `random_inputs` drew, on the device.
             step: update, counted from 0.
             detailed: whether logs that cost time are wanted.
         """
         raise NotImplementedError
 
-    def measure(self, engine: Engine, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """(B,) numbers of each sample of an evaluation batch, by name."""
+    def evaluate(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
+    ) -> dict[str, Tensor]:
+        """Measures of each sample of an evaluation batch by name, each (B,)."""
         raise NotImplementedError
 
-    def show(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """Sheets of pictures by name, each (M, 3, S, S); empty where there is nothing to see."""
+    def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """Sheets of images by name, each (M, 3, H, W); empty where the stage makes none."""
         return {}
-
-    def last_layer(self) -> Tensor | None:
-        """Weight of the last layer before the pixels, where the adaptive weight wants it."""
-        return None
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write a model folder that `from_pretrained` reads.
@@ -94,23 +94,27 @@ class Task:
             weights: the model's state dict, whole, on the CPU.
             folder: made if it does not exist.
         """
+        trained = self.model
+        model: PretrainedModel | FashionClassifier
         with torch.device("meta"):
-            model = self._same_model()
+            if isinstance(trained, FashionClassifier):
+                model = FashionClassifier()
+            else:
+                model = type(trained)(trained.config)
         nn.Module.load_state_dict(model, weights, assign=True)
         model.save_pretrained(folder)
 
-    def _same_model(self) -> PretrainedModel | FashionClassifier:
-        if isinstance(self.model, FashionClassifier):
-            return FashionClassifier()
-        return type(self.model)(self.model.config)
+
+def new_model(kind: type[Model], config: Any, weights: str) -> Model:
+    """A model in training mode, with weights to start from where some are named."""
+    model = kind(config)
+    if weights:
+        model.load_state_dict(kind.from_pretrained(weights, config=config).state_dict())
+    return model.train()
 
 
 def required(path: str, key: str, what: str) -> str:
-    """A path that a stage cannot do without.
-
-    Raises:
-        ValueError: it is empty.
-    """
+    """The path, or a ValueError if it is empty."""
     if not path:
         raise ValueError(f"this stage wants {key}: {what}")
     return path

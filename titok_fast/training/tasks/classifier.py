@@ -6,7 +6,7 @@ from torch import Tensor
 from titok_fast.models.classifier import FashionClassifier, classifier_loss
 from titok_fast.training.engine import Engine
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.tasks.base import Batch, Draws, Outcome, Task
+from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs, Task
 
 
 class ClassifierTask(Task):
@@ -16,8 +16,8 @@ class ClassifierTask(Task):
         super().__init__(recipe, device)
         self.model = FashionClassifier().to(device).train()
 
-    def learn(
-        self, engine: Engine, batch: Batch, draws: Draws, step: int, detailed: bool
+    def loss(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
     ) -> Outcome:
         """See Task."""
         logits: Tensor = engine(FashionClassifier.__call__, batch["images"])
@@ -25,7 +25,9 @@ class ClassifierTask(Task):
         right = (logits.argmax(dim=1) == batch["labels"]).float().mean()
         return Outcome(loss, {"loss": loss.detach(), "accuracy": right})
 
-    def measure(self, engine: Engine, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def evaluate(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
+    ) -> dict[str, Tensor]:
         """See Task."""
         logits: Tensor = engine(FashionClassifier.__call__, batch["images"])
         return {"accuracy": (logits.argmax(dim=1) == batch["labels"]).float()}

@@ -20,7 +20,7 @@ from titok_fast.sampling.masking import (
 from titok_fast.sampling.unmask import sample, sample_seeds
 from titok_fast.training.engine import Engine
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.tasks.base import Batch, Draws, Outcome, Task, required
+from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs, Task, new_model, required
 
 
 class GeneratorTask(Task):
@@ -32,12 +32,8 @@ class GeneratorTask(Task):
         super().__init__(recipe, device)
         config = recipe.generator
         assert config is not None
-        kind = generator_class(config)
-        model = kind(config)
-        if recipe.experiment.init_weight:
-            start = kind.from_pretrained(recipe.experiment.init_weight, config=config)
-            model.load_state_dict(start.state_dict())
-        self.model, self.config = model.to(device).train(), config
+        model = new_model(generator_class(config), config, recipe.experiment.init_weight)
+        self.model, self.config = model.to(device), config
         self.tokenizer = self._load_tokenizer()
 
     def _load_tokenizer(self) -> TiTok | None:
@@ -49,10 +45,10 @@ class GeneratorTask(Task):
         tokenizer = TiTok.from_pretrained(weights, config=recipe.tokenizer, device=self.device)
         return tokenizer.requires_grad_(False)
 
-    def draws(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def random_inputs(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
         """See Task: uniforms, and every sample's share of the batch's weights.
 
-        Ranks draw for the whole batch, so each knows the sum of all weights without asking.
+        Every rank draws for the whole batch, so it knows the sum of all weights.
         """
         K, losses = self.config.image_seq_len, self.recipe.losses
         noise = draw_noise(B, K, generator)
@@ -69,10 +65,10 @@ class GeneratorTask(Task):
             return self.tokenizer.encode(batch["images"])[1]["min_encoding_indices"].flatten(1)
 
     def _predict(
-        self, engine: Engine, batch: Batch, draws: Draws, drop: float, detailed: bool
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, drop: float, detailed: bool
     ) -> dict[str, Tensor]:
         losses, config = self.recipe.losses, self.config
-        noise = Noise(draws["ratio"], draws["order"], draws["drop"])
+        noise = Noise(random_inputs["ratio"], random_inputs["order"], random_inputs["drop"])
         ids = self._tokens(batch)
         masked, mask = mask_tokens(ids, noise, config.mask_token_id, losses.mask_schedule_strategy)
         classes = self.model.class_ids(batch["labels"])
@@ -88,7 +84,7 @@ class GeneratorTask(Task):
                     mask,
                     label_smoothing=losses.label_smoothing,
                     unmasked_weight=losses.loss_weight_unmasked_token,
-                    total_weight=draws["weight"].sum(),
+                    total_weight=random_inputs["weight"].sum(),
                 )
             }
             if detailed:
@@ -97,21 +93,23 @@ class GeneratorTask(Task):
 
         return engine(work)
 
-    def learn(
-        self, engine: Engine, batch: Batch, draws: Draws, step: int, detailed: bool
+    def loss(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
     ) -> Outcome:
         """See Task."""
         drop = self.config.class_label_dropout
-        found = self._predict(engine, batch, draws, drop, detailed)
+        found = self._predict(engine, batch, random_inputs, drop, detailed)
         return Outcome(found["loss"], {name: value.detach() for name, value in found.items()})
 
-    def measure(self, engine: Engine, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """See Task: loss and accuracy with all labels; the batch's mean for each sample."""
-        found = self._predict(engine, batch, draws, 0.0, True)
+    def evaluate(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
+    ) -> dict[str, Tensor]:
+        """See Task: loss and accuracy without label dropout; the batch's mean for each sample."""
+        found = self._predict(engine, batch, random_inputs, 0.0, True)
         return {name: value.expand(len(batch["labels"])) for name, value in found.items()}
 
-    def show(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """See Task: pictures of the first classes, in turn, with the same seeds every time."""
+    def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """See Task: images of the first classes in turn, with the same seeds every time."""
         if self.tokenizer is None:
             return {}
         count = len(batch["labels"])

@@ -13,14 +13,14 @@ from titok_fast.models.vqgan import MaskGitVQGAN
 from titok_fast.training.engine import Engine
 from titok_fast.training.losses import ReconstructionLoss, proxy_code_loss
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.tasks.base import Batch, Draws, Outcome, Task, required
+from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs, Task, new_model, required
 
 _PIXELS = 256 * 256
 _VQGAN_KEY = "model.vq_model.pretrained_tokenizer_weight"
 
 
 class _PixelTask(Task):
-    """A tokenizer that is trained on pixels, with an adversary."""
+    """A tokenizer that is trained on pixels, with a discriminator."""
 
     criterion: ReconstructionLoss
 
@@ -30,25 +30,27 @@ class _PixelTask(Task):
 
     @staticmethod
     def reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
-        """`recon` (B, 3, S, S), `bottleneck` as the criterion wants it, and `latents`."""
+        """`recon` (B, 3, S, S), `latents`, and the quantizer's losses and ids, if there is one."""
         raise NotImplementedError
 
-    def learn(
-        self, engine: Engine, batch: Batch, draws: Draws, step: int, detailed: bool
+    def loss(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
     ) -> Outcome:
         """See Task."""
         images = batch["images"]
-        out = engine(self.reconstruct, images, draws.get("noise"))
+        out = engine(self.reconstruct, images, random_inputs.get("noise"))
+        # built here: sharding handles tensors that leave the model, and a Gaussian is none
+        bottleneck = out if "quantizer_loss" in out else DiagonalGaussian(out["latents"])
+        decoder: Any = getattr(self.model, "pixel_decoder", None) or self.model.decoder
         loss, logs = self.criterion.generator_loss(
-            images, out["recon"], step, self._bottleneck(out), self.last_layer()
+            images, out["recon"], step, bottleneck, decoder.conv_out.weight
         )
-        ids = None if self.quantizer is None else out["bottleneck"]["min_encoding_indices"]
+        ids = None if self.quantizer is None else out["min_encoding_indices"]
         return Outcome(loss, logs, out["recon"].detach(), out["latents"].detach(), ids)
 
-    def _bottleneck(self, out: dict[str, Any]) -> Any:
-        return out["bottleneck"]
-
-    def measure(self, engine: Engine, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def evaluate(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
+    ) -> dict[str, Tensor]:
         """See Task."""
         images = batch["images"]
         recon = engine(self.reconstruct, images, None)["recon"].float()
@@ -56,15 +58,10 @@ class _PixelTask(Task):
         error = (images - recon).square().mean(dim=(1, 2, 3))
         return {"mse": error, "psnr": psnr(*pair)}
 
-    def show(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+    def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
         """See Task."""
-        out = engine(self.reconstruct, batch["images"], None)
-        return {"reconstructions": side_by_side(batch["images"], out["recon"])}
-
-    def last_layer(self) -> Tensor | None:
-        """See Task."""
-        decoder: Any = getattr(self.model, "pixel_decoder", None) or self.model.decoder
-        return decoder.conv_out.weight
+        recon = engine(self.reconstruct, batch["images"], None)["recon"]
+        return {"reconstructions": side_by_side(batch["images"], recon)}
 
 
 class VqganTask(_PixelTask):
@@ -72,19 +69,15 @@ class VqganTask(_PixelTask):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        model = MaskGitVQGAN(recipe.vqgan)
-        if recipe.experiment.init_weight:
-            start = MaskGitVQGAN.from_pretrained(recipe.experiment.init_weight, config=recipe.vqgan)
-            model.load_state_dict(start.state_dict())
-        self.model = model.to(device).train()
-        self.quantizer = model.quantize
+        self.model = new_model(MaskGitVQGAN, recipe.vqgan, recipe.experiment.init_weight).to(device)
+        self.quantizer = self.model.quantize
 
     @staticmethod
     def reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
         """See _PixelTask."""
         latents = model.encoder(images)
         codes, result = model.quantize(latents)
-        return {"recon": model.decoder(codes), "bottleneck": result, "latents": latents}
+        return {**result, "recon": model.decoder(codes), "latents": latents}
 
 
 class SingleStageTask(_PixelTask):
@@ -92,11 +85,11 @@ class SingleStageTask(_PixelTask):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        model = _new_titok(recipe)
-        self.model, self.config = model.to(device).train(), model.config
+        model = new_model(TiTok, recipe.tokenizer, recipe.experiment.init_weight)
+        self.model, self.config = model.to(device), model.config
         self.quantizer = model.quantize if model.config.quantize_mode == "vq" else None
 
-    def draws(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def random_inputs(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
         """See Task: the noise of a VAE's bottleneck."""
         if self.quantizer is not None:
             return {}
@@ -105,18 +98,14 @@ class SingleStageTask(_PixelTask):
 
     @staticmethod
     def reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
-        """See _PixelTask. Of a VAE without noise it is the reconstruction of the mean."""
+        """See _PixelTask. A VAE without noise reconstructs from the mean."""
         latents = model.encoder(images, model.latent_tokens)
         if model.config.quantize_mode == "vq":
             codes, result = model.quantize(latents)
-            return {"recon": model.decode(codes), "bottleneck": result, "latents": latents}
+            return {**result, "recon": model.decode(codes), "latents": latents}
         posterior = DiagonalGaussian(latents)
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return {"recon": model.decode(z), "bottleneck": {}, "latents": latents}
-
-    def _bottleneck(self, out: dict[str, Any]) -> Any:
-        # a Gaussian is no tensor, and sharding watches the tensors that leave the model
-        return DiagonalGaussian(out["latents"]) if self.quantizer is None else out["bottleneck"]
+        return {"recon": model.decode(z), "latents": latents}
 
 
 class DecoderTask(_PixelTask):
@@ -140,7 +129,7 @@ class DecoderTask(_PixelTask):
     def reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
         """See _PixelTask."""
         recon, result = model(images)
-        return {"recon": recon, "bottleneck": result, "latents": recon.new_empty(0)}
+        return {**result, "recon": recon, "latents": recon.new_empty(0)}
 
 
 class ProxyTask(Task):
@@ -149,12 +138,12 @@ class ProxyTask(Task):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.vqgan = _vqgan(recipe).requires_grad_(False).to(device).eval()
-        model = _new_titok(recipe)
-        self.model, self.quantizer = model.to(device).train(), model.quantize
+        model = new_model(TiTok, recipe.tokenizer, recipe.experiment.init_weight)
+        self.model, self.quantizer = model.to(device), model.quantize
 
     def _proxy_codes(self, images: Tensor) -> Tensor:
         """(B, G*G) int64 codes, in float32: bfloat16 would pick others."""
-        if images.device.type == "cpu":  # the activations of so many pixels fit the cache
+        if images.device.type == "cpu":  # activations of _PIXELS pixels fit the cache
             parts = images.split(max(1, _PIXELS // images[0, 0].numel()))
             return torch.cat([self.vqgan.encode(part) for part in parts])
         return self.vqgan.encode(images)
@@ -165,8 +154,8 @@ class ProxyTask(Task):
         codes, result = model.quantize(latents)
         return {"logits": model.decode(codes), "latents": latents, **result}
 
-    def learn(
-        self, engine: Engine, batch: Batch, draws: Draws, step: int, detailed: bool
+    def loss(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
     ) -> Outcome:
         """See Task."""
         images = batch["images"]
@@ -175,13 +164,8 @@ class ProxyTask(Task):
         proxy = proxy_code_loss(out["logits"], codes)
         quantizer = self.recipe.losses.quantizer_weight * out["quantizer_loss"]
         loss = proxy + quantizer
-        logs = {
-            "total_loss": loss,
-            "reconstruction_loss": proxy,
-            "quantizer_loss": quantizer,
-            "commitment_loss": out["commitment_loss"],
-            "codebook_loss": out["codebook_loss"],
-        }
+        logs = {"total_loss": loss, "reconstruction_loss": proxy, "quantizer_loss": quantizer}
+        logs |= {name: out[name] for name in ("commitment_loss", "codebook_loss")}
         if detailed:
             logs["proxy_accuracy"] = _hits(out["logits"], codes).mean()
         return Outcome(
@@ -191,7 +175,9 @@ class ProxyTask(Task):
             ids=out["min_encoding_indices"],
         )
 
-    def measure(self, engine: Engine, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def evaluate(
+        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
+    ) -> dict[str, Tensor]:
         """See Task."""
         codes, out = self._proxy_codes(batch["images"]), engine(self._logits, batch["images"])
         each = [
@@ -200,30 +186,21 @@ class ProxyTask(Task):
         ]
         return {"proxy_loss": torch.stack(each), "proxy_accuracy": _hits(out["logits"], codes)}
 
-    def show(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """See Task: pictures of the likeliest proxy codes."""
+    def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """See Task: images of the likeliest proxy codes."""
         logits = engine(self._logits, batch["images"])["logits"]
         recon = self.vqgan.decode(logits.argmax(dim=1))
         return {"reconstructions": side_by_side(batch["images"], recon)}
 
 
 def _hits(logits: Tensor, codes: Tensor) -> Tensor:
-    """(B, N, G, G), (B, G*G) -> (B,) share of places whose likeliest code is the right one."""
+    """(B, N, G, G), (B, G*G) -> (B,) share of positions whose likeliest code is right."""
     return (logits.argmax(dim=1).flatten(1) == codes).float().mean(dim=1)
 
 
 def side_by_side(images: Tensor, others: Tensor) -> Tensor:
     """Twice (B, 3, S, S) -> (B, 3, S, 2 S)."""
     return torch.cat([images, others.to(images.dtype)], dim=3)
-
-
-def _new_titok(recipe: Recipe) -> TiTok:
-    assert recipe.tokenizer is not None
-    model = TiTok(recipe.tokenizer)
-    if recipe.experiment.init_weight:
-        start = TiTok.from_pretrained(recipe.experiment.init_weight, config=recipe.tokenizer)
-        model.load_state_dict(start.state_dict())
-    return model
 
 
 def _vqgan(recipe: Recipe) -> MaskGitVQGAN:

@@ -1,11 +1,11 @@
-"""One update of a stage: gradients, a verdict on them, the step; and all that it must remember.
+"""One update of a stage: gradients, whether they are finite, the step; and the state of a run.
 
 Weights, optimizer state and averages are float32 whatever autocast does. Every random number is a
-function of (seed, update), so a checkpoint holds no generator's state and a resumed run draws what
-the uninterrupted one would have drawn.
+function of (seed, update), so a checkpoint holds no generator's state, and a resumed run draws the
+numbers of the uninterrupted one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ from titok_fast.training.engine import Engine, whole
 from titok_fast.training.losses import Logs, ReconstructionLoss
 from titok_fast.training.optim import build_optimizer, discriminator_learning_rate, learning_rate
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.stage_model import Trained, prepare_blocks
-from titok_fast.training.tasks.base import Batch, Outcome
+from titok_fast.training.stage_model import StageModel, prepare_blocks
+from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs
 from titok_fast.training.tasks.registry import build_task
 
-_DRAWS, _DROPOUT, _INIT = range(3)  # streams of random numbers
+_RANDOM_INPUTS, _DROPOUT, _INIT = range(3)  # streams of random numbers
 
 
 def seed_of(seed: int, *parts: int) -> int:
@@ -34,7 +34,7 @@ def seed_of(seed: int, *parts: int) -> int:
     return int(np.random.SeedSequence((seed, *parts)).generate_state(1, np.uint64)[0])
 
 
-class Learner:
+class Trainer:
     """A stage's networks, their optimizers and averages.
 
     Args:
@@ -58,13 +58,13 @@ class Learner:
         model, criterion = self.task.model, self.task.criterion
         prepare_blocks(model, training)
         engine = Engine(model, ranks, training.parallel, training.mixed_precision == "bf16")
-        self.model = Trained("model", model, engine, build_optimizer(model, recipe.optimizer))
-        self.critic: Trained | None = None
+        self.model = StageModel("model", model, engine, build_optimizer(model, recipe.optimizer))
+        self.criterion: StageModel | None = None
         if criterion is not None:
             rate = recipe.optimizer.discriminator_learning_rate
             optimizer = build_optimizer(criterion, recipe.optimizer, learning_rate=rate)
-            # the adversary is small, so it is never sharded
-            self.critic = Trained("criterion", criterion, Engine(criterion, ranks), optimizer)
+            # the discriminator is small, so it is never sharded
+            self.criterion = StageModel("criterion", criterion, Engine(criterion, ranks), optimizer)
         self.ema = Ema(model, training.ema_decay) if training.use_ema else None
         codes = self.task.quantizer.embedding.num_embeddings if self.task.quantizer else 0
         self.usage = CodeUsage(codes, ranks.device) if codes else None
@@ -73,74 +73,75 @@ class Learner:
         self.step = self.bad = self.bad_in_a_row = 0
         self._outcomes: list[Outcome] = []
         self._logs: Logs = {}
-        self._held: dict[str, Tensor] = {}
+        self._lecam: dict[str, Tensor] = {}  # averages of before the update
 
     def gradients(self, batch: Batch, detailed: bool = False) -> bool:
         """Gradients of an update, from this rank's share of the global batch.
 
         Args:
-            batch: CPU tensors of data.py.
+            batch: CPU tensors of `Batches`.
             detailed: whether logs that cost time are wanted.
 
         Returns:
-            Whether they and the losses are finite numbers on this rank.
+            Whether they and the losses are finite on this rank.
         """
         parts = list(self._parts(batch))
-        # dropout is drawn on the device by rank; all other numbers come with the parts
+        # dropout is drawn on the device by rank; all other random numbers come with the parts
         torch.manual_seed(seed_of(self.recipe.training.seed, self.step, _DROPOUT, self.ranks.rank))
         self._outcomes, self._logs = [], {}
         engine = self.model.engine
-        for i, (part, draws) in enumerate(parts):
+        for i, (part, random_inputs) in enumerate(parts):
             with engine.gradients(reduce=i + 1 == len(parts)):
-                outcome = self.task.learn(engine, part, draws, self.step, detailed)
+                outcome = self.task.loss(engine, part, random_inputs, self.step, detailed)
                 (outcome.loss / len(parts)).backward()
             self._add_logs(outcome.logs, len(parts))
             self._outcomes.append(outcome)
-        self._logs["grad_norm"] = self.model.measure()
-        # both halves come before both steps: neither sees the other's new weights, as published,
-        # and a NaN in one of them stops the other in time
-        critic = self._acting_critic()
-        if critic is not None:
-            self._judge(critic, [part["images"] for part, _ in parts])
-            self._logs["discriminator_grad_norm"] = critic.measure()
+        self._logs["grad_norm"] = self.model.gradient_norm()
+        # both networks' gradients come before both steps: neither sees the other's new weights, as
+        # published, and a NaN in one of them stops the other in time
+        criterion = self._active_criterion()
+        if criterion is not None:
+            self._discriminator_gradients(criterion, [part["images"] for part, _ in parts])
+            self._logs["discriminator_grad_norm"] = criterion.gradient_norm()
         values = torch.stack([value.float() for value in self._logs.values()])
         return bool(torch.isfinite(values).all())  # the one wait for the device in an update
 
     def apply(self) -> None:
-        """Take the step of the gradients."""
-        recipe, limit = self.recipe, self.recipe.training.max_grad_norm
-        self._see_codes()
+        """Take the optimizer steps."""
+        recipe, max_norm = self.recipe, self.recipe.training.max_grad_norm
+        self._count_codes()
         base, last = recipe.optimizer.learning_rate, recipe.training.max_train_steps
         rate = learning_rate(self.step, recipe.lr_scheduler, base, last)
-        self.model.descend(rate, limit)
-        critic = self._acting_critic()
-        if critic is not None:
+        self.model.step(rate, max_norm)
+        criterion = self._active_criterion()
+        if criterion is not None:
             rate = discriminator_learning_rate(
                 self.step, recipe.lr_scheduler, recipe.optimizer, recipe.losses, recipe.training
             )
-            critic.descend(rate, limit)
+            criterion.step(rate, max_norm)
         if self.ema is not None:
             self.ema.update(self.step)
-        self._outcomes, self._held = [], {}
-        self.step += 1
-        self.bad_in_a_row = 0
+        self._finish(bad=False)
 
     def skip(self) -> str:
         """Leave weights, averages and optimizers as they were.
 
         Returns:
-            The first number that is none: a loss, or a gradient by its parameter's name.
+            The first non-finite loss or gradient, the latter by its parameter's name.
         """
-        culprit = self._culprit()
-        for name, buffer in self._held.items():  # LeCam's averages move in the forward
+        reason = self._first_non_finite()
+        for name, buffer in self._lecam.items():  # LeCam's averages move in the forward
             setattr(self.task.criterion, name, buffer)
-        for half in self._halves():
-            half.forget()
-        self._outcomes, self._held = [], {}
+        for part in self._stage_models():
+            part.optimizer.zero_grad()
+        self._finish(bad=True)
+        return reason
+
+    def _finish(self, *, bad: bool) -> None:
+        self._outcomes, self._lecam = [], {}
         self.step += 1
-        self.bad += 1
-        self.bad_in_a_row += 1
-        return culprit
+        self.bad += bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
 
     def logs(self) -> dict[str, float]:
         """Numbers of the last update, means over ranks. Every rank must call it."""
@@ -156,14 +157,14 @@ class Learner:
         return values
 
     def gradient_norms(self) -> dict[str, float]:
-        """Length of every parameter's gradient, before clipping. Every rank must call it."""
+        """Norm of every parameter's gradient, before clipping. Every rank must call it."""
         return {
             f"grad_norm/{name}": float(whole(torch.linalg.vector_norm(p.grad)))
             for name, p in self.task.model.named_parameters()
             if p.grad is not None
         }
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    def _parts(self, batch: Batch) -> Iterator[tuple[Batch, RandomInputs]]:
         """Batches to accumulate with their random numbers, on the device.
 
         Numbers are drawn for the global batch, in its order: each sample gets the same ones
@@ -173,28 +174,28 @@ class Learner:
         count = len(batch["labels"])
         first = self.ranks.rank * count
         generator = torch.Generator()
-        generator.manual_seed(seed_of(self.recipe.training.seed, self.step, _DRAWS))
-        draws = self.task.draws(count * self.ranks.size, generator)
+        generator.manual_seed(seed_of(self.recipe.training.seed, self.step, _RANDOM_INPUTS))
+        drawn = self.task.random_inputs(count * self.ranks.size, generator)
         for start in range(0, count, size):
             yield (
                 {k: v[start : start + size].to(device) for k, v in batch.items()},
-                {k: v[first + start : first + start + size].to(device) for k, v in draws.items()},
+                {k: v[first + start : first + start + size].to(device) for k, v in drawn.items()},
             )
 
-    def _halves(self) -> list[Trained]:
-        return [self.model] if self.critic is None else [self.model, self.critic]
+    def _stage_models(self) -> list[StageModel]:
+        return [self.model] if self.criterion is None else [self.model, self.criterion]
 
-    def _acting_critic(self) -> Trained | None:
+    def _active_criterion(self) -> StageModel | None:
+        """The criterion, once its discriminator acts."""
         criterion = self.task.criterion
         acts = criterion is not None and criterion.discriminator_acts(self.step)
-        return self.critic if acts else None
+        return self.criterion if acts else None
 
-    def _judge(self, critic: Trained, images: list[Tensor]) -> None:
-        """Gradients of the discriminator, on the reconstructions of the other half."""
-        self._held = dict(critic.network.named_buffers(recurse=False))
+    def _discriminator_gradients(self, criterion: StageModel, images: list[Tensor]) -> None:
+        self._lecam = dict(criterion.network.named_buffers(recurse=False))
         for i, (real, outcome) in enumerate(zip(images, self._outcomes, strict=True)):
-            with critic.engine.gradients(reduce=i + 1 == len(images)):
-                loss, logs = critic.engine(
+            with criterion.engine.gradients(reduce=i + 1 == len(images)):
+                loss, logs = criterion.engine(
                     ReconstructionLoss.discriminator_loss, real, outcome.reconstructions, self.step
                 )
                 (loss / len(images)).backward()
@@ -204,7 +205,8 @@ class Learner:
         for name, value in logs.items():
             self._logs[name] = self._logs.get(name, 0.0) + value / parts
 
-    def _see_codes(self) -> None:
+    def _count_codes(self) -> None:
+        """Count the update's codes, and revive unused ones."""
         seen = [(o.latents, o.ids) for o in self._outcomes if o.ids is not None]
         if self.usage is not None:
             for _, ids in seen:
@@ -214,23 +216,21 @@ class Learner:
             assert self.task.quantizer is not None
             self.revival.update(self.task.quantizer, latents, ids)
 
-    def _culprit(self) -> str:
+    def _first_non_finite(self) -> str:
         for name, value in self._logs.items():
             if not name.endswith("grad_norm") and not bool(torch.isfinite(value).all()):
                 return f"the loss term {name} is {float(value)}"
-        for half in self._halves():
-            parameter = half.culprit()
+        for part in self._stage_models():
+            parameter = part.first_non_finite()
             if parameter is not None:
                 return f"the gradient of {parameter} is not finite"
         return "a loss or gradient of another rank is not finite"
 
-    def tensors(self, found: Mapping[str, torch.Size] | None = None) -> dict[str, Tensor]:
-        """What a checkpoint holds, by name; the tensors themselves, see `Trained.tensors`."""
-        tensors = self.model.tensors(found)
-        if self.critic is not None:
-            tensors |= self.critic.tensors(found)
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint by name; the tensors themselves, see `StageModel.tensors`."""
+        tensors = {k: v for part in self._stage_models() for k, v in part.tensors().items()}
         if self.ema is not None:
-            tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict()["average"].items()}
+            tensors |= {f"ema/{k}": v for k, v in self.ema.average.items()}
         if self.revival is not None:
             tensors["revival/embed_prob"] = self.revival.embed_prob
         return tensors
@@ -242,8 +242,8 @@ class Learner:
             "bad_steps": [self.bad, self.bad_in_a_row],
             "versions": {"titok_fast": __version__, "torch": torch.__version__},
         }
-        for half in self._halves():
-            state |= half.steps()
+        for part in self._stage_models():
+            state |= part.state()
         return state
 
     def restore(self, saved: Checkpoint) -> None:
@@ -252,33 +252,33 @@ class Learner:
         Raises:
             ValueError: its tensors do not fit.
         """
-        tensors = self.tensors(saved.shapes())
-        saved.load(tensors, self.ranks)  # in place, where memory is there already
-        for half in self._halves():
-            half.restore(tensors, saved.state)
+        saved.load(self.tensors(), self.ranks)  # in place
+        for part in self._stage_models():
+            part.restore(saved.state)
         self.step = saved.step
         self.bad, self.bad_in_a_row = saved.state["bad_steps"]
 
 
 def set_cuda_math(tf32: bool) -> None:
-    """How CUDA multiplies, for the whole process: as upstream's scripts set it."""
-    # not the newer fp32_precision switches: torch refuses to mix the two, and others read these
+    """Set TF32 for the whole process, as upstream's scripts do."""
+    # not the newer fp32_precision switches: torch refuses to mix both, and others read these
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = True  # shapes stay: a trial of each convolution pays
+    torch.backends.cudnn.benchmark = True  # shapes do not change, so trying algorithms pays
 
 
 def _check_options(recipe: Recipe, ranks: Ranks) -> None:
     if recipe.training.parallel != "fsdp2" or ranks.size == 1:
         return
-    adversary = recipe.stage in ("vqgan", "stage2", "single_stage")
-    adaptive = adversary and recipe.losses.adaptive_discriminator_weight
-    for key, value in (
-        ("model.vq_model.clustering_vq", recipe.training.clustering_vq),
-        ("losses.adaptive_discriminator_weight", adaptive),
-    ):
-        if value:
-            raise ValueError(
-                f"{key} reads whole weights between passes, which training.parallel=fsdp2 shares "
-                "out: use ddp"
-            )
+    has_discriminator = recipe.stage in ("vqgan", "stage2", "single_stage")
+    refused = {
+        "model.vq_model.clustering_vq": recipe.training.clustering_vq,
+        "losses.adaptive_discriminator_weight": (
+            has_discriminator and recipe.losses.adaptive_discriminator_weight
+        ),
+    }
+    for key in (key for key, value in refused.items() if value):
+        raise ValueError(
+            f"{key} reads whole weights between passes, which training.parallel=fsdp2 shards: "
+            "use ddp"
+        )
