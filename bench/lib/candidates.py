@@ -1,0 +1,187 @@
+"""Measure implementations of the same work side by side: one row each.
+
+A candidate is one implementation in one precision. It is called once for the first-call time, once
+for its memory and once to compare its output with the reference; then the timed rounds alternate.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from lib.harness import peak_memory, precision, say, summary, time_interleaved, timed
+from lib.stages import StageClock
+from torch import Tensor, nn
+
+from titok_fast import TiTokPipeline
+
+ROUND_BUDGET_S = 60  # timed rounds of one group, where --repeats does not say otherwise
+MIN_ROUNDS, MAX_ROUNDS = 3, 20
+T = TypeVar("T")
+
+
+def shared(model: T) -> T:
+    """A copy of a pipeline (or of anything with a tokenizer and a generator) on the same tensors.
+
+    Compiling it or watching its stages leaves the original as it is.
+    """
+    memo = {id(t): t for module in _modules(model) for t in _tensors(module)}
+    return copy.deepcopy(model, memo)
+
+
+def in_dtypes(pipe: TiTokPipeline, names: Sequence[str]) -> dict[str, TiTokPipeline]:
+    """A pipeline with the weights that each precision wants; in float32 `pipe` itself."""
+    low = copy.deepcopy(pipe).to(dtype=torch.bfloat16) if "bf16" in names else None
+    return {name: low if low is not None and name == "bf16" else pipe for name in names}
+
+
+def weight_bytes(model: object) -> int:
+    """Bytes of all weights, each counted once; layers tell the size of what oneDNN holds."""
+    sizes = {t.data_ptr(): t.nbytes for module in _modules(model) for t in _tensors(module)}
+    packed = [getattr(m, "packed_bytes", 0) for model in _modules(model) for m in model.modules()]
+    return sum(sizes.values()) + sum(packed)
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    return [m for m in (model.tokenizer, model.generator) if m is not None]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@contextmanager
+def arithmetic(name: str, autocast: str | None = None) -> Iterator[None]:
+    """No gradients, the float32 mode of a precision, and bfloat16 autocast on a device type."""
+    mixed = torch.autocast(autocast or "cpu", torch.bfloat16, enabled=autocast is not None)
+    with torch.no_grad(), precision(name), mixed:
+        yield
+
+
+@dataclass
+class Candidate:
+    """One implementation in one precision.
+
+    Attributes:
+        implementation: "ours", "reference" or "upstream".
+        dtype: a name that harness.precision knows.
+        mode: one of options.MODES.
+        call: the work that is timed, inside `context`.
+        probe: its output for fixed inputs, compared with that of the first candidate: "ids"
+            (integers) and "pixels" (floats), either may be absent.
+        context: arithmetic to run both in.
+        weight_bytes: what this candidate alone would hold in memory.
+        clock: times the stages of each call.
+        images: in one call, where this differs from `measure`.
+    """
+
+    implementation: str
+    dtype: str
+    mode: str
+    call: Callable[[], object]
+    probe: Callable[[], dict[str, Tensor]]
+    context: Callable[[], AbstractContextManager[None]]
+    weight_bytes: int
+    clock: StageClock | None = None
+    images: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.implementation} {self.dtype} {self.mode}"
+
+    def run(self) -> object:
+        """The timed call."""
+        with self.context():
+            if self.clock is None:
+                return self.call()
+            with self.clock:
+                return self.call()
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    *,
+    images: int,
+    device: torch.device,
+    repeats: int | None = None,
+    prefix: str = "",
+) -> list[dict[str, Any]]:
+    """Measure candidates for the same work, alternating.
+
+    Args:
+        candidates: the first one is what the others' outputs are compared with.
+        images: images in one call.
+        device: where they run.
+        repeats: timed rounds; by default as many as fit ROUND_BUDGET_S.
+        prefix: of progress lines.
+
+    Returns:
+        A row per candidate, in order. One that ran out of memory or failed to compile has "error",
+        the name of the exception, in place of numbers.
+    """
+    rows: list[dict[str, Any]] = []
+    ready: dict[str, Candidate] = {}
+    standard: dict[str, Tensor] = {}
+    round_s = 0.0
+    for c in candidates:
+        row: dict[str, Any] = {"implementation": c.implementation, "dtype": c.dtype, "mode": c.mode}
+        rows.append(row)
+        say(f"{prefix}{c}: first calls")
+        try:
+            seconds, cold = _first_calls(c, device)
+            with c.context():
+                outputs = c.probe()
+        except (MemoryError, RuntimeError) as error:  # torch's out-of-memory is a RuntimeError
+            say(f"{prefix}{c} failed: {error}")
+            row["error"] = type(error).__name__
+            continue
+        standard = standard or outputs
+        row.update(cold, agreement=_agreement(outputs, standard))
+        ready[str(c)] = c
+        round_s += seconds
+    if not ready:
+        return rows
+    fitting = int(ROUND_BUDGET_S / round_s) if round_s > 0 else MAX_ROUNDS
+    repeats = repeats or min(MAX_ROUNDS, max(MIN_ROUNDS, fitting))
+    say(f"{prefix}{repeats} rounds of about {round_s:.1f} s")
+    runs = {name: c.run for name, c in ready.items()}
+    times = time_interleaved(runs, repeats=repeats, warmup=0, device=device)
+    for row, c in zip(rows, candidates, strict=True):
+        if str(c) in times:
+            row["seconds"] = times[str(c)]
+            row["images_per_s"] = summary([(c.images or images) / s for s in times[str(c)]])
+            row["stages_s"] = c.clock.medians(last=repeats) if c.clock else None
+    return rows
+
+
+def _first_calls(c: Candidate, device: torch.device) -> tuple[float, dict[str, Any]]:
+    """Seconds of a second call, and the first-call time and memory for the row.
+
+    Other candidates stay loaded, so memory is what the calls add to it, plus the own weights. The
+    first call's lasting additions (packed weights, workspaces) count, its compiler's do where they
+    last.
+    """
+    idle = peak_memory(lambda: None, device)
+    first = timed(c.run, device)
+    second: list[float] = []
+    peak = peak_memory(lambda: second.append(timed(c.run, device)), device)
+    if not second:  # memory cannot be measured here
+        second.append(timed(c.run, device))
+    added = None if idle is None or peak is None else max(0, peak - idle)
+    return second[0], {
+        "first_call_s": first,
+        "weight_bytes": c.weight_bytes,
+        "peak_bytes": None if added is None else c.weight_bytes + added,
+    }
+
+
+def _agreement(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Share of equal ids, and root mean square difference of pixels in [0, 1]."""
+    result = {}
+    if "ids" in got:
+        result["ids_equal"] = float((got["ids"] == wanted["ids"]).double().mean())
+    if "pixels" in got:
+        difference = got["pixels"].double() - wanted["pixels"].double()
+        result["pixel_rms"] = float(difference.square().mean().sqrt())
+    return result
