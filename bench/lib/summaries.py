@@ -166,14 +166,14 @@ def headline(records: Sequence[Record]) -> str:
     exact = [mode for mode in _EXACT if mode in found.ours]
     best = max(exact, key=lambda mode: found.rate(mode) or 0, default="")
     said = []
-    for mode, words in ((best, "bfloat16"), (_INT8, "int8")):
+    for mode, words in ((best, f"bfloat16, mode {best}"), (_INT8, "int8")):
         rate = found.rate(mode)
         if rate is None:
             said.append(f"{words}: {NOT_MEASURED}")
             continue
         shipped, autocast = found.ratios(mode)
         over = f"{shipped} times upstream as shipped, {autocast} times upstream under autocast"
-        said.append(f"{rate:.3g} samples/s in {words}, mode {mode} ({over})")
+        said.append(f"{rate:.3g} samples/s in {words} ({over})")
     return f"TiTok-L-32 at batch {found.batch} on {found.device}: {'; '.join(said)}."
 
 
