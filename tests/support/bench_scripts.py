@@ -73,3 +73,11 @@ def refused(
         script.main([*words])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def cells(text: str, *wanted: str) -> list[dict[str, str]]:
+    """Rows of the first table of `text` that hold all of some words, by column."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    split = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+    rows = [dict(zip(split[0], row, strict=True)) for row in split[2:] if len(row) == len(split[0])]
+    return [row for row in rows if all(word in row.values() for word in wanted)]
