@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = p.add_argument
     weights = "folder with `tokenizer` and `generator`; default: those in the package"
     add("--weights", type=Path, metavar="DIR", help=weights)
-    trained = "trained by recipes/fashion/classifier.yaml; default: bench/fashion-16/classifier"
+    trained = "trained by the recipe fashion/classifier; default: bench/fashion-16/classifier"
     add("--classifier", type=Path, default=CLASSIFIER, metavar="DIR", help=trained)
     data = "the four files of Fashion-MNIST; default: of Debian's package"
     add("--data", metavar="DIR", help=data)

@@ -1,4 +1,4 @@
-"""A checkout of bytedance/1d-tokenizer as a competitor: its own classes, our weights.
+"""Run a checkout of bytedance/1d-tokenizer as a competitor: its own classes, our weights.
 
 The tensors are shared, not copied: both implementations read the same memory.
 """
@@ -135,7 +135,7 @@ def imports_from(checkout: Path) -> Iterator[None]:
     """Upstream is no package: its files import each other from its root.
 
     Our own root is hidden meanwhile, since transformers takes a folder `kernels` for a package that
-    it knows. What upstream prints on import goes to stderr; names torch has renamed are its affair.
+    it knows. What upstream prints on import goes to stderr; its FutureWarnings are dropped.
     """
     root, before = Path(__file__).resolve().parents[2], sys.path[:]
     sys.path[:] = [str(find(checkout)), *(p for p in before if Path(p).resolve() != root)]

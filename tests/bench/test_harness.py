@@ -186,7 +186,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
 
 def test_peak_memory_says_when_it_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
-    monkeypatch.setattr(harness, "_resident", {"VmHWM": 300, "VmRSS": 200}.__getitem__)
+    monkeypatch.setattr(harness, "resident", {"VmHWM": 300, "VmRSS": 200}.__getitem__)
     assert harness.peak_memory(lambda: ran.append(1), "cpu") is None
     assert ran == []
 
