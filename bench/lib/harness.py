@@ -42,9 +42,11 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
         JSON-ready dict; None stands for what could not be found out.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    commit = _output("git", "rev-parse", "HEAD")
+    commit = command_output("git", "rev-parse", "HEAD")
     # result files are the only change a run itself makes
-    changes = _output("git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+    changes = command_output(
+        "git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results"
+    )
     record: dict[str, Any] = {
         "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
@@ -60,7 +62,9 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         fields = "--query-gpu=driver_version,power.limit"
-        csv = _output("nvidia-smi", f"--id=GPU-{properties.uuid}", fields, "--format=csv,noheader")
+        csv = command_output(
+            "nvidia-smi", f"--id=GPU-{properties.uuid}", fields, "--format=csv,noheader"
+        )
         driver, power_limit = (csv or ",").split(",", 1)
         record |= {
             "device": properties.name,
@@ -72,8 +76,8 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     return record
 
 
-def _output(*command: str) -> str | None:
-    """What a command run in this file's folder prints; None when it cannot be run or fails."""
+def command_output(*command: str) -> str | None:
+    """What a command prints, run in this file's folder; None when it cannot be run or fails."""
     try:
         done = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60

@@ -4,7 +4,6 @@ The tensors are shared, not copied: both implementations read the same memory.
 """
 
 import importlib
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib.harness import command_output
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -106,12 +106,7 @@ def find(checkout: str | Path) -> Path:
 
 def commit(checkout: Path) -> str | None:
     """The revision of a checkout, or None where git cannot tell."""
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return command_output("git", "-C", str(checkout), "rev-parse", "HEAD")
 
 
 def _build(checkout: Path, module: str, name: str, ours: PretrainedModel) -> nn.Module:

@@ -62,7 +62,7 @@ def test_environment_of_a_gpu_reads_the_driver(monkeypatch: pytest.MonkeyPatch) 
     gpu = SimpleNamespace(name="Some GPU", total_memory=80, uuid="1234")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     answers = {"nvidia-smi": "550.1, 700.00 W"}
-    monkeypatch.setattr(harness, "_output", lambda *command: answers.get(command[0]))
+    monkeypatch.setattr(harness, "command_output", lambda *command: answers.get(command[0]))
     record = harness.environment("cuda")
     read = record["device"], record["driver"], record["power_limit"]
     assert read == ("Some GPU", "550.1", "700.00 W")
