@@ -123,6 +123,22 @@ def test_other_rivals_have_a_column_where_they_were_timed() -> None:
     assert remask["channels-first ms"] == "-"  # there is no such rival
 
 
+def test_every_file_is_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+    read_text = Path.read_text
+
+    def counted(path: Path, *args: Any, **options: Any) -> str:
+        seen.append(path)
+        return read_text(path, *args, **options)
+
+    for name in ("a", "b"):
+        save(root / "bench" / "results", name, record())
+    monkeypatch.setattr(Path, "read_text", counted)
+    assert report.main(["--root", str(root)]) == 0
+    mine = [path for path in seen if path.is_relative_to(root)]
+    assert len(mine) == len(set(mine)) == 5  # three documents, two results
+
+
 def test_caption_says_whose_weights_are_trained(tmp_path: Path) -> None:
     one = record()
     save(tmp_path, "a", one)
