@@ -1,14 +1,19 @@
-"""The small model of this package on Fashion-MNIST: its quality as numbers and as pictures.
+"""Measure the quality of the small model in this package, or the minutes its training took.
 
     python bench/fashion.py --json bench/results --plots bench/results
-    python bench/report.py
+    python bench/fashion.py --times runs/fashion --json bench/results
 
-The feature space is that of a small classifier, so nothing here is comparable with the published
-FID of other models; the real pictures of the test set, measured in the same way, are the scale.
+The features are those of a small classifier, so nothing here compares with the published FID of
+other models; the real pictures of the test set, measured in the same way, are the scale.
+
+--times reads the logs of runs instead: the time of a run is that from the first line of its log to
+the last, pauses included; updates before the first line count as much as the others. The record
+names the commit that read the logs; the runs may be older.
 """
 
 import argparse
 import copy
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lib.cases import say
-from lib.harness import environment
-from lib.options import in_mode, result_path, save
-from report_fashion import fashion_table
+from lib.harness import environment, say
+from lib.options import add_json, in_mode, plain_parser, result_path, save
+from lib.quality_tables import figures_table
+from lib.tables import recipe_times_table
 from torch import Tensor
 
 from titok_fast import TiTokPipeline, preset
@@ -33,10 +38,11 @@ from titok_fast.evaluation.reconstruction import evaluate_reconstruction, recons
 from titok_fast.evaluation.statistics import Gaussian, frechet_distance
 from titok_fast.io.images import grid, save_png, to_pil
 from titok_fast.models.classifier import NAME
+from titok_fast.training.logs import LOG_NAME
 
 MODEL = "fashion-16"
 FAST_MODES = ("fast", "int8")  # a CPU's, of options.MODES; the same seeds as in float32
-# not in the package, which it does not fit beside the model within 12 MB
+# not in the package: with it the weights would pass 12 MB
 CLASSIFIER = Path(__file__).parent / MODEL / "classifier"
 _COMPARED = 200  # pictures decoded by each fast mode and in float32
 _IN_ROW, _ROWS = 10, 3  # of the sheet of reconstructions
@@ -44,7 +50,7 @@ _ZOOM = 2  # pictures of 32 pixels are hard to see
 
 
 class _Reconstructions:
-    """What a tokenizer gives back of a set of pictures, with their classes."""
+    """A set of pictures as a tokenizer reconstructs them, with their classes."""
 
     def __init__(self, pipe: TiTokPipeline, originals: Pictures) -> None:
         self.pipe, self.originals = pipe, originals
@@ -98,9 +104,13 @@ def quality(
     known = seen.sums.gaussian()
     say("reconstructions")
     back = evaluate_reconstruction(
-        reconstructor(pipe.tokenizer), test, codebook_size=pipe.tokenizer.config.codebook_size,
-        networks=[network], with_ssim=False, batch_size=batch_size,
-    )  # fmt: skip
+        reconstructor(pipe.tokenizer),
+        test,
+        codebook_size=pipe.tokenizer.config.codebook_size,
+        networks=[network],
+        with_ssim=False,
+        batch_size=batch_size,
+    )
     (again,) = measure(_Reconstructions(pipe, test))
     name, reference = f"[{network.name}]", Reference(test, known, network.name)
 
@@ -108,15 +118,10 @@ def quality(
         return frechet_distance(other, known)
 
     def samples(own: TiTokPipeline) -> dict[str, float]:
-        found = evaluate_generation(
-            DrawnPictures(own, count, seed), reference, [network], batch_size=batch_size
-        )
-        return {
-            "label_agreement": found[f"label_agreement{name}"],
-            "fid_samples": found[f"fid{name}"],
-            "precision": found[f"precision{name}"],
-            "recall": found[f"recall{name}"],
-        }
+        drawn = DrawnPictures(own, count, seed)
+        found = evaluate_generation(drawn, reference, [network], batch_size=batch_size)
+        keys = {"fid_samples": "fid"} | {k: k for k in ("label_agreement", "precision", "recall")}
+        return {key: found[f"{figure}{name}"] for key, figure in keys.items()}
 
     low = copy.deepcopy(pipe).to(torch.bfloat16)
     modes = {}
@@ -162,16 +167,12 @@ def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, np.ndarr
     originals, _ = test.read(range(_IN_ROW * _ROWS))
     made = pipe.reconstruct(_floats(originals), output="tensor")
     assert isinstance(made, Tensor)
-    pairs = torch.stack([originals.view(_ROWS, _IN_ROW, *originals.shape[1:]),
-                         made.view(_ROWS, _IN_ROW, *made.shape[1:])], dim=1)  # fmt: skip
+    pairs = torch.stack([t.view(_ROWS, _IN_ROW, *t.shape[1:]) for t in (originals, made)], dim=1)
     assert pipe.generator is not None
     classes = torch.arange(pipe.generator.config.condition_num_classes)
     samples = pipe(classes.repeat_interleave(_IN_ROW), seed=seed, output="tensor")
     assert isinstance(samples, Tensor)
-    return {
-        "reconstructions": _sheet(pairs.flatten(0, 2)),
-        "samples": _sheet(samples),
-    }
+    return {"reconstructions": _sheet(pairs.flatten(0, 2)), "samples": _sheet(samples)}
 
 
 def _sheet(pictures: Tensor) -> np.ndarray:
@@ -185,7 +186,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.weights or preset(MODEL).folder
     parts = {part: str(folder / part) for part in ("tokenizer", "generator")}
     pipe = TiTokPipeline.from_pretrained(MODEL, **parts)
-    train, test = (open_pictures(f"fashion-mnist:{s}{args.data}") for s in ("train", "eval"))
+    where = f":{args.data}" if args.data else ""
+    train, test = (open_pictures(f"fashion-mnist:{s}{where}") for s in ("train", "eval"))
+    options = {"count": args.count, "seed": args.seed, "batch_size": args.batch_size}
     record = {
         "benchmark": "fashion",
         "environment": environment("cpu"),
@@ -200,13 +203,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "sampling": asdict(pipe.sampling),
             "rounding": "reconstructions rounded to bytes, samples truncated",
         },
-        "figures": quality(
-            pipe, network, train, test, count=args.count, seed=args.seed,
-            batch_size=args.batch_size,
-        ),
-    }  # fmt: skip
-    stem = result_path(args.json or ".", record).stem if args.plots else ""
+        "figures": quality(pipe, network, train, test, **options),
+    }
     if args.plots:
+        stem = result_path(args.json or ".", record).stem
         record["sheets"] = {}
         for name, sheet in sheets(pipe, test, args.seed).items():
             path = args.plots / f"{stem}-{name}.png"
@@ -216,34 +216,75 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def times(runs: Path) -> list[dict[str, Any]]:
+    """The training runs in a folder, in the order they began.
+
+    Args:
+        runs: folder with a folder for each run.
+
+    Returns:
+        `run`, `updates`, `minutes` and `started`, in seconds since 1970.
+
+    Raises:
+        ValueError: there is no run, or a log holds fewer than two updates.
+    """
+    found = []
+    for path in runs.glob(f"*/{LOG_NAME}"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = lines[-1]["step"] - lines[0]["step"] if lines else 0
+        if steps < 1:
+            raise ValueError(f"{path} holds no two updates: this run has not begun")
+        first, last = lines[0], lines[-1]
+        each = (last["time"] - first["time"]) / steps
+        run = {"run": path.parent.name, "updates": last["step"]}
+        run |= {
+            "minutes": each * last["step"] / 60,
+            "started": first["time"] - each * first["step"],
+        }
+        found.append(run)
+    if not found:
+        raise ValueError(f"{runs} wants folders with a {LOG_NAME} in each; there is none")
+    return sorted(found, key=lambda run: run["started"])
+
+
+def run_times(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the logs, and write what was asked for."""
+    record = {
+        "benchmark": "recipe-times",
+        "environment": environment("cpu"),
+        "protocol": {"timing": "first line of each run's log to the last, pauses included"},
+        "cases": times(args.times),
+    }
+    save(args.json, record)
+    return record
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = plain_parser(__doc__)
     add = p.add_argument
-    add("--weights", type=Path, metavar="DIR",
-        help="folder with `tokenizer` and `generator`; default: those in the package")  # fmt: skip
-    add("--classifier", type=Path, default=CLASSIFIER, metavar="DIR",
-        help="trained by recipes/fashion/classifier.yaml; default: bench/fashion-16/classifier"
-        )  # fmt: skip
-    add("--data", type=lambda folder: f":{folder}", default="", metavar="DIR",
-        help="the four files of Fashion-MNIST; default: of Debian's package")  # fmt: skip
+    weights = "folder with `tokenizer` and `generator`; default: those in the package"
+    add("--weights", type=Path, metavar="DIR", help=weights)
+    trained = "trained by the recipe fashion/classifier; default: bench/fashion-16/classifier"
+    add("--classifier", type=Path, default=CLASSIFIER, metavar="DIR", help=trained)
+    data = "the four files of Fashion-MNIST; default: of Debian's package"
+    add("--data", metavar="DIR", help=data)
     add("--count", type=int, default=10_000, metavar="N", help="samples; default: 10000")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=100, metavar="N", help="default: 100")
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    add_json(p)
     add("--plots", type=Path, metavar="DIR", help="write the two sheets of pictures there")
+    add("--times", type=Path, metavar="RUNS", help="read minutes of training there instead")
     args = p.parse_args(argv)
     if args.count < 10 or args.batch_size < 1:
         p.error("--count wants at least 10, --batch-size at least 1")
     if args.plots is not None and not args.plots.is_dir():
         p.error(f"--plots: no folder {args.plots}")
     try:
-        record = run(args)
+        record = run(args) if args.times is None else run_times(args)
     except (OSError, ValueError) as error:
         p.error(str(error))
-    print(fashion_table(record))
+    print(figures_table(record) if args.times is None else recipe_times_table(record))
     return 0
 
 

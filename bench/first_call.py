@@ -1,23 +1,22 @@
-"""How long a fresh process waits for its first pictures, with and without code kept on disk.
+"""Measure how long a fresh process waits for its first images, with empty and with filled caches.
 
     python bench/first_call.py [--model titok-l-32] [--batch-size 8] [--modes eager fast int8]
                                [--json FILE]
 
 For each mode one process starts with an empty cache folder, and a second one with what the first
-has left there. Random weights; a published preset, or --tiny. Seconds of each:
+left there. Weights are random. Seconds of each:
 
     import_s      torch and titok_fast
     load_s        making the weights: not what loading a file takes
     compile_s     TiTokPipeline.compile: packing
-    first_call_s  labels to pictures on the host, compiling on the way
+    first_call_s  labels to images on the host, compiling on the way
     next_call_s   the same again
     extra_s       first_call_s - next_call_s: compiling, or loading what was compiled
     start_s       compile_s + extra_s: what the mode costs a process before it is fast
     process_s     from the start of the process to its end, as its parent sees it
 
-JSON: `environment`, `protocol`, and `cases`, one for each mode: model, batch, dtype, mode,
-techniques, `cold` and `warm` with the seconds above, and `warm_over_cold`, the ratios of extra_s
-and start_s.
+The record has a case for each mode: `cold` and `warm` with the seconds above, and `warm_over_cold`,
+the ratios of extra_s and start_s.
 """
 
 import argparse
@@ -35,8 +34,8 @@ _STARTED = time.perf_counter()  # before torch is imported
 
 import torch  # noqa: E402
 from lib.harness import environment, timed  # noqa: E402
-from lib.options import check_counts, save, techniques  # noqa: E402
-from lib.report_tables import first_call_table  # noqa: E402
+from lib.options import add_json, add_threads, check_counts, plain_parser, save, techniques  # noqa: E402
+from lib.tables import first_call_table  # noqa: E402
 
 from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig  # noqa: E402
 from titok_fast.presets import Preset  # noqa: E402
@@ -110,19 +109,17 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = plain_parser(__doc__)
     add = p.add_argument
     add("--model", choices=tuple(PRESETS), metavar="NAME", default="titok-l-32")
-    add("--tiny", action="store_true", help="a network of a moment in place of --model")
+    add("--tiny", action="store_true", help="a network that runs in a moment, in place of --model")
     add("--batch-size", type=int, default=8, metavar="B", help="default: 8")
     add("--steps", type=int, metavar="T", help="default: those of the preset")
     add("--modes", nargs="+", choices=MODES["cpu"], help="default: all that the device has")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", choices=tuple(MODES), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    add_threads(p)
+    add_json(p)
     add("--child", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     args.modes = args.modes or list(MODES[args.device])

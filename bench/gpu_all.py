@@ -1,13 +1,12 @@
-"""Everything that wants a GPU, in one command: tests, kernels, drawing, training, report.
+"""Run everything that wants a GPU: tests, kernels, sampling, training, report.
 
     python bench/gpu_all.py --upstream PATH    all of it
     python bench/gpu_all.py --quick            one model and few shapes
 
-Tests run first and a red test ends the run, since a speed says nothing beside one; `--only` takes
-up single steps. What is left in bench/results/, and the tables of README.md, are to be committed.
+Tests run first, and a failed test ends the run, since the speed of wrong results means nothing.
+`--only` runs single steps. Commit what it leaves in bench/results/ and in the tables of docs/.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from lib.harness import environment
-from lib.options import add_upstream, find_upstream, save
+from lib.options import add_upstream, find_upstream, plain_parser, save
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "kernels", "sampling", "reconstruction", "training", "report")
@@ -40,7 +39,7 @@ def command(step: str, quick: bool, results: Path, upstream: Path | None) -> lis
     line += ["--json", str(results)]
     if quick:
         line += _QUICK[step]
-    if upstream is not None and step != "kernels":  # these have its lines without it
+    if upstream is not None and step != "kernels":  # kernels.py has upstream's lines itself
         line += ["--upstream", str(upstream)]
     return line
 
@@ -79,15 +78,12 @@ def outcome(junit: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0 if all of them succeeded, 2 without a GPU."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="few shapes")
     add_upstream(parser)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER"
-    )
+    results = ROOT / "bench" / "results"
+    parser.add_argument("--results", type=Path, default=results, metavar="FOLDER")
     args = parser.parse_args(argv)
     find_upstream(parser, args)
 
@@ -107,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed.append(step)
         if failed == ["tests"]:
             break
-    print(f"failed: {', '.join(failed)}" if failed else "to commit: bench/results and README.md")
+    print(f"failed: {', '.join(failed)}" if failed else "to commit: bench/results and docs/results")
     return int(bool(failed))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lib.cases import arithmetic, say
+from lib.candidates import arithmetic, say
 from lib.harness import NOT_MEASURED, summary, table, time_interleaved
 from lib.options import add_single, check, chosen_mode, in_mode, save, start_record
 from lib.peers.systems import PAPER_A100, SYSTEMS, System

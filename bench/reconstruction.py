@@ -1,10 +1,10 @@
-"""Images per second through the tokenizer: encode (to tokens) and decode (to uint8).
+"""Measure images per second through the tokenizer: encode (to tokens) and decode (to uint8).
 
     python bench/reconstruction.py
     python bench/reconstruction.py --models titok-l-32 --upstream PATH --json bench/results
 
 Inputs are photographs from scikit-image where it is installed, else noise. Both directions start
-and end on the host. Candidates take turns; the eager float32 model is what agreement refers to.
+and end on the host. Candidates take turns; each is compared with the eager float32 model.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.cases import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
+from lib.candidates import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
 from lib.options import in_mode, load, parse, parser, save, start_record
-from lib.report_tables import reconstruction_table
+from lib.tables import reconstruction_table
 from torch import Tensor
 
 from titok_fast import TiTokPipeline
@@ -27,10 +27,8 @@ from titok_fast.costs import decoding_costs, tokenizer_costs
 from titok_fast.io.images import to_tensor, to_uint8
 
 MODELS = ("titok-l-32", "titok-b-64", "titok-s-128")
-PHOTOGRAPHS = (
-    "astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg",
-    "hubble_deep_field.jpg",
-)  # fmt: skip
+PHOTOGRAPHS = "astronaut.png chelsea.png coffee.png motorcycle_left.png rocket.jpg"
+PHOTOGRAPHS += " hubble_deep_field.jpg"
 
 
 def inputs(batch: int, size: int) -> tuple[Tensor, str]:
@@ -40,7 +38,7 @@ def inputs(batch: int, size: int) -> tuple[Tensor, str]:
         noise = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
         return noise, "uniform noise (scikit-image is not installed)"
     folder = Path(spec.origin).parent / "data"
-    files = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()]
+    files = [folder / name for name in PHOTOGRAPHS.split() if (folder / name).is_file()]
     images = to_tensor(files[:batch], size)
     return images[torch.arange(batch) % len(images)], "photographs of scikit-image"
 
@@ -108,18 +106,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             images, record["protocol"]["inputs"] = inputs(batch, cfg.crop_size)
             for direction in ("encode", "decode"):
                 made = candidates(direction, pipe, by_dtype, rival, args.modes, images)
-                costs = {k: c for k, c in tokenizer_costs(cfg).items()
-                         if (k in decoding) == (direction == "decode")}  # fmt: skip
-                case = {
-                    "model": name,
-                    "batch": batch,
-                    "direction": direction,
-                    "gflop_per_image": {stage: cost.flops / 1e9 for stage, cost in costs.items()},
+                gflop = {
+                    stage: cost.flops / 1e9
+                    for stage, cost in tokenizer_costs(cfg).items()
+                    if (stage in decoding) == (direction == "decode")
                 }
+                case = {"model": name, "batch": batch, "direction": direction}
+                case |= {"gflop_per_image": gflop}
+                where = f"{name} {direction} batch {batch}: "
                 rows = measure(
-                    made, images=batch, device=args.device, repeats=args.repeats,
-                    prefix=f"{name} {direction} batch {batch}: ",
-                )  # fmt: skip
+                    made, images=batch, device=args.device, repeats=args.repeats, prefix=where
+                )
                 record["cases"] += [case | row for row in rows]
                 save(args.json, record)
                 torch.compiler.reset()
@@ -128,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a candidate failed."""
-    args = parse(parser(__doc__ or "", MODELS), argv)
+    args = parse(parser(__doc__, MODELS), argv)
     record = run(args)
     print(reconstruction_table(record, details=True))
     return int(any("error" in case for case in record["cases"]))

@@ -1,26 +1,34 @@
-"""Result files to tables: bench/results/*.json -> README.md, between the markers.
+"""Write the tables of result files into the documents, between their markers.
 
-    python bench/report.py           rewrite the tables
-    python bench/report.py --check   exit status 1 when README.md says something else than the files
+    python bench/report.py           rewrite README.md, docs/ and the card of the model
+    python bench/report.py --check   exit status 1 when a document differs from the results
 
-Per device the newest commit measured counts, with all its files: numbers of two commits never meet
-in one table. Of waterfalls, scaling, cost models and peers it is the newest file of each device,
-model and batch. What was not measured says so. The paper's numbers are labelled as the paper's.
-Long tables are folded, behind a summary where there is one.
+Each section stands once, between <!-- results:NAME --> and <!-- /results:NAME -->. Per device the
+newest commit measured counts, with all its files: numbers of two commits never meet in one table.
+Benchmarks that write one whole file per run show the newest file of each device, model and batch.
 """
 
 import argparse
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.cost_model import comparison_table
 from lib.harness import NOT_YET, RATES, table
 from lib.peers.systems import PAPER_A100
-from lib.report_summaries import SUMMARIES, fold_tables
-from lib.report_tables import (
+from lib.quality_tables import figures_table, newest_quality, trends_table
+from lib.summaries import (
+    SUMMARIES,
+    device_of,
+    fast_modes,
+    fold_tables,
+    headline,
+    training_minutes,
+)
+from lib.tables import (
     IN_PACKAGE,
     PAPER,
     Files,
@@ -29,24 +37,25 @@ from lib.report_tables import (
     group_of,
     kernels_table,
     read,
+    recipe_times_table,
     reconstruction_table,
     sampling_table,
+    scaling_table,
+    waterfall_table,
 )
-from lib.report_trends import trends_table
 from peers import peers_table
-from recipe_times import recipe_times_table
-from report_fashion import fashion_table
-from scaling import scaling_table
 from training import training_table
-from waterfall import waterfall_table
 
 from titok_fast import PRESETS
 from titok_fast.io.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
+CARD = Path("titok_fast") / "weights" / "README.md"
+CARD_MODEL = "fashion-16"
+_SECTION = re.compile(r"(<!-- results:([\w-]+) -->).*?(<!-- /results:\2 -->)", re.DOTALL)
 
 
-def merged(files: Files, benchmark: str) -> list[Record]:
+def by_device(files: Files, benchmark: str) -> list[Record]:
     """One record per device: the files of its newest commit, the newest of equal cases."""
     records = [record for _, record in files if record["benchmark"] == benchmark]
     records.sort(key=lambda r: r["environment"]["date_utc"], reverse=True)
@@ -65,7 +74,7 @@ def merged(files: Files, benchmark: str) -> list[Record]:
     return [devices[name] for name in sorted(devices)]
 
 
-def whole(files: Files, benchmark: str) -> Files:
+def by_run(files: Files, benchmark: str) -> Files:
     """The newest file of each device, model and batch, for benchmarks whose files stand alone."""
     mine = [(path, record) for path, record in files if record["benchmark"] == benchmark]
     newest: dict[tuple[Any, ...], tuple[Path, Record]] = {}
@@ -81,60 +90,88 @@ def cost_model_table(record: Record) -> str:
     return comparison_table([line for line in lines if line["stage"] == "total"])
 
 
-# benchmark: the table of its section, which stands between markers of that name in the README.
-# Of these a section has one table per device
-_MERGED: dict[str, Callable[[Record], str]] = {
+# section: its table, one per device
+_PER_DEVICE: dict[str, Callable[[Record], str]] = {
     "sampling": sampling_table,
     "reconstruction": reconstruction_table,
     "kernels": kernels_table,
     "training": training_table,
 }
-# of these one per file
-_WHOLE: dict[str, Callable[[Record], str]] = {
+# section: its table, one per run
+_PER_RUN: dict[str, Callable[[Record], str]] = {
     "waterfall": waterfall_table,
     "scaling": scaling_table,
     "cost-model": cost_model_table,
     "peers": peers_table,
     "first_call": first_call_table,
-    "fashion": fashion_table,
+    "fashion": figures_table,
     "recipe-times": recipe_times_table,
     "paper-trends": trends_table,
 }
 
 
-def section(files: Files, benchmark: str) -> str:
-    """What stands between a pair of markers."""
-    if benchmark in _WHOLE:
-        return _section_of_files(files, benchmark)
-    records = merged(files, benchmark)
-    make = _MERGED[benchmark]
-    parts = [_with_summary(benchmark, record, make(record)) for record in records]
-    if benchmark == "sampling":
-        parts.append(_beside_the_paper(records))
-    return "\n\n".join(parts) or NOT_YET
+def _training_minutes(files: Files) -> str:
+    runs = [record for _, record in by_run(files, "recipe-times")]
+    return training_minutes(max(runs, key=lambda r: r["environment"]["date_utc"], default=None))
 
 
-def _with_summary(benchmark: str, record: Record, lines: str) -> str:
-    summary = SUMMARIES[benchmark](record) if benchmark in SUMMARIES else ""
-    return "\n\n".join(part for part in (_caption(record), summary, fold_tables(lines)) if part)
+def _card(files: Files) -> str:
+    """For the card of the model, which is installed without bench/: no pictures."""
+    record = newest_quality(CARD_MODEL, files)
+    if record is None:
+        return NOT_YET
+    e = record["environment"]
+    measured = f"Measured at commit {(e['commit'] or 'unknown')[:10]}, {e['date_utc'][:10]}."
+    return f"{measured}\n\n{figures_table(record)}"
 
 
-def _section_of_files(files: Files, benchmark: str) -> str:
+# section: its text, whatever the device
+_SHORT: dict[str, Callable[[Files], str]] = {
+    "headline": lambda files: headline(by_device(files, "sampling")),
+    "fast-modes": lambda files: fast_modes(by_device(files, "sampling")),
+    "training-minutes": _training_minutes,
+    "fashion-card": _card,
+}
+SECTIONS = (*_PER_DEVICE, *_PER_RUN, *_SHORT)
+
+
+def section(files: Files, name: str, folder: str = "bench/results") -> str:
+    """What stands between a pair of markers.
+
+    Args:
+        files: of the results.
+        name: one of SECTIONS.
+        folder: where the pictures lie, as seen from the document.
+    """
+    if name in _SHORT:
+        return _SHORT[name](files)
     parts = []
-    for path, record in whole(files, benchmark):
-        parts.append(_with_summary(benchmark, record, _WHOLE[benchmark](record)))
-        if "model" in record:
-            parts[-1] = f"{record['model']}, batch {record['batch']}. {parts[-1]}"
-        if path.with_suffix(".svg").exists():
-            parts.append(f"![{benchmark}](bench/results/{path.stem}.svg)")
+    if name in _PER_DEVICE:
+        records = by_device(files, name)
+        parts = [_with_summary(name, record, _PER_DEVICE[name](record)) for record in records]
+        if name == "sampling":
+            parts.append(_beside_the_paper(records))
+    else:
+        for path, record in by_run(files, name):
+            parts.append(_with_summary(name, record, _PER_RUN[name](record)))
+            if "model" in record:
+                parts[-1] = f"{record['model']}, batch {record['batch']}. {parts[-1]}"
+            pictures = dict(record.get("sheets", {}))
+            if path.with_suffix(".svg").exists():
+                pictures[name] = f"{path.stem}.svg"
+            parts += [f"![{title}]({folder}/{file})" for title, file in pictures.items()]
     return "\n\n".join(parts) or NOT_YET
+
+
+def _with_summary(name: str, record: Record, lines: str) -> str:
+    summary = SUMMARIES[name](record) if name in SUMMARIES else ""
+    return "\n\n".join(part for part in (_caption(record), summary, fold_tables(lines)) if part)
 
 
 def _caption(record: Record) -> str:
     e, protocol = record["environment"], record["protocol"]
     commit = (e["commit"] or "unknown")[:10] + (" with local changes" if e["dirty"] else "")
-    threads = "" if "driver" in e else f", {e['threads']} threads"
-    run = f"{e['device']}{threads}: torch {e['torch']}, commit {commit}, {e['date_utc'][:10]}"
+    run = f"{device_of(record)}: torch {e['torch']}, commit {commit}, {e['date_utc'][:10]}"
     if "weights" not in protocol:
         return f"{run}."
     inputs = f"; input: {protocol['inputs']}" if "inputs" in protocol else ""
@@ -170,20 +207,39 @@ def _beside_the_paper(records: Sequence[Record]) -> str:
     )
 
 
-def fill(readme: str, files: Files) -> str:
-    """The README with its tables rewritten.
+def documents(root: Path) -> list[Path]:
+    """README.md, everything in docs/ and the card of the model, as far as they exist."""
+    found = [root / "README.md", *sorted((root / "docs").rglob("*.md")), root / CARD]
+    return [path for path in found if path.is_file()]
+
+
+def fill(texts: Mapping[Path, str], files: Files, results: Path) -> dict[Path, str]:
+    """The documents with their sections rewritten.
+
+    Args:
+        texts: each document's text, by its path.
+        files: of the results.
+        results: the folder of the files and their pictures.
 
     Raises:
-        ValueError: a pair of markers is missing.
+        ValueError: a section is missing, stands twice, or is unknown.
     """
-    for benchmark in (*_MERGED, *_WHOLE):
-        begin, end = f"<!-- results:{benchmark} -->", f"<!-- /results:{benchmark} -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if not pattern.search(readme):
-            raise ValueError(f"README wants the markers {begin} and {end}")
-        text = f"{begin}\n\n{section(files, benchmark)}\n\n{end}"
-        readme = pattern.sub(lambda _, text=text: text, readme)  # type: ignore[misc]
-    return readme
+    names = [found[2] for text in texts.values() for found in _SECTION.finditer(text)]
+    for name in dict.fromkeys((*SECTIONS, *names)):
+        if name not in SECTIONS:
+            raise ValueError(f"no results are called {name!r}; known: {', '.join(SECTIONS)}")
+        if names.count(name) != 1:
+            markers = f"<!-- results:{name} --> and <!-- /results:{name} -->"
+            raise ValueError(f"one document wants {markers} once; found {names.count(name)} times")
+    filled = {}
+    for path, text in texts.items():
+        folder = Path(os.path.relpath(results, path.parent)).as_posix()
+
+        def written(found: re.Match[str], folder: str = folder) -> str:
+            return f"{found[1]}\n\n{section(files, found[2], folder)}\n\n{found[3]}"
+
+        filled[path] = _SECTION.sub(written, text)
+    return filled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,20 +248,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--check", action="store_true", help="compare, write nothing")
-    p.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
-    p.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    p.add_argument("--results", type=Path, metavar="FOLDER", help="default: ROOT/bench/results")
+    p.add_argument("--root", type=Path, default=ROOT, metavar="FOLDER", help="of the documents")
     args = p.parse_args(argv)
-    before = args.readme.read_text()
+    results = args.results or args.root / "bench" / "results"
+    before = {path: path.read_text() for path in documents(args.root)}
     try:
-        after = fill(before, read(args.results))
+        after = fill(before, read(results), results)
     except ValueError as error:
         p.error(str(error))
-    if args.check and after != before:
-        print(f"{args.readme.name} differs from the results: run python bench/report.py")
-        return 1
-    if not args.check and after != before:
-        write_atomic(args.readme, after.encode())
-    return 0
+    changed = [path for path in before if after[path] != before[path]]
+    for path in changed:
+        if args.check:
+            print(f"{path.relative_to(args.root)} differs from the results: run bench/report.py")
+        else:
+            write_atomic(path, after[path].encode())
+    return int(args.check and bool(changed))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Pictures per second from class labels to uint8 on the host, de-tokenisation included.
+"""Measure samples per second from class labels to uint8 on the host, de-tokenisation included.
 
     python bench/sampling.py
     python bench/sampling.py --models titok-l-32 --batch 8 --upstream PATH --json bench/results
 
-Ours (as it is, in its fast mode, in int8) beside the plain float32 reference sampler and,
-with --upstream, beside a checkout of bytedance/1d-tokenizer on the same weights, taking turns. The
-share of each stage, first-call time, memory, FLOPs and agreement with float32 stand in the same
-row. Weights are random unless --weights says otherwise; the speed does not depend on them. The
-model in the package has its own, and the quality that fashion.py measured; upstream's classes
-cannot be built at its sizes.
+Ours (eager, fast, int8) takes turns with the plain float32 reference sampler and, with --upstream,
+with a checkout of bytedance/1d-tokenizer on the same weights. Each row holds the time of each stage
+and of the first call, memory, FLOPs and agreement with float32. Weights are random unless --weights
+says otherwise; the speed does not depend on them. The model in the package runs on its own weights,
+with the quality that fashion.py measured beside its speed; upstream's classes have no such size.
 """
 
 import argparse
@@ -20,14 +19,13 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.cases import Candidate, arithmetic, in_dtypes, measure, say, shared, weight_bytes
-from lib.harness import NOT_MEASURED
+from lib.candidates import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
+from lib.harness import NOT_MEASURED, say
 from lib.options import in_mode, load, parse, parser, save, start_record
 from lib.peers.systems import PAPER_A100
-from lib.report_tables import IN_PACKAGE
+from lib.quality_tables import newest_quality
 from lib.stages import watch
-from report import sampling_table
-from report_fashion import quality
+from lib.tables import IN_PACKAGE, sampling_table
 from torch import Tensor
 
 from titok_fast import PRESETS, SamplingConfig, TiTokPipeline
@@ -94,6 +92,21 @@ def candidates(
     return made
 
 
+def quality(model: str) -> dict[str, Any] | None:
+    """What stands beside a model's speed: label agreement (0..1), FID, and FID of real images.
+
+    None where fashion.py has not measured it.
+    """
+    record = newest_quality(model)
+    if record is None:
+        return None
+    figures = {k: record["figures"][k] for k in ("label_agreement", "fid_samples", "fid_real")}
+    return figures | {
+        "features": record["protocol"]["features"],
+        "commit": record["environment"]["commit"],
+    }
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the whole matrix; the JSON, where asked for, is rewritten after every group."""
     record = start_record("sampling", args)
@@ -115,10 +128,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for batch in args.batch:
             labels = (37 * torch.arange(batch, device=args.device)) % classes
             made = candidates(pipe, by_dtype, rival, args.modes, labels, config)
+            where = f"{name} batch {batch}: "
             rows = measure(
-                made, images=batch, device=args.device, repeats=args.repeats,
-                prefix=f"{name} batch {batch}: ",
-            )  # fmt: skip
+                made, images=batch, device=args.device, repeats=args.repeats, prefix=where
+            )
             case = {
                 "model": name,
                 "batch": batch,
@@ -136,20 +149,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def quality_lines(record: Mapping[str, Any]) -> list[str]:
-    """Of each model that has weights in the package: label agreement, and FID beside its floor."""
-    found = {case["model"]: case["quality"] for case in record["cases"]
-             if PRESETS[case["model"]].folder is not None}  # fmt: skip
-    return [
-        f"{model}: {NOT_MEASURED}" if q is None
-        else f"{model}: label agreement {q['label_agreement']:.1%}, FID {q['fid_samples']:.3g} "
-        f"beside {q['fid_real']:.3g} of real test pictures ({q['features']})"
-        for model, q in found.items()
-    ]  # fmt: skip
+    """For each model with weights in the package: label agreement, and FID beside its floor."""
+    lines = []
+    cases = {case["model"]: case for case in record["cases"]}
+    for model in (name for name in cases if PRESETS[name].folder is not None):
+        q, said = cases[model]["quality"], NOT_MEASURED
+        if q is not None:
+            said = f"label agreement {q['label_agreement']:.1%}, FID {q['fid_samples']:.3g} beside "
+            said += f"{q['fid_real']:.3g} of real test pictures ({q['features']})"
+        lines.append(f"{model}: {said}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a candidate failed."""
-    p = parser(__doc__ or "", MODELS)
+    p = parser(__doc__, MODELS)
     if not torch.cuda.is_available():
         p.set_defaults(models=[MODELS[0], MODELS[-1]])  # one large, and one that takes seconds
     p.add_argument("--steps", type=int, metavar="T", help="default: the model's published setting")

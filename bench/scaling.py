@@ -1,28 +1,41 @@
-"""Samples/s and peak memory against batch, tokens, resolution, steps, threads and ranks.
+"""Measure samples/s and peak memory against batch, tokens, resolution, steps, threads and ranks.
 
     python bench/scaling.py
     python bench/scaling.py --axes batch,steps --json bench/results --plots bench/results
+    python bench/scaling.py --cost-model                  measure its own workloads, fit and check
+    python bench/scaling.py --cost-model FILE_scaling.json
+    python bench/scaling.py --floors
 
-All points of an axis take turns. What the default leaves out for its time stands in the record as
-not measured. The time of each stage is set beside the cost model's (cost_model.py), fitted on a few
-of the same points. Ranks are processes that draw independently, as in `titok_fast.cli.sample`:
-on a CPU they share its threads, on CUDA each has a device.
+The workloads of an axis take turns. Those that the default leaves out for their time stand in the
+record as not measured. The time of each stage is compared with that of lib/cost_model.py, fitted on
+a few of the same workloads. Ranks are processes that draw independently, as in
+`titok-fast sample`: on a CPU they share its threads, on CUDA each has a device. --floors measures
+nothing: it prints the least time that the data sheets of A100 and H100 allow.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lib import cost_model
-from lib.cases import say
-from lib.harness import NOT_MEASURED, gib, spread, summary, table, timed
-from lib.options import add_single, check, chosen_mode, in_mode, result_path, save, start_record
-from lib.points import Point, Prepared, measure
-from lib.weights import draw_only
+from lib.harness import NOT_MEASURED, say, summary, timed
+from lib.options import (
+    add_single,
+    check,
+    chosen_mode,
+    in_mode,
+    plain_parser,
+    result_path,
+    save,
+    start_record,
+)
+from lib.tables import scaling_table
+from lib.workloads import Workload, draw, measure, pipeline, settings
 
 AXES = ("batch", "tokens", "resolution", "steps", "threads", "ranks")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -32,11 +45,11 @@ STEPS = (1, 2, 4, 8, 16, 32, 64)
 PAIRS = (("titok-l-32", "titok-l-64-512"), ("titok-b-64", "titok-b-128-512"))
 # the paper's figure 4(d): samples/s of one A100, TiTok-B and MaskGIT-ViT, de-tokenisation included
 PAPER_TOKENS = {32: 123.1, 64: 89.8, 128: 54.1, 256: 27.5}
-FIT = (Point(), Point(batch=4), Point("titok-b-64", tokens=256), Point(steps=2))
+FIT = (Workload(), Workload(batch=4), Workload("titok-b-64", tokens=256), Workload(steps=2))
 
 
-def axis_points(axis: str, cores: int, devices: int | None) -> list[Point]:
-    """All points of an axis.
+def axis_workloads(axis: str, cores: int, devices: int | None) -> list[Workload]:
+    """All workloads of an axis.
 
     Args:
         axis: one of AXES.
@@ -44,22 +57,22 @@ def axis_points(axis: str, cores: int, devices: int | None) -> list[Point]:
         devices: CUDA devices; None on a CPU.
 
     Returns:
-        Points at batch 1, L-32 and 8 steps where the axis is not about that.
+        Workloads of L-32, batch 1 and 8 steps where the axis does not vary that.
     """
     if axis == "batch":
-        return [Point(batch=B) for B in BATCHES]
+        return [Workload(batch=B) for B in BATCHES]
     if axis == "tokens":
-        return [Point("titok-b-64", tokens=K) for K in TOKENS]
+        return [Workload("titok-b-64", tokens=K) for K in TOKENS]
     if axis == "resolution":
-        return [Point(name) for pair in PAIRS for name in pair]
+        return [Workload(name) for pair in PAIRS for name in pair]
     if axis == "steps":
-        return [Point(steps=T) for T in STEPS]
+        return [Workload(steps=T) for T in STEPS]
     if axis == "threads":
-        return [Point(threads=n) for n in _doubling(cores)] if devices is None else []
+        return [Workload(threads=n) for n in _doubling(cores)] if devices is None else []
     if axis == "ranks":
         if devices is not None:
-            return [Point(ranks=R) for R in _doubling(devices)]
-        return [Point(ranks=R, threads=max(1, cores // R)) for R in (1, 2)]
+            return [Workload(ranks=R) for R in _doubling(devices)]
+        return [Workload(ranks=R, threads=max(1, cores // R)) for R in (1, 2)]
     raise ValueError(f"axis wants one of {', '.join(AXES)}; got {axis!r}")
 
 
@@ -68,41 +81,44 @@ def _doubling(top: int) -> list[int]:
     return sorted({1 << i for i in range(top.bit_length())} | {top})
 
 
-def left_out(point: Point, max_batch: int, cores: int) -> str | None:
-    """Why a point is not measured; None where it is."""
-    if point.batch > max_batch:
+def left_out(workload: Workload, max_batch: int, cores: int) -> str | None:
+    """Why a workload is not measured; None where it is."""
+    if workload.batch > max_batch:
         return f"over --max-batch {max_batch}"
-    if point.threads is not None and point.threads * point.ranks > cores:
-        return f"{point.ranks} ranks want more than {cores} CPU threads"
+    if workload.threads is not None and workload.threads * workload.ranks > cores:
+        return f"{workload.ranks} ranks want more than {cores} CPU threads"
     return None
 
 
 def measure_ranks(
-    point: Point, *, device: torch.device, dtype: str, repeats: int, mode: str = "eager"
+    workload: Workload, *, device: torch.device, dtype: str, repeats: int, mode: str = "eager"
 ) -> dict[str, Any]:
-    """A row of a point with `ranks` processes that begin each round together.
+    """A row of a workload whose `ranks` processes begin each round together.
 
     Its "seconds" are those of the slowest rank in each round; memory is not measured.
     """
     context = torch.multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(point.ranks), context.SimpleQueue()
-    row: dict[str, Any] = point.row() | {"dtype": dtype, "mode": mode}
-    work = (point, device.type, dtype, mode, repeats, barrier, results)
+    barrier, results = context.Barrier(workload.ranks), context.SimpleQueue()
+    row: dict[str, Any] = workload.row() | {"dtype": dtype, "mode": mode}
+    job = (workload, device.type, dtype, mode, repeats, barrier, results)
+    failures = (
+        torch.multiprocessing.ProcessRaisedException,
+        torch.multiprocessing.ProcessExitedException,
+    )
     try:
-        torch.multiprocessing.spawn(_rank, work, nprocs=point.ranks)
-    except (torch.multiprocessing.ProcessRaisedException,
-            torch.multiprocessing.ProcessExitedException) as error:  # fmt: skip
-        say(f"{point} failed: {error}")
+        torch.multiprocessing.spawn(_rank, job, nprocs=workload.ranks)
+    except failures as error:
+        say(f"{workload} failed: {error}")
         return row | {"error": type(error).__name__}
-    per_rank = [results.get() for _ in range(point.ranks)]
+    per_rank = [results.get() for _ in range(workload.ranks)]
     seconds = [max(round_) for round_ in zip(*per_rank, strict=True)]
-    rates = [point.ranks * point.batch / s for s in seconds]
+    rates = [workload.ranks * workload.batch / s for s in seconds]
     return row | {"seconds": seconds, "images_per_s": summary(rates), "peak_bytes": None}
 
 
 def _rank(
     index: int,
-    point: Point,
+    workload: Workload,
     kind: str,
     dtype: str,
     mode: str,
@@ -111,15 +127,14 @@ def _rank(
     results: Any,
 ) -> None:
     device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
-    torch.set_num_threads(point.threads or torch.get_num_threads())
-    weights = torch.bfloat16 if dtype == "bf16" else torch.float32
-    pipe = in_mode(draw_only(point.system, device, weights), mode)
-    alone = Prepared(replace(point, threads=None), pipe, dtype)
-    alone.draw()
+    pipe = in_mode(pipeline(workload, device, dtype), mode)
+    work = partial(draw, workload, pipe)
     seconds = []
-    for _ in range(repeats):
-        barrier.wait(timeout=600)  # a rank that died before it would be waited for for ever
-        seconds.append(timed(alone.draw, device))
+    with settings(workload, dtype):
+        work()
+        for _ in range(repeats):
+            barrier.wait(timeout=600)  # a rank that died would be waited for for ever
+            seconds.append(timed(work, device))
     results.put(seconds)
 
 
@@ -127,43 +142,24 @@ def measure_axis(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of an axis, those left out included."""
     cores = torch.get_num_threads()
     devices = torch.cuda.device_count() if args.device.type == "cuda" else None
-    points = axis_points(axis, cores, devices)
-    reasons = {p: left_out(p, args.max_batch, cores) for p in points}
-    chosen = [p for p in points if reasons[p] is None]
-    common: dict[str, Any] = {
-        "device": args.device, "dtype": args.dtype, "repeats": args.repeats, "mode": args.mode
-    }  # fmt: skip
-    if axis == "ranks":
-        rows = [measure_ranks(p, **common) for p in chosen]
-    else:
-        rows = measure(chosen, **common) if chosen else []
-    measured = dict(zip(chosen, rows, strict=True))
-    same = {"dtype": args.dtype, "mode": args.mode}
-    return [
-        {"axis": axis}
-        | measured.get(p, p.row() | {**same, "not_measured": reasons[p]})
-        | {"paper_a100_images_per_s": PAPER_TOKENS.get(p.tokens or 0)}
-        for p in points
-    ]
-
-
-def scaling_table(record: Mapping[str, Any]) -> str:
-    """Markdown, a line per point."""
     rows = []
-    for case in record["cases"]:
-        speed, missing = case.get("images_per_s"), case.get("not_measured") or case.get("error")
-        rows.append(
-            {name: case[name] for name in ("axis", "model", "batch", "tokens", "side", "steps")}
-            | {"threads": case["threads"] or "all", "ranks": case["ranks"]}
-            | {
-                "samples/s (p20-p80)": f"{NOT_MEASURED}: {missing}"
-                if speed is None
-                else spread(speed),
-                "peak GiB": gib(case.get("peak_bytes")),
-            }
-        )
-    columns = ("axis", "model", "batch", "tokens", "side", "steps", "threads", "ranks")
-    return table(rows, (*columns, "samples/s (p20-p80)", "peak GiB"))
+    waiting: list[Workload] = []
+    for workload in axis_workloads(axis, cores, devices):
+        row = {"axis": axis} | workload.row() | {"dtype": args.dtype, "mode": args.mode}
+        why = left_out(workload, args.max_batch, cores)
+        waiting += [workload] if why is None else []
+        rows.append(row if why is None else row | {"not_measured": why})
+    common = {name: getattr(args, name) for name in ("device", "dtype", "repeats", "mode")}
+    if axis == "ranks":
+        measured = [measure_ranks(workload, **common) for workload in waiting]
+    else:
+        measured = measure(waiting, **common)
+    found = iter(measured)
+    for row in rows:
+        row |= {} if "not_measured" in row else next(found)
+        own = row["tokens"] if axis == "tokens" else None
+        row["paper_a100_images_per_s"] = PAPER_TOKENS.get(own)
+    return rows
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,23 +172,59 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         save(args.json, record)
     try:
         record["cost_model"] = cost_model.analysis(record["cases"], FIT)
-    except (ValueError, ImportError) as error:  # axes without the points to fit on
+    except (ValueError, ImportError) as error:  # axes without the workloads to fit on
         say(f"no cost model: {error}")
     save(args.json, record)
     return record
 
 
+def cost_model_record(args: argparse.Namespace) -> dict[str, Any]:
+    """The record of --cost-model: of a file of this script's, or of a run of its own.
+
+    Raises:
+        ValueError: the file's run has measured too little to fit on.
+    """
+    if args.cost_model != "":
+        record = json.loads(Path(args.cost_model).read_text())
+        if "cost_model" not in record:
+            raise ValueError(f"{args.cost_model}: this run measured too few workloads to fit on")
+        fitted = [Workload(**fields) for fields in record["cost_model"]["fitted_on"]]
+    else:
+        record, fitted = start_record("cost-model", args), list(cost_model.FIT)
+        common = {name: getattr(args, name) for name in ("device", "dtype", "repeats", "mode")}
+        record["cases"] = measure((*cost_model.FIT, *cost_model.CHECK), **common)
+    record["benchmark"] = "cost-model"  # so that its own file does not take the other's name
+    record["cost_model"] = cost_model.analysis(record["cases"], fitted)
+    return record
+
+
+def report_cost_model(found: Mapping[str, Any]) -> int:
+    """Print rates and errors; status 1 when a workload that was not fitted is off by over GOAL."""
+    print("Rates: " + "; ".join(f"{k} {v}" for k, v in found["rates"].items()))
+    print("\n" + cost_model.comparison_table(found["lines"]))
+    errors = found["worst_error_of_unfitted"]
+    shown = ", ".join(f"{k} {NOT_MEASURED if v is None else f'{v:.1%}'}" for k, v in errors.items())
+    say(f"largest error of workloads that were not fitted: {shown}")
+    return int(any(v is not None and v > cost_model.GOAL for v in errors.values()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; status 1 when a point failed."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Command line; status 1 when a workload failed, or the cost model missed its goal."""
+    p = plain_parser(__doc__)
     add = p.add_argument
     add("--axes", metavar="A,B", default=",".join(AXES), help=f"default: {','.join(AXES)}")
     add("--max-batch", type=int, metavar="B", help="CPU: 8; CUDA: 64")
     add("--plots", metavar="DIR", help="also a plot there, named after the run")
-    add_single(p, "all points")
+    text = (
+        "fit and check the cost model instead: on a record of this script, or on a run of its own"
+    )
+    add("--cost-model", nargs="?", const="", metavar="FILE", help=text)
+    add("--floors", action="store_true", help="print the floors of A100 and H100 instead")
+    add_single(p, "all workloads")
     args = p.parse_args(argv)
+    if args.floors:
+        print("Floors, ms per image, bfloat16, batch 128:\n\n" + cost_model.floors_table())
+        return 0
     on_cuda = check(p, args, "max_batch", "repeats", "threads")
     args.axes, args.mode = args.axes.split(","), chosen_mode(p, args)
     unknown = [axis for axis in args.axes if axis not in AXES]
@@ -201,6 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.max_batch = (64 if on_cuda else 8) if args.max_batch is None else args.max_batch
     if args.plots is not None and not Path(args.plots).is_dir():
         p.error(f"--plots wants an existing folder; got {args.plots}")
+    if args.cost_model is not None:
+        try:
+            record = cost_model_record(args)
+        except ValueError as error:
+            p.error(f"--cost-model {error}")
+        save(args.json, record)
+        return report_cost_model(record["cost_model"])
     record = run(args)
     print(scaling_table(record))
     if "cost_model" in record:

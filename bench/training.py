@@ -1,24 +1,23 @@
-"""Seconds and memory of a training update, all stages, beside upstream's.
+"""Measure seconds and memory of a training update in every stage, beside upstream's.
 
     python bench/training.py --models titok-l-32 --stages stage1 generator --batch 8 --upstream PATH
 
-An update is what both trainings do with a batch that is there: proxy codes where the stage wants
-them, forward, backward, clipping, optimizer, discriminator. Data, logs and averaged weights are
-left out; the generator reads tokens. Ours is the Trainer of `titok-fast train` with the committed
-recipe, upstream its models and losses (--upstream) under bfloat16 autocast, and with --float32 both
-in float32 as well; on CUDA ours once more with training.compile, and float32 is TF32, as both set
-it. Weights are random: in the first update both have the same.
+An update: proxy codes where the stage has them, forward, backward, clipping, optimizer,
+discriminator. Data, logs and averaged weights are left out; the generator reads tokens. Ours is the
+update of `titok-fast train` with the committed recipe. Upstream's is made of its models and losses
+(--upstream) under bfloat16 autocast. With --float32 both run in float32 as well. On CUDA ours also
+runs with training.compile, and float32 is TF32, as both set it. Weights are random, and in the
+first update the same for both.
 
 Every round starts a fresh process for each system in turn, which builds it, does two updates that
-are not timed, then --steps timed ones. Its memory is the most it ever held: resident on a CPU
-(VmHWM), on CUDA what tensors took in the updates. On a CPU the second update is not yet like the
-later ones: it still takes fresh memory from the system.
+are not timed, then --steps timed ones. Its memory is the most it ever held: on a CPU resident
+memory (VmHWM), on CUDA what tensors took in the updates. On a CPU the second update still takes
+fresh memory from the system, which later ones do not.
 """
 
 import argparse
 import gc
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.cases import say
-from lib.harness import RATES, gib, spread, summary, table, timed
-from lib.options import add_run, add_upstream, check, save, start_record
+from lib.harness import RATES, gib, resident, say, spread, summary, table, timed
+from lib.options import add_run, add_upstream, check, plain_parser, save, start_record
 from lib.training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
 from lib.training_upstream import UpstreamLearner
 
@@ -40,8 +38,12 @@ from titok_fast.training.recipe.recipe import Recipe
 STAGES = ("stage1", "stage2", "generator")
 BASE, COMPILED = "upstream autocast", "ours bf16, compiled"  # ratios are over the first
 SYSTEMS = {  # whether it runs in bfloat16
-    BASE: True, "ours bf16": True, COMPILED: True, "upstream fp32": False, "ours fp32": False,
-}  # fmt: skip
+    BASE: True,
+    "ours bf16": True,
+    COMPILED: True,
+    "upstream fp32": False,
+    "ours fp32": False,
+}
 WARMUPS = 2  # updates that are not timed
 _JOB = "--job"  # a child's first argument
 
@@ -75,13 +77,11 @@ def high_water(device: torch.device) -> int | None:
     """Most bytes this process held, or None where the system cannot tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
+    return resident("VmHWM") or None
 
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
-    """`measure_here` in a process of its own; {"error": its last line} where it failed."""
+    """`measure_here` in a process of its own; where it failed {"error": its last line}."""
     command = [sys.executable, str(Path(__file__).resolve()), _JOB, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -92,7 +92,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(job: dict[str, Any], systems: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """One row for each system, which have taken turns."""
+    """One row for each system; the systems take turns."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
     for i in range(rounds):
         first = i % len(systems)
@@ -122,7 +122,7 @@ def _row(job: dict[str, Any], name: str, runs: list[dict[str, Any]]) -> dict[str
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Add to each row its rate and its memory over those of upstream's autocast, if known."""
+    """Add each row's rate and memory over those of upstream under autocast, None if unknown."""
     base = next((r for r in rows if r["system"] == BASE and "step_s" in r), None)
     for row in rows:
         known = base is not None and "step_s" in row
@@ -145,18 +145,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "weights": "random, the same for all systems",
     }
     systems = [
-        name for name, bf16 in SYSTEMS.items()
-        if (bf16 or args.float32) and (args.upstream or name.startswith("ours"))
+        name
+        for name, bf16 in SYSTEMS.items()
+        if (bf16 or args.float32)
+        and (args.upstream or name.startswith("ours"))
         and (name != COMPILED or on_cuda)
-    ]  # fmt: skip
+    ]
+    common = {"batch": args.batch, "steps": args.steps, "threads": torch.get_num_threads()}
+    common |= {"upstream": str(args.upstream or ""), "device": str(args.device)}
     for model in args.models:
         for stage in args.stages:
-            job = {
-                "model": model, "stage": stage, "batch": args.batch, "steps": args.steps,
-                "threads": torch.get_num_threads(), "upstream": str(args.upstream or ""),
-                "device": str(args.device),
-            }  # fmt: skip
-            rows = measure(job, systems, args.rounds)
+            rows = measure({"model": model, "stage": stage} | common, systems, args.rounds)
             compare(rows)
             record["cases"] += rows
             save(args.json, record)
@@ -164,11 +163,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def floor_seconds(case: dict[str, Any], rates: dict[str, float]) -> float | None:
-    """What the products of a row's update take at the matrix-product rates of its run.
+    """Seconds that the matmuls of a row's update take at the matmul rates of its run.
 
-    The products of the forward thrice, as the backward forms two gradients, and those of the proxy
-    codes once, in float32, which is TF32 on CUDA. Exact savings can go below it. None for stage 2,
-    whose losses have networks of their own that costs.py does not count.
+    Those of the forward count three times, as the backward computes two gradients, and those of the
+    proxy codes once, in float32 (TF32 on CUDA). Exact rewrites can go below it. None for stage 2,
+    whose losses have networks that costs.py does not count.
     """
     found = preset(case["model"])
     single = "tf32" if "tf32" in rates else "fp32-ieee"
@@ -209,17 +208,15 @@ def training_table(record: dict[str, Any]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, refused before any work where they do not fit."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = plain_parser(__doc__)
     add = p.add_argument
-    add("--models", nargs="+", choices=RECIPES, metavar="NAME",
-        help=f"{', '.join(RECIPES)}; default: all of them on CUDA, else the first")  # fmt: skip
+    models = f"{', '.join(RECIPES)}; default: all of them on CUDA, else the first"
+    add("--models", nargs="+", choices=RECIPES, metavar="NAME", help=models)
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     add("--batch", type=int, metavar="B", help="default: 32 on CUDA, else 8")
     add("--rounds", type=int, default=3, metavar="N", help="processes of each system; default: 3")
-    add("--steps", type=int, metavar="N",
-        help="timed updates of each; default: 20 on CUDA, else 2")  # fmt: skip
+    steps = "timed updates of each; default: 20 on CUDA, else 2"
+    add("--steps", type=int, metavar="N", help=steps)
     add("--float32", action="store_true", help="also in float32")
     add_upstream(p)
     add_run(p)

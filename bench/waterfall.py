@@ -1,30 +1,24 @@
-"""From upstream's arithmetic to the fast mode, one technique at a time: speed and quality of each.
+"""Measure the way from upstream's arithmetic to the fast mode, one technique at a time.
 
     python bench/waterfall.py --upstream PATH --json bench/results
     python bench/waterfall.py --model titok-b-64 --batch-size 1 --rows plain,bf16,int8
 
-Rows are cumulative: each adds one technique to its parent. An aside is measured and left out again.
-Rows that fit in memory take turns. The groups that this makes each have a row in common with the
-one before, and ratios go through it, so that clocks that drift in between do not enter them. Beside
-the file of --json stands a plot under its name, ending in .svg.
+Rows are cumulative: each adds one technique to its parent. Rows whose weights fit in memory
+together take turns, as a group. Each group has a row in common with the one before, and ratios go
+through it, so that clocks which drift in between do not enter them. Beside the file of --json
+stands a plot under its name, ending in .svg.
 
-The JSON has the fields of sampling.py's record ("benchmark": "waterfall", "environment",
-"protocol", "upstream_commit", "matmul_flop_per_s"), and beside them
+The record has the fields of sampling.py's, and beside them
 
-- "model", "batch", "gflop_per_image": the official work of one picture by stage (costs.py);
 - "groups": of each, "anchor" (the row in common; null in the first), "images_per_s" of the anchor
   in this group, and "factor": the group's rates are multiplied by it before they are compared;
-- "cases": a row each, with "row", "text", "parent", "aside", "exact" (true: same results but for
-  rounding), "techniques", "implementation" ("ours", "upstream") and "sampling". One that was left
-  out has "not_measured", the reason; one that failed has "error". The others have
-    - "dtype", "mode", "group", "seconds" of each round, "images_per_s" (median, p20, p80, repeats);
-    - "stages_s", medians; "prepare_s" (compile, packing), and "first_call_s" after it;
-    - "weight_bytes", and "peak_bytes", what a call adds to them included;
-    - "x_upstream_fp32", "x_upstream_autocast", "x_parent": ratios of rates; null if unknown;
-    - "of_bf16_peak": official work per second over the bfloat16 matrix-product rate of this run;
-    - "quality" beside our float32: "step1_ids_equal" and "final_ids_equal" (same seeds; upstream's
-      beside the reference sampler in float32), "logit_error" (relative, half the tokens masked),
-      "pixel_rms" and "psnr_db" of the same ids (null: identical). Null: not measured.
+- "cases": a row each. "exact": same results but for rounding; "prepare_s": compile and packing;
+  "x_upstream_fp32", "x_upstream_autocast", "x_parent": ratios of rates, null if unknown;
+  "of_bf16_peak": official work per second over the bfloat16 matmul rate of this run; "quality"
+  beside our float32: "step1_ids_equal" and "final_ids_equal" (same seeds; upstream's beside the
+  reference sampler in float32), "logit_error" (relative, half the tokens masked), "pixel_rms" and
+  "psnr_db" of the same ids (null: identical). A row that was left out has "not_measured", the
+  reason; one that failed has "error".
 """
 
 import argparse
@@ -37,10 +31,20 @@ from typing import Any
 import torch
 from lib import upstream as official
 from lib import waterfall_rows
-from lib.cases import measure, say
-from lib.harness import NOT_MEASURED, RATES, gib, matmul_peak, precision, spread, table
-from lib.options import add_run, add_upstream, check, save, start_record
-from lib.waterfall_candidates import Bench, Made, settings
+from lib.candidates import measure
+from lib.harness import RATES, matmul_peak, precision, say
+from lib.options import (
+    add_repeats,
+    add_run,
+    add_upstream,
+    add_weights,
+    check,
+    plain_parser,
+    save,
+    start_record,
+)
+from lib.tables import waterfall_table
+from lib.waterfall_candidates import Inputs, Prepared
 from lib.waterfall_rows import Row, next_group
 
 from titok_fast import PRESETS, SamplingConfig
@@ -50,28 +54,28 @@ Case = dict[str, Any]
 
 
 def measure_group(
-    bench: Bench, group: Sequence[Row], repeats: int | None, anchor: Row | None = None
+    inputs: Inputs, group: Sequence[Row], repeats: int | None, anchor: Row | None = None
 ) -> dict[str, Case]:
     """Measured fields of each row of a group, or its "error", by name; no quality of the anchor."""
-    bench.enter(group)
+    inputs.enter(group)
     found: dict[str, Case] = {}
-    ready: list[Made] = []
+    ready: list[Prepared] = []
     for row in group:
         try:
-            ready.append(bench.make(row))
+            ready.append(inputs.make(row))
         except (ValueError, MemoryError, RuntimeError) as error:  # out of memory is a RuntimeError
             say(f"{row.name} failed: {error}")
             found[row.name] = {"error": type(error).__name__}
-    prepared = [row for row in group if row.name not in found]
-    candidates = [made.candidate for made in ready]
-    cases = measure(candidates, images=bench.batch, device=bench.device, repeats=repeats)
-    for row, made, case in zip(prepared, ready, cases, strict=True):
+    rows = [row for row in group if row.name not in found]
+    candidates = [prepared.candidate for prepared in ready]
+    cases = measure(candidates, images=inputs.batch, device=inputs.device, repeats=repeats)
+    for row, prepared, case in zip(rows, ready, cases, strict=True):
         for name in ("implementation", "agreement"):  # the row's name; quality says more
             case.pop(name, None)
         found[row.name] = case
         if "error" not in case and row is not anchor:
             say(f"{row.name}: quality")
-            case |= {"prepare_s": made.prepare_s, "quality": bench.quality(row)}
+            case |= {"prepare_s": prepared.prepare_s, "quality": inputs.quality(row)}
     return found
 
 
@@ -120,11 +124,10 @@ def _begin(args: argparse.Namespace, rows: Sequence[Row], config: SamplingConfig
                 "row": row.name,
                 "text": row.text,
                 "parent": row.parent,
-                "aside": row.aside,
                 "exact": row.exact,
                 "techniques": list(row.techniques),
                 "implementation": "upstream" if row.upstream else "ours",
-                "sampling": asdict(settings(row, config)),
+                "sampling": asdict(config),
             }
             | ({} if row.not_measured is None else {"not_measured": row.not_measured})
             for row in rows
@@ -139,10 +142,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     record = _begin(args, rows, config)
     cases: dict[str, Case] = {case["row"]: case for case in record["cases"]}
     waiting = [row for row in rows if row.not_measured is None]
-    bench, anchor = Bench(args, config), None
+    inputs, anchor = Inputs(args, config), None
     while waiting:
         group = next_group(waiting, anchor)
-        found = measure_group(bench, group, args.repeats, anchor)
+        found = measure_group(inputs, group, args.repeats, anchor)
         common: Case = found.pop(anchor.name) if anchor is not None else {}
         number = len(record["groups"])
         record["groups"].append(
@@ -151,7 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, case in found.items():
             cases[name] |= case | {"group": number}
         waiting = [row for row in waiting if row.name not in found]
-        done = [r for r in group if "images_per_s" in cases[r.name] and not r.aside]
+        done = [row for row in group if "images_per_s" in cases[row.name]]
         anchor = done[-1] if done else anchor
         compare_rates(record)
         save(args.json, record)
@@ -173,45 +176,11 @@ def _measure_peaks_again(record: dict[str, Any], device: torch.device) -> None:
 
 def _draw(record: Mapping[str, Any], path: Path) -> None:
     try:
-        from lib import waterfall_plot
+        from lib import plots
     except ImportError as missing:
         say(f"no plot: {missing}")
         return
-    waterfall_plot.write(waterfall_plot.waterfall(record), path.with_suffix(".svg"))
-
-
-def waterfall_table(record: Mapping[str, Any]) -> str:
-    """Markdown, a line per row; asides are indented, rows that were left out say why."""
-    lines = []
-    for case in record["cases"]:
-        line = {"row": ("+ " if case["aside"] else "") + case["row"], "technique": case["text"]}
-        lines.append(line)
-        if "images_per_s" not in case:
-            why = case.get("not_measured") or f"failed ({case.get('error')})"
-            line["samples/s (p20-p80)"] = f"{NOT_MEASURED}: {why}"
-            continue
-        quality = case["quality"]
-        psnr = "identical" if quality["pixel_rms"] == 0 else f"{quality['psnr_db']:.1f}"
-        line |= {
-            "samples/s (p20-p80)": spread(case["images_per_s"]),
-            "x upstream fp32": case["x_upstream_fp32"],
-            "x autocast": case["x_upstream_autocast"],
-            "x parent": case["x_parent"] and f"{case['x_parent']:.3f}",
-            "of bf16 peak": f"{case['of_bf16_peak']:.0%}",
-            "peak GiB": gib(case["peak_bytes"]),
-            "first call s": case["prepare_s"] + case["first_call_s"],
-            "exact": "yes" if case["exact"] else "no",
-            "ids, step 1": _percent(quality["step1_ids_equal"]),
-            "ids, end": _percent(quality["final_ids_equal"]),
-            "logit error": f"{quality['logit_error']:.2g}",
-            "PSNR dB": psnr,
-        }
-    columns = dict.fromkeys(name for line in lines for name in line)
-    return table(lines, list(columns))
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
+    plots.write(plots.waterfall(record), path.with_suffix(".svg"))
 
 
 def _rows(args: argparse.Namespace) -> list[Row]:
@@ -225,16 +194,13 @@ def _rows(args: argparse.Namespace) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a row failed."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = plain_parser(__doc__)
     add, known = p.add_argument, waterfall_rows.names()
     add("--model", default="titok-l-32", metavar="NAME", help="preset (default: titok-l-32)")
-    add("--batch-size", type=int, metavar="B", help="pictures at once; CPU: 8; CUDA: 32")
+    add("--batch-size", type=int, metavar="B", help="images at once; CPU: 8; CUDA: 32")
     add("--rows", metavar="A,B", help=f"default: all of {', '.join(known)}")
-    add("--repeats", type=int, metavar="N", help="timed rounds; default: what fits a minute, 3 up")
-    sources = "directories or hub names; `published`; default: random"
-    add("--weights", metavar="TOKENIZER[,GENERATOR]", help=sources)
+    add_repeats(p)
+    add_weights(p)
     add_upstream(p)
     add_run(p)
     args = p.parse_args(argv)
@@ -243,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(waterfall_table(record))
     gflop, peaks = sum(record["gflop_per_image"].values()), record[RATES]
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in peaks.items())
-    print(f"official work: {gflop:.0f} GFLOP per picture; matrix products, GFLOP/s: {rates}")
+    print(f"official work: {gflop:.0f} GFLOP per image; matmuls, GFLOP/s: {rates}")
     return int(any("error" in case for case in record["cases"]))
 
 

@@ -1,31 +1,21 @@
-"""Time of each stage from its FLOPs and bytes: fitted on some points, checked on others.
+"""Predict the time of each stage from its FLOPs and bytes; fitted on a few workloads.
 
-    python bench/cost_model.py
-    python bench/cost_model.py --from bench/results/FILE_scaling.json
-    python bench/cost_model.py --floors
-
-A stage costs the sum of its work, each kind at a rate of its own: products and convolutions by
+A stage costs the sum of its work, each kind at a rate of its own: matmuls and convolutions by
 FLOPs, attention by FLOPs and query rows, weights and activations by bytes, the draw by logits, the
 rest by layer calls. The rates are the only free numbers, the same for all models, batches and
-stages, and come from a fit of relative errors on few points of the same run. The work counted is
-that of the published networks (titok_fast/costs.py), so a rate may pass the machine's own where an
-exact rewrite saves work. --floors needs no measurement: what an A100 and an H100 cannot go below.
+stages; relative errors are fitted on few workloads of the same run. The work counted is that of
+the published networks (titok_fast/costs.py), so a rate may pass the machine's own where an exact
+rewrite saves work.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.cases import say
-from lib.harness import NOT_MEASURED, table
-from lib.options import add_single, check, chosen_mode, save, start_record
-from lib.points import Point, measure
-from lib.stage_work import KINDS, Work, work
+from lib.counted_work import KINDS, Work, work
+from lib.harness import table
+from lib.workloads import Workload
 
 from titok_fast import PRESETS
 from titok_fast.costs import DEVICES, speed_of_light
@@ -35,18 +25,18 @@ GOAL = 0.15
 
 # few and small on purpose: each stage at two batches, two widths, short and long sequences
 FIT = (
-    Point("titok-l-32", 1),
-    Point("titok-l-32", 4, steps=4),
-    Point("titok-b-64", 2, tokens=256, steps=2),
-    Point("titok-s-128", 1, steps=2),
+    Workload("titok-l-32", 1),
+    Workload("titok-l-32", 4, steps=4),
+    Workload("titok-b-64", 2, tokens=256, steps=2),
+    Workload("titok-s-128", 1, steps=2),
 )
 CHECK = (
-    Point("titok-l-32", 2),
-    Point("titok-b-64", 1),
-    Point("titok-b-64", 4, steps=4),
-    Point("titok-b-64", 1, tokens=128, steps=4),
-    Point("titok-s-128", 2, steps=4),
-    Point("titok-l-64-512", 1),
+    Workload("titok-l-32", 2),
+    Workload("titok-b-64", 1),
+    Workload("titok-b-64", 4, steps=4),
+    Workload("titok-b-64", 1, tokens=128, steps=4),
+    Workload("titok-s-128", 2, steps=4),
+    Workload("titok-l-64-512", 1),
 )
 
 
@@ -97,9 +87,9 @@ def fit(stages: Sequence[Work], seconds: Sequence[float]) -> Machine:
     return Machine(dict(zip(KINDS, (found / scale).tolist(), strict=True)))
 
 
-def _point(row: Mapping[str, Any]) -> Point:
+def _workload(row: Mapping[str, Any]) -> Workload:
     fields = ("model", "batch", "tokens", "steps", "threads", "ranks")
-    return Point(**{name: row[name] for name in fields})
+    return Workload(**{name: row[name] for name in fields})
 
 
 def usable(row: Mapping[str, Any]) -> bool:
@@ -107,32 +97,32 @@ def usable(row: Mapping[str, Any]) -> bool:
     return "stages_s" in row and row["threads"] is None and row["ranks"] == 1
 
 
-def fit_rows(rows: Sequence[Mapping[str, Any]], points: Sequence[Point] = FIT) -> Machine:
-    """The constants from those rows that are among `points`."""
+def fit_rows(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload] = FIT) -> Machine:
+    """The constants from the rows of the workloads in `fitted`."""
     stages, seconds = [], []
     for row in rows:
-        if not usable(row) or not _is_among(row, points):
+        if not usable(row) or not _is_among(row, fitted):
             continue
-        works = work(_point(row).system, row["batch"], row["dtype"])
+        works = work(_workload(row).system, row["batch"], row["dtype"])
         for stage in works:
             stages.append(works[stage])
             seconds.append(row["stages_s"][stage])
     return fit(stages, seconds)
 
 
-def _is_among(row: Mapping[str, Any], points: Sequence[Point]) -> bool:
-    return any(p.row().items() <= dict(row).items() for p in points)
+def _is_among(row: Mapping[str, Any], workloads: Sequence[Workload]) -> bool:
+    return any(w.row().items() <= dict(row).items() for w in workloads)
 
 
 def predicted(machine: Machine, row: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each stage of a row's point; "total" is without the head, a part of the others."""
-    works = work(_point(row).system, row["batch"], row["dtype"])
+    """Seconds of each stage of a row; "total" is without the head, a part of the others."""
+    works = work(_workload(row).system, row["batch"], row["dtype"])
     found = {stage: machine.predict(amounts) for stage, amounts in works.items()}
     return found | {"total": sum(s for stage, s in found.items() if stage != "head")}
 
 
 def compare(
-    machine: Machine, rows: Sequence[Mapping[str, Any]], points: Sequence[Point] = FIT
+    machine: Machine, rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload] = FIT
 ) -> list[dict[str, Any]]:
     """A line per row and stage: measured, predicted, relative error, and whether it was fitted."""
     lines = []
@@ -148,14 +138,14 @@ def compare(
                     "measured_s": measured[stage],
                     "predicted_s": seconds,
                     "error": seconds / measured[stage] - 1,
-                    "fitted": _is_among(row, points),
+                    "fitted": _is_among(row, fitted),
                 }
             )
     return lines
 
 
 def comparison_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown; an error over GOAL on a point that was not fitted is marked."""
+    """Markdown; an error over GOAL on a workload that was not fitted is marked."""
     shown = []
     for line in lines:
         over = abs(line["error"]) > GOAL and not line["fitted"]
@@ -166,7 +156,7 @@ def comparison_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def worst(lines: Sequence[Mapping[str, Any]], *, fitted: bool = False) -> dict[str, float | None]:
-    """Largest error of each stage among the points that were not fitted, or those that were."""
+    """Largest error of each stage among the workloads that were not fitted, or those that were."""
     chosen = [line for line in lines if line["fitted"] == fitted]
     return {
         stage: max((abs(line["error"]) for line in chosen if line["stage"] == stage), default=None)
@@ -175,7 +165,7 @@ def worst(lines: Sequence[Mapping[str, Any]], *, fitted: bool = False) -> dict[s
 
 
 def floors(batch: int = 128) -> list[dict[str, Any]]:
-    """Rows of the least ms per picture on each A100 and H100, per stage, in bfloat16.
+    """Rows of the least ms per image on each A100 and H100, per stage, in bfloat16.
 
     The batch streams the weights once; a stage is bound by its FLOPs or by its bytes.
     """
@@ -189,89 +179,34 @@ def floors(batch: int = 128) -> list[dict[str, Any]]:
                 s: 1000 * stages[s] / batch for s in stages if s not in ("encoder", "code_search")
             }
             whole = sum(ms.values())
-            rows.append({"card": card, "model": name, "batch": batch} | ms
-                        | {"total": whole, "images_per_s": 1000 / whole})  # fmt: skip
+            ends = {"total": whole, "images_per_s": 1000 / whole}
+            rows.append({"card": card, "model": name, "batch": batch} | ms | ends)
     return rows
 
 
 def floors_table(batch: int = 128) -> str:
-    """Markdown of `floors`, in ms per picture."""
+    """Markdown of `floors`, in ms per image."""
     stages = ("generator", "vit_decoder", "pixel_codebook", "pixel_decoder", "total")
     return table(floors(batch), ("card", "model", *stages, "images_per_s"))
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure FIT and CHECK, fit on the former, compare all."""
-    record = start_record("cost-model", args)
-    record["protocol"]["warmup"] = "one call of each"
-    rows = measure(
-        (*FIT, *CHECK),
-        device=args.device,
-        dtype=args.dtype,
-        repeats=args.repeats,
-        mode=args.mode,
-        memory=False,
-    )
-    record["cases"] = rows
-    record["cost_model"] = analysis(rows, FIT)
-    return record
-
-
-def analysis(rows: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> dict[str, Any]:
+def analysis(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload]) -> dict[str, Any]:
     """The cost model of a run, for its record.
 
     Args:
         rows: the run's cases.
-        points: those to fit on.
+        fitted: workloads to fit on.
 
     Raises:
         ValueError: too few of them were measured.
         ImportError: there is no scipy.
     """
-    machine = fit_rows(rows, points)
-    lines = compare(machine, rows, points)
+    machine = fit_rows(rows, fitted)
+    lines = compare(machine, rows, fitted)
     return {
         "seconds_per": machine.seconds_per,
         "rates": machine.rates(),
-        "fitted_on": [asdict(p) for p in points],
+        "fitted_on": [asdict(w) for w in fitted],
         "lines": lines,
         "worst_error_of_unfitted": worst(lines),
     }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; status 1 when a point that was not fitted is off by more than GOAL."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = p.add_argument
-    add("--from", dest="source", metavar="FILE", help="a record of scaling.py, in place of a run")
-    add("--floors", action="store_true", help="only the floors of A100 and H100")
-    add_single(p, "all points")
-    args = p.parse_args(argv)
-    print("Floors, ms per picture, bfloat16, batch 128:\n\n" + floors_table())
-    if args.floors:
-        return 0
-    if args.source is not None:
-        record = json.loads(Path(args.source).read_text())
-        if "cost_model" not in record:
-            p.error(f"--from {args.source}: this run measured too few points to fit on")
-        record["benchmark"] = "cost-model"  # so that its own file does not take the other's name
-        fitted_on = [Point(**point) for point in record["cost_model"]["fitted_on"]]
-        record["cost_model"] = analysis(record["cases"], fitted_on)
-    else:
-        check(p, args, "repeats", "threads")
-        args.mode = chosen_mode(p, args)
-        record = run(args)
-    found = record["cost_model"]
-    save(args.json, record)
-    print("\nRates: " + "; ".join(f"{k} {v}" for k, v in found["rates"].items()))
-    print("\n" + comparison_table(found["lines"]))
-    errors = found["worst_error_of_unfitted"]
-    shown = ", ".join(f"{k} {NOT_MEASURED if v is None else f'{v:.1%}'}" for k, v in errors.items())
-    say(f"largest error of points that were not fitted: {shown}")
-    return int(any(v is not None and v > GOAL for v in errors.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

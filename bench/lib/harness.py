@@ -1,4 +1,4 @@
-"""What every benchmark script shares: timing protocol, environment record, JSON and tables.
+"""Time calls, describe the machine, write JSON and tables: shared by all benchmarks.
 
 Times are wall-clock seconds between device synchronisations: what a caller waits for, host work
 included. Device events would leave out the launch of the first kernel and everything after the
@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,9 +42,11 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
         JSON-ready dict; None stands for what could not be found out.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    commit = _output("git", "rev-parse", "HEAD")
+    commit = command_output("git", "rev-parse", "HEAD")
     # result files are the only change a run itself makes
-    changes = _output("git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+    changes = command_output(
+        "git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results"
+    )
     record: dict[str, Any] = {
         "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
@@ -59,7 +62,9 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         fields = "--query-gpu=driver_version,power.limit"
-        csv = _output("nvidia-smi", f"--id=GPU-{properties.uuid}", fields, "--format=csv,noheader")
+        csv = command_output(
+            "nvidia-smi", f"--id=GPU-{properties.uuid}", fields, "--format=csv,noheader"
+        )
         driver, power_limit = (csv or ",").split(",", 1)
         record |= {
             "device": properties.name,
@@ -71,8 +76,8 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     return record
 
 
-def _output(*command: str) -> str | None:
-    """What a command prints when run beside this file, or None when it cannot be run or fails."""
+def command_output(*command: str) -> str | None:
+    """What a command prints, run in this file's folder; None when it cannot be run or fails."""
     try:
         done = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60
@@ -99,6 +104,11 @@ def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     named = cpu_name(cpuinfo.read_text()) if cpuinfo.exists() else None
     return named or platform.processor() or platform.machine()
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -191,10 +201,10 @@ def gib(count: int | None) -> str | None:
 
 
 def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Best matrix-product rate of a device in FLOP/s, under the float32 mode in force.
+    """Best matmul rate of a device in FLOP/s, under the float32 mode in force.
 
-    The best of several square sizes and repeats, 2 n^3 operations counted per product. The inputs
-    are random: products of zeros draw less power and would reach clocks that no model sees.
+    The best of several square sizes and repeats, 2 n^3 operations counted per matmul. The inputs
+    are random: matmuls of zeros draw less power and would reach clocks that no model sees.
     """
     on_gpu = torch.device(device).type == "cuda"
     sizes, calls = ((2048, 4096, 8192), 10) if on_gpu else ((512, 1024, 2048), 1)
@@ -204,12 +214,12 @@ def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
 def _matmul_rate(n: int, calls: int, device: torch.device | str, dtype: torch.dtype) -> float:
     a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
 
-    def products() -> None:
+    def matmuls() -> None:
         for _ in range(calls):  # several to one synchronisation: that hides the launch latency
             torch.mm(a, b, out=out)
 
-    timed(products, device)  # warm-up
-    return calls * 2 * n**3 / min(timed(products, device) for _ in range(5))
+    timed(matmuls, device)  # warm-up
+    return calls * 2 * n**3 / min(timed(matmuls, device) for _ in range(5))
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str) -> int | None:
@@ -231,30 +241,28 @@ def peak_memory(fn: Callable[[], object], device: torch.device | str) -> int | N
         timed(fn, device)
         return torch.cuda.max_memory_allocated(device)
     gc.collect()
-    if not _reset_resident_peak():
-        return None
-    timed(fn, device)
-    return _resident("VmHWM")
-
-
-def _reset_resident_peak() -> bool:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else pages freed by an earlier candidate count again
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):
-        return False
+        return None
     # some sandboxes accept the write and ignore it
-    return _resident("VmHWM") <= 1.05 * _resident("VmRSS")
+    if resident("VmHWM") > 1.05 * resident("VmRSS"):
+        return None
+    timed(fn, device)
+    return resident("VmHWM")
 
 
-def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status; 0 where the system has none."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
 
 
 @contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """Set the float32 mode of matrix products and convolutions, and restore it afterwards.
+    """Set the float32 mode of matmuls and convolutions, and restore it afterwards.
 
     Args:
         name: "fp32-ieee"; "tf32", which the published speeds imply; or "bf16", where whatever
@@ -295,14 +303,14 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Format rows as Markdown; a value that is absent or None reads "not measured"."""
-    cells = [list(columns)] + [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = (" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
+    texts = [list(columns)] + [[_text(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in texts) for i in range(len(columns))]
+    texts.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in texts)
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _cell(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return NOT_MEASURED
     if isinstance(value, float):

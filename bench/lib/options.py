@@ -1,4 +1,4 @@
-"""Options of the benchmarks: modes, weights and devices; and the record that each begins."""
+"""Define the options that benchmarks share, check them, load models, begin and save records."""
 
 import argparse
 import re
@@ -8,39 +8,59 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.cases import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, say, shared
-from lib.harness import RATES, environment, matmul_peak, precision, write_json
+from lib.candidates import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, shared
+from lib.harness import RATES, environment, matmul_peak, precision, say, write_json
 
 from titok_fast import PRESETS, TiTokPipeline
 from titok_fast.backends.techniques import check_techniques, resolve_fast
 
 PRECISIONS = ("fp32-ieee", "tf32", "bf16")
-# how ours runs: what TiTokPipeline.compile is asked for
+# what TiTokPipeline.compile is asked for in each mode
 MODES: dict[str, bool | str | tuple[str, ...]] = {
-    "eager": False, "fast": True, "int8": "int8", "compiled": ("inductor",)
-}  # fmt: skip
+    "eager": False,
+    "fast": True,
+    "int8": "int8",
+    "compiled": ("inductor",),
+}
 
 
-def parser(description: str, default_models: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that both benchmarks take."""
-    p = argparse.ArgumentParser(
+def plain_parser(description: str | None) -> argparse.ArgumentParser:
+    """Without options; the description, a module's docstring, keeps its lines."""
+    return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def parser(description: str | None, default_models: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of sampling.py and reconstruction.py."""
+    p = plain_parser(description)
     add = p.add_argument
     add("--models", nargs="+", metavar="NAME", help=f"presets: {', '.join(PRESETS)}")
     add("--batch", nargs="+", type=int, metavar="B", help="CPU: 2; CUDA: 1 32 128")
     add("--dtype", nargs="+", choices=PRECISIONS, help="default: all that the device has")
-    add("--modes", nargs="+", choices=MODES,
-        help="eager; fast: TiTokPipeline.compile(); int8 (CPU, bf16); compiled: torch.compile "
-        "alone. Default: all that the device has, compiled on CUDA only")  # fmt: skip
-    rounds = f"{MIN_ROUNDS} to {MAX_ROUNDS}, what fits {ROUND_BUDGET_S} s"
-    add("--repeats", type=int, metavar="N", help=f"timed rounds; default: {rounds}")
-    sources = "directories or hub names for one model; `published`; default: random"
-    add("--weights", metavar="TOKENIZER[,GENERATOR]", help=sources)
+    modes = (
+        "eager; fast: TiTokPipeline.compile(); int8 (CPU, bf16); compiled: torch.compile alone. "
+        "Default: all that the device has, compiled on CUDA only"
+    )
+    add("--modes", nargs="+", choices=MODES, help=modes)
+    add_repeats(p)
+    add_weights(p)
     add_upstream(p)
     add_run(p)
     p.set_defaults(default_models=tuple(default_models))
     return p
+
+
+def add_repeats(p: argparse.ArgumentParser) -> None:
+    """The option --repeats, for `candidates.measure`."""
+    rounds = f"{MIN_ROUNDS} to {MAX_ROUNDS}, as many as fit {ROUND_BUDGET_S} s"
+    p.add_argument("--repeats", type=int, metavar="N", help=f"timed rounds; default: {rounds}")
+
+
+def add_weights(p: argparse.ArgumentParser) -> None:
+    """The option --weights, for `load`."""
+    sources = "directories or hub names for one model; `published`; default: random"
+    p.add_argument("--weights", metavar="TOKENIZER[,GENERATOR]", help=sources)
 
 
 def add_upstream(p: argparse.ArgumentParser) -> None:
@@ -49,31 +69,37 @@ def add_upstream(p: argparse.ArgumentParser) -> None:
     p.add_argument("--upstream", metavar="PATH", help=clone)
 
 
+def add_json(p: argparse.ArgumentParser) -> None:
+    """The option --json, for `save`."""
+    target = "write the record there; a folder: name it after the run"
+    p.add_argument("--json", metavar="FILE", help=target)
+
+
+def add_threads(p: argparse.ArgumentParser) -> None:
+    """The option --threads, for `check`."""
+    threads = "CPU threads; default: torch's own choice"
+    p.add_argument("--threads", type=int, metavar="N", help=threads)
+
+
 def add_run(p: argparse.ArgumentParser) -> None:
     """The options --json, --device and --threads."""
-    add = p.add_argument
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's own choice")
+    add_json(p)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_threads(p)
 
 
 def add_single(p: argparse.ArgumentParser, what: str) -> None:
-    """What benchmarks under random weights take: one precision, one mode, --repeats, `add_run`.
-
-    Args:
-        p: gets the options.
-        what: runs in the mode of --compile, for its help.
-    """
+    """One precision, one mode, --repeats and `add_run`; `what` runs in that mode, says the help."""
     add = p.add_argument
     add("--dtype", choices=PRECISIONS, default="bf16")
-    how = f"{what} in the fast mode, or with these techniques; int8 is the mode of that name"
+    how = f"{what} in the fast mode, with these techniques, or in int8"
     add("--compile", nargs="?", const="fast", metavar="A,B", help=how)
     add("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
     add_run(p)
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, fill in what depends on the device, and refuse before any work."""
+    """Parse the options of `parser`, set the defaults of the device, refuse what does not fit."""
     args = p.parse_args(argv)
     on_cuda = check(p, args, "batch", "repeats", "threads")
     args.models = args.models or args.default_models[: None if on_cuda else 1]
@@ -91,7 +117,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace, *counts: str) -> bool:
-    """Refuse what cannot be done here; find the device and the checkout, and set the CPU threads.
+    """Refuse what cannot run here; set the device, the checkout and the CPU threads.
 
     Args:
         p: makes the usage errors.
@@ -137,10 +163,9 @@ def chosen_mode(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     if args.compile is None:
         return "eager"
     mode, kind = args.compile.replace(",", "+"), args.device.type
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     try:
-        check_techniques(
-            techniques(mode, kind), kind, torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        )
+        check_techniques(techniques(mode, kind), kind, dtype)
     except ValueError as error:
         p.error(f"--compile: {error}")
     return mode
@@ -148,7 +173,8 @@ def chosen_mode(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 def techniques(mode: str, device_type: str) -> tuple[str, ...]:
     """Techniques of TiTokPipeline.compile in a mode: a key of MODES, or some joined by "+"."""
-    return resolve_fast(MODES.get(mode, mode.split("+")), device_type)
+    known = MODES.get(mode, tuple(mode.split("+")))
+    return known if isinstance(known, tuple) else resolve_fast(known, device_type)
 
 
 def in_mode(pipe: TiTokPipeline, mode: str) -> TiTokPipeline:
@@ -178,13 +204,13 @@ def load(name: str, weights: str | None, device: torch.device, *, generate: bool
 
 
 def start_record(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON before its first case: device, versions, protocol, matrix-product rates.
+    """The JSON before its first case: device, versions, protocol, matmul rates.
 
     Args:
         benchmark: its name.
-        args: device, dtype (one, or a list), and where the benchmark has them weights and upstream.
+        args: device, dtype (one or several), and weights and upstream where there are such options.
     """
-    say("measuring the device's matrix products")
+    say("measuring the device's matmul rates")
     rates, given = {}, vars(args)
     for name in [args.dtype] if isinstance(args.dtype, str) else args.dtype:
         with precision(name) as dtype:

@@ -1,4 +1,4 @@
-"""Where the time of one call goes, without stopping the device in between."""
+"""Time the stages of one call without stopping the device in between."""
 
 import time
 from collections.abc import Callable
@@ -62,7 +62,7 @@ class StageClock:
 
 
 class Stage(nn.Module):
-    """A part of a model that reports when it begins and ends; it is compiled or not, as it was."""
+    """A part of a model that reports when it begins and ends; compiled if it was."""
 
     def __init__(
         self, inner: nn.Module, before: Callable[[], None], after: Callable[[], None]

@@ -1,4 +1,4 @@
-"""Our side of the training benchmark: the Trainer of `titok-fast train` under random weights."""
+"""Run the update of `titok-fast train` under random weights, for the training benchmark."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def recipe_of(model: str, stage: str, batch: int, bf16: bool, *, compiled: bool 
 
 @contextmanager
 def random_weights() -> Iterator[None]:
-    """Whatever networks would load, they keep the weights of their constructors instead."""
+    """Networks keep the weights of their constructors instead of loading any."""
 
     def unloaded(cls: Any, source: object, *, config: Any = None, **_: object) -> Any:
         return weights.fill(cls(config)).eval()
@@ -73,14 +73,14 @@ def random_weights() -> Iterator[None]:
 
 
 def fill_task(task: Task) -> None:
-    """Give what is trained the numbers of bench/weights.py, drawn in a second."""
+    """Fill what is trained with the random numbers of lib/weights.py, made in a second."""
     weights.fill(task.model)
     if task.criterion is not None:
         weights.fill(task.criterion.discriminator)
 
 
 def batch_of(recipe: Recipe) -> dict[str, Tensor]:
-    """Noise of the shape that the stage reads."""
+    """A batch of noise with the shape that the stage reads."""
     draw = torch.Generator().manual_seed(0)
     B, S = recipe.training.per_gpu_batch_size, recipe.data.crop_size
     config = recipe.generator

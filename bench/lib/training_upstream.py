@@ -1,8 +1,7 @@
-"""One training update by a checkout of bytedance/1d-tokenizer: its models and losses, its order.
+"""Run one training update of a checkout of bytedance/1d-tokenizer: its models and losses.
 
-What its training scripts do around them on one device, without accelerate: the model under
-autocast, outputs to float32, loss, backward, clipping, torch's AdamW; their settings of CUDA.
-Weights are those of ours.
+As its training scripts do on one device, without accelerate: the model under autocast, outputs to
+float32, loss, backward, clipping, torch's AdamW; their settings of CUDA. Weights are those of ours.
 """
 
 from collections.abc import Callable
@@ -61,9 +60,7 @@ class UpstreamLearner:
 
     def update(self, batch: dict[str, Tensor]) -> float:
         """One update; returns the model's loss."""
-        step: Callable[[dict[str, Tensor]], Tensor] = {
-            "stage1": self._stage1, "stage2": self._stage2, "generator": self._generator
-        }[self.recipe.stage]  # fmt: skip
+        step = getattr(self, f"_{self.recipe.stage}")
         return float(step({name: value.to(self.device) for name, value in batch.items()}))
 
     def _stage1(self, batch: dict[str, Tensor]) -> Tensor:
@@ -71,17 +68,17 @@ class UpstreamLearner:
         codes = self.proxy.encode(images)
         logits, extra = self._forward(images)
         loss, _ = self.criterion(codes, logits, extra)
-        self._descend(self.model, self.optimizer, loss)
+        self._step(self.model, self.optimizer, loss)
         return loss.detach()
 
     def _stage2(self, batch: dict[str, Tensor]) -> Tensor:
         images, step = batch["images"], 0
         recon, extra = self._forward(images)
         loss, _ = self.criterion(images, recon, extra, step, mode="generator")
-        self._descend(self.model, self.optimizer, loss)
+        self._step(self.model, self.optimizer, loss)
         judged, _ = self.criterion(images, recon, extra, step, mode="discriminator")
         assert self.critic_optimizer is not None
-        self._descend(self.criterion, self.critic_optimizer, judged)
+        self._step(self.criterion, self.critic_optimizer, judged)
         return loss.detach()
 
     def _generator(self, batch: dict[str, Tensor]) -> Tensor:
@@ -91,7 +88,7 @@ class UpstreamLearner:
         with self._autocast():
             logits = self.model(masked, labels, cond_drop_prob=drop)
         loss, _ = self.criterion(logits.float(), ids, weights=mask)
-        self._descend(self.model, self.optimizer, loss)
+        self._step(self.model, self.optimizer, loss)
         return loss.detach()
 
     def _forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,7 +99,7 @@ class UpstreamLearner:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def _descend(self, network: nn.Module, optimizer: AdamW, loss: Tensor) -> None:
+    def _step(self, network: nn.Module, optimizer: AdamW, loss: Tensor) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), self.recipe.training.max_grad_norm)
         optimizer.step()

@@ -1,10 +1,9 @@
-"""A checkout of bytedance/1d-tokenizer as a competitor: its own classes, our weights.
+"""Run a checkout of bytedance/1d-tokenizer as a competitor: its own classes, our weights.
 
 The tensors are shared, not copied: both implementations read the same memory.
 """
 
 import importlib
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib.harness import command_output
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -106,12 +106,7 @@ def find(checkout: str | Path) -> Path:
 
 def commit(checkout: Path) -> str | None:
     """The revision of a checkout, or None where git cannot tell."""
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return command_output("git", "-C", str(checkout), "rev-parse", "HEAD")
 
 
 def _build(checkout: Path, module: str, name: str, ours: PretrainedModel) -> nn.Module:
@@ -135,7 +130,7 @@ def imports_from(checkout: Path) -> Iterator[None]:
     """Upstream is no package: its files import each other from its root.
 
     Our own root is hidden meanwhile, since transformers takes a folder `kernels` for a package that
-    it knows. What upstream prints on import goes to stderr; names torch has renamed are its affair.
+    it knows. What upstream prints on import goes to stderr; its FutureWarnings are dropped.
     """
     root, before = Path(__file__).resolve().parents[2], sys.path[:]
     sys.path[:] = [str(find(checkout)), *(p for p in before if Path(p).resolve() != root)]

@@ -1,4 +1,4 @@
-"""What the rows of a waterfall run share, and the candidate of each."""
+"""Make the candidate of each row of the waterfall, on weights and inputs that all rows share."""
 
 import argparse
 import gc
@@ -10,34 +10,29 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.cases import Candidate, arithmetic, in_dtypes, say, shared, weight_bytes
-from lib.harness import timed
+from lib.candidates import Candidate, arithmetic, in_dtypes, shared, weight_bytes
+from lib.harness import say, timed
 from lib.options import load
 from lib.stages import watch
 from lib.techniques import TECHNIQUES, applied
-from lib.waterfall_quality import answers, compare, labels_of, reference_ids
-from lib.waterfall_rows import INTERVAL, Row
+from lib.waterfall_quality import compare, labels_of, outputs, reference_ids
+from lib.waterfall_rows import Row
 
 from titok_fast import SamplingConfig
 from titok_fast.sampling.unmask import sample_seeds
 
 
-def settings(row: Row, config: SamplingConfig) -> SamplingConfig:
-    """How a row samples where the others do as in `config`."""
-    return config.updated(guidance_interval=INTERVAL) if row.name == "guidance-interval" else config
-
-
 @dataclass
-class Made:
-    """A row ready to run: its candidate, what it calls, and the seconds of compile or packing."""
+class Prepared:
+    """A row ready to run: its candidate, the model it calls, and the seconds of `compile`."""
 
     candidate: Candidate
     model: Any
     prepare_s: float
 
 
-class Bench:
-    """Weights, inputs, and the answers of float32 that every row is compared with.
+class Inputs:
+    """Weights, labels, and the float32 outputs that every row is compared with.
 
     Args:
         args: of waterfall.py.
@@ -50,20 +45,20 @@ class Bench:
         self.shipped = "tf32" if args.device.type == "cuda" else "fp32-ieee"
         pipe = load(args.model, args.weights, args.device, generate=True)
         self.rival = official.load(args.upstream, pipe.tokenizer, pipe.generator)
-        say("answers of float32")
+        say("outputs in float32")
         with arithmetic("fp32-ieee"):
-            self._wanted = answers(pipe, pipe, self.batch, config)
+            self._wanted = outputs(pipe, pipe, self.batch, config)
             self._wanted_of_upstream = dict(self._wanted)
             if self.rival is not None:
                 self._wanted_of_upstream["final"] = reference_ids(pipe, self.batch, config)
         self._pipes = {"float32": pipe}
-        self._made: dict[str, Made] = {}
+        self._prepared: dict[str, Prepared] = {}
 
     def enter(self, group: Sequence[Row]) -> None:
-        """Load the weights of a group of rows, and let go of what it does not use."""
+        """Load the weights of a group of rows, and free those that it does not use."""
         sets = set().union(*(row.sets for row in group))
         kept = {row.name for row in group}
-        self._made = {name: made for name, made in self._made.items() if name in kept}
+        self._prepared = {name: row for name, row in self._prepared.items() if name in kept}
         if "bfloat16" in sets and "bfloat16" not in self._pipes:
             self._pipes["bfloat16"] = in_dtypes(self._pipes["float32"], ["bf16"])["bf16"]
         if "float32" not in sets:  # its rows come first, so nothing asks for it again
@@ -71,25 +66,25 @@ class Bench:
             self.rival = None
         gc.collect()
 
-    def make(self, row: Row) -> Made:
+    def make(self, row: Row) -> Prepared:
         """The candidate of a row of the group; one that earlier groups had is not made again.
 
         Raises:
             ValueError: techniques that do not go together here.
             RuntimeError: they cannot be compiled.
         """
-        if row.name not in self._made:
-            self._made[row.name] = self._upstream(row) if row.upstream else self._ours(row)
-        return self._made[row.name]
+        if row.name not in self._prepared:
+            self._prepared[row.name] = self._upstream(row) if row.upstream else self._ours(row)
+        return self._prepared[row.name]
 
     def quality(self, row: Row) -> dict[str, float | None]:
-        """The answers of a row of the group beside those of float32."""
+        """The outputs of a row of the group, compared with those of float32."""
         made, shapes = self.make(row), next(iter(self._pipes.values()))
         with made.candidate.context():
-            got = answers(made.model, shapes, self.batch, settings(row, self.config))
+            got = outputs(made.model, shapes, self.batch, self.config)
         return compare(got, self._wanted_of_upstream if row.upstream else self._wanted)
 
-    def _upstream(self, row: Row) -> Made:
+    def _upstream(self, row: Row) -> Prepared:
         assert self.rival is not None
         theirs = shared(self.rival)
         weights = weight_bytes(theirs)
@@ -103,11 +98,11 @@ class Bench:
         context = partial(arithmetic, dtype, self.device.type if dtype == "bf16" else None)
         draw = partial(theirs.draw, labels_of(0, self.batch).to(self.device), self.config)
         clock = watch(theirs.tokenizer, self.device)
-        return Made(
+        return Prepared(
             Candidate(row.name, dtype, mode, draw, dict, context, weights, clock), theirs, 0.0
         )
 
-    def _ours(self, row: Row) -> Made:
+    def _ours(self, row: Row) -> Prepared:
         low = row.weights != "float32"
         own, dtype = shared(self._pipes["bfloat16" if low else "float32"]), self.shipped
         if low:
@@ -121,11 +116,11 @@ class Bench:
             seeds=sample_seeds(0, self.batch),
             batch_size=self.batch,
             output="tensor",
-            **asdict(settings(row, self.config)),
+            **asdict(self.config),
         )
         clock, context = watch(own.tokenizer, self.device), partial(_as_row, row, dtype)
         mode = "compiled" if fast else "eager"
-        return Made(
+        return Prepared(
             Candidate(row.name, dtype, mode, draw, dict, context, weights, clock), own, seconds
         )
 

@@ -1,9 +1,10 @@
-"""What a row of the waterfall draws, beside our float32: ids, logits, pixels of fixed inputs."""
+"""Compare what a row of the waterfall draws with our float32: ids, logits and pixels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import log10
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,17 +14,15 @@ from titok_fast.sampling import unmask as sampling
 from titok_fast.sampling.reference import generate
 
 IMAGES = 8  # at least: one image has too few tokens for a share
-Answers = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 
 # upstream's `generate` has these settings; the rest is fixed there
-_OF_UPSTREAM = (
-    "guidance_scale", "guidance_decay", "guidance_scale_pow", "randomize_temperature",
-    "softmax_temperature_annealing", "num_sample_steps",
-)  # fmt: skip
+_OF_UPSTREAM = "guidance_scale guidance_decay guidance_scale_pow randomize_temperature"
+_OF_UPSTREAM += " softmax_temperature_annealing num_sample_steps"
 
 
 def labels_of(first: int, count: int) -> Tensor:
-    """(count,) int64 classes of pictures first .. first + count - 1: distinct up to 1000."""
+    """(count,) int64 classes of images first .. first + count - 1: distinct up to 1000."""
     return 37 * torch.arange(first, first + count) % 1000
 
 
@@ -38,11 +37,8 @@ def first_candidates() -> Iterator[list[Tensor]]:
             seen.append(candidates.clone())
         return remask(candidates, *args, **kwargs)
 
-    sampling.remask = recorded
-    try:
+    with patch.object(sampling, "remask", recorded):
         yield seen
-    finally:
-        sampling.remask = remask
 
 
 def _fixed_ids(pipe: TiTokPipeline, count: int) -> Tensor:
@@ -52,23 +48,23 @@ def _fixed_ids(pipe: TiTokPipeline, count: int) -> Tensor:
 
 
 def _parts(batch: int) -> list[int]:
-    """First picture of each call: calls have the batch that was timed, compiled shapes are kept."""
+    """First image of each call; calls have the batch that models were compiled for."""
     return list(range(0, IMAGES, batch))
 
 
 @torch.no_grad()
-def answers(model: Any, pipe: TiTokPipeline, batch: int, config: SamplingConfig) -> Answers:
-    """What a model answers, in float32 on the CPU. Call it in the model's arithmetic.
+def outputs(model: Any, pipe: TiTokPipeline, batch: int, config: SamplingConfig) -> Outputs:
+    """A model's outputs, in float32 on the CPU. Call it in the model's arithmetic.
 
     Args:
         model: a pipeline of ours, or upstream.Upstream.
         pipe: gives shapes and the device.
-        batch: pictures in each call.
+        batch: images in each call.
         config: settings of the sampler.
 
     Returns:
         "logits" (batch, K, N) of ids that are half masked; "pixels" (batch, 3, S, S) of fixed ids,
-        in [0, 1]; "final" (n, K), ids drawn for IMAGES pictures or a batch, whichever is more; of
+        in [0, 1]; "final" (n, K), ids drawn for IMAGES images or a batch, whichever is more; of
         ours also "step1", those drawn in the first step. Upstream's noise comes from torch's global
         stream, so its ids have other seeds.
     """
@@ -89,8 +85,8 @@ def answers(model: Any, pipe: TiTokPipeline, batch: int, config: SamplingConfig)
 
 def _draw(
     model: Any, pipe: TiTokPipeline, first: int, batch: int, config: SamplingConfig
-) -> Answers:
-    """Ids (batch, K) of pictures `first` and on."""
+) -> Outputs:
+    """Ids (batch, K) of images `first` and on."""
     labels = labels_of(first, batch).to(pipe.device)
     if isinstance(model, TiTokPipeline):
         assert model.generator is not None
@@ -98,14 +94,14 @@ def _draw(
         with first_candidates() as seen:
             ids = sampling.sample(model.generator, labels, seeds, config)
         return {"final": ids, "step1": seen[0] if seen else ids}  # one step masks nothing again
-    options = {name: getattr(config, name) for name in _OF_UPSTREAM}
+    options = {name: getattr(config, name) for name in _OF_UPSTREAM.split()}
     with _global_seed(first):
         return {"final": model.generator.generate(condition=labels, **options).view(batch, -1)}
 
 
 @torch.no_grad()
 def reference_ids(pipe: TiTokPipeline, batch: int, config: SamplingConfig) -> Tensor:
-    """(n, K) ids that upstream draws in `answers` if it makes no rounding error of its own."""
+    """(n, K) ids that upstream draws in `outputs` if it makes no rounding error of its own."""
     assert pipe.generator is not None
     drawn = []
     for first in _parts(batch):
@@ -122,8 +118,8 @@ def _global_seed(seed: int) -> Iterator[None]:
         yield
 
 
-def compare(got: Answers, wanted: Answers) -> dict[str, float | None]:
-    """How far answers are from those of float32.
+def compare(got: Outputs, wanted: Outputs) -> dict[str, float | None]:
+    """How far outputs are from those of float32.
 
     Returns:
         "step1_ids_equal" and "final_ids_equal", shares of equal ids; "logit_error", norm of the

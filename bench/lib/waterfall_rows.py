@@ -1,14 +1,13 @@
-"""The rows of the waterfall: what techniques each has, and why one is left out."""
+"""List the rows of the waterfall: the techniques of each, and why one is left out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib.techniques import TECHNIQUES, Technique
 
 from titok_fast.backends import techniques as fast
 from titok_fast.presets import Preset
 
-INTERVAL = (0.5, 1.0)  # of the row "guidance-interval"
-ALIVE = 3  # sets of weights in memory at once
+WEIGHTS_AT_ONCE = 3  # sets of weights in memory
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,6 @@ class Row:
             `compile` changes them.
         techniques: all that are on.
         parent: the row that it adds its technique to; None at the start.
-        aside: the rows after it do without its technique.
         exact: its technique leaves results as they were, but for rounding.
         not_measured: why it is left out; None where it is measured.
     """
@@ -32,7 +30,6 @@ class Row:
     weights: str = "float32"
     techniques: tuple[str, ...] = ()
     parent: str | None = None
-    aside: bool = False
     exact: bool = True
     not_measured: str | None = None
 
@@ -60,32 +57,28 @@ def rows(system: Preset, device: str, batch: int, *, upstream: str | None = None
     Args:
         system: a preset with generator and sampling.
         device: "cpu" or "cuda".
-        batch: pictures at once.
+        batch: images at once.
         upstream: why the official code is not measured; None where it is.
     """
-    made = [Row(r.name, r.text, exact=r.exact, not_measured=upstream) for r in UPSTREAM]
+    made = [replace(row, not_measured=upstream) for row in UPSTREAM]
     made.append(Row("plain", "its arithmetic in our code, float32"))
-    trunk, weights = made[-1], "float32"
+    parent, weights = made[-1], "float32"
     for t in TECHNIQUES.values():
         weights = "bfloat16" if t.name == "bf16" else weights
-        # torch.compile replaces the packed layers, which are faster on a CPU
-        aside = t.kind in ("experiment", "setting") or (t.name == "inductor" and device == "cpu")
-        before = made[-1] if t.name == "last-layer" else trunk  # it wants "masked-rows"
         row = Row(
             t.name,
             t.text,
             t.name if t.kind == "fast" else weights,
-            (*before.techniques, t.name),
-            before.name,
-            aside,
+            (*parent.techniques, t.name),
+            parent.name,
             t.exact,
             _left_out(t, system, device, batch),
         )
         made.append(row)
-        if not aside and row.not_measured is None:
-            trunk = row
-        elif not aside and t.kind == "built in":  # it has no effect here, so nothing was replaced
-            trunk = Row(trunk.name, trunk.text, trunk.weights, row.techniques)
+        if row.not_measured is None:
+            parent = row
+        elif t.kind == "built in":  # it has no effect here, so nothing was replaced
+            parent = replace(parent, techniques=row.techniques)
     return made
 
 
@@ -101,13 +94,13 @@ def _left_out(t: Technique, system: Preset, device: str, batch: int) -> str | No
         return f"under {decay} guidance upstream does without it as well"
     if t.name == "fused-qkv" and system.generator.model_type == "UViT":
         return "upstream's U-ViT has it as well"
-    if t.name in ("one-image", "step0-once") and batch == 1:
+    if t.name == "one-image" and batch == 1:
         return "nothing to do in a batch of one"
     return None
 
 
 def next_group(waiting: list[Row], anchor: Row | None) -> list[Row]:
-    """The rows from the start of `waiting` that take turns, with at most ALIVE sets of weights.
+    """The rows from the start of `waiting` that take turns, with at most WEIGHTS_AT_ONCE sets.
 
     Args:
         waiting: rows yet to be measured, at least one.
@@ -117,11 +110,11 @@ def next_group(waiting: list[Row], anchor: Row | None) -> list[Row]:
         The anchor, where there is one, and one or more of `waiting`.
     """
     group = [] if anchor is None else [anchor]
-    alive = set().union(*(row.sets for row in group))
+    loaded = set().union(*(row.sets for row in group))
     for i, row in enumerate(waiting):
-        if i and len(alive | row.sets) > ALIVE:
+        if i and len(loaded | row.sets) > WEIGHTS_AT_ONCE:
             break
-        alive |= row.sets
+        loaded |= row.sets
         group.append(row)
     return group
 

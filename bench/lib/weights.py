@@ -1,4 +1,4 @@
-"""Models under random weights, made in seconds.
+"""Make models under random weights in seconds.
 
 Speed does not depend on what the weights are.
 """
@@ -61,7 +61,7 @@ def build(make: Callable[[], M], device: torch.device, dtype: torch.dtype) -> M:
 
 @torch.no_grad()
 def fill(model: M) -> M:
-    """Normal weights of scale fan_in**-0.5, one stretch of noise repeated; norms scale by 1.
+    """Normal weights of scale fan_in**-0.5, the same noise repeated; norms scale by 1.
 
     In place; gives the model back.
     """
@@ -77,7 +77,7 @@ def fill(model: M) -> M:
 
 
 def draw_only(system: Preset, device: torch.device, dtype: torch.dtype) -> TiTokPipeline:
-    """One of our systems without its encoder, which drawing does not run.
+    """One of our pipelines without its encoder, which sampling does not run.
 
     Raises:
         ValueError: a preset without a generator.

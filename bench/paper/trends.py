@@ -27,12 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library of b
 import numpy as np
 import torch
 from fashion import CLASSIFIER
-from lib.cases import say
-from lib.harness import environment, write_json
+from lib import plots as plot
+from lib.harness import environment, say, write_json
 from lib.options import add_run, check, save
 from lib.plots import write
-from lib.report_trends import trends_table
-from paper import plot
+from lib.quality_tables import trends_table
 from paper.curves import comparisons
 from paper.experiments import (
     CLASSES,

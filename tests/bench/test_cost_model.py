@@ -10,11 +10,11 @@ from support.bench_scripts import add_tiny, scripts
 from titok_fast.costs import generation_costs
 
 pytest.importorskip("scipy")
-cost_model, options, points, stage_work = scripts(
-    "lib.cost_model", "lib.options", "lib.points", "lib.stage_work"
+cost_model, counted_work, options, scaling, workloads = scripts(
+    "lib.cost_model", "lib.counted_work", "lib.options", "scaling", "lib.workloads"
 )
 
-Point = points.Point
+Workload = workloads.Workload
 # a machine of this project's kind, every kind of work with a cost of its own
 TRUE = {
     "gemm_flops": 1 / 350e9,
@@ -28,13 +28,13 @@ TRUE = {
 }
 
 
-def row(point: Any, seconds_per: dict[str, float], noise: float = 0.0) -> dict[str, Any]:
+def row(workload: Any, seconds_per: dict[str, float], noise: float = 0.0) -> dict[str, Any]:
     """A measured row whose times follow the model, some by `noise` too long, some too short."""
     machine = cost_model.Machine(seconds_per)
-    works = stage_work.work(point.system, point.batch, "bf16")
+    works = counted_work.work(workload.system, workload.batch, "bf16")
     signs = (1 + noise, 1 - noise)
     times = {s: machine.predict(w) * signs[i % 2] for i, (s, w) in enumerate(works.items())}
-    return point.row() | {"dtype": "bf16", "stages_s": {"transfer": 1e-3} | times}
+    return workload.row() | {"dtype": "bf16", "stages_s": {"transfer": 1e-3} | times}
 
 
 def test_the_fit_recovers_the_machine() -> None:
@@ -57,7 +57,7 @@ def test_kinds_without_a_cost_stay_without() -> None:
     assert cost_model.Machine(few).rates()["layer_calls"] == "no cost seen"
 
 
-def test_noisy_points_are_predicted_within_twice_the_noise() -> None:
+def test_noisy_workloads_are_predicted_within_twice_the_noise() -> None:
     rows = [row(p, TRUE, noise=0.03) for p in cost_model.FIT]
     rows += [row(p, TRUE) for p in cost_model.CHECK]
     worst = cost_model.worst(cost_model.compare(cost_model.fit_rows(rows), rows))
@@ -65,9 +65,9 @@ def test_noisy_points_are_predicted_within_twice_the_noise() -> None:
 
 
 def test_work_is_that_of_the_costs() -> None:
-    point = Point("titok-b-64", 4)
-    found = stage_work.work(point.system, 4, "bf16")
-    system = point.system
+    workload = Workload("titok-b-64", 4)
+    found = counted_work.work(workload.system, 4, "bf16")
+    system = workload.system
     costs = generation_costs(system.tokenizer, system.generator, system.sampling)
     flops = ("gemm_flops", "attention_flops", "conv_flops")
     for stage in ("generator", "vit_decoder"):
@@ -79,7 +79,7 @@ def test_work_is_that_of_the_costs() -> None:
     assert found["vit_decoder"]["attention_flops"] == 4 * 12 * 4 * 321**2 * 768
     assert found["vit_decoder"]["attention_rows"] == 4 * 12 * 12 * 321
     # weights are read once a step, whatever the batch; the draw shrinks as tokens become known
-    alone = stage_work.work(point.system, 1, "bf16")
+    alone = counted_work.work(workload.system, 1, "bf16")
     assert found["generator"]["weight_bytes"] == alone["generator"]["weight_bytes"]
     assert found["head"]["draws"] == 4 * 64 * 4096
     assert 64 * 4096 < alone["generator"]["draws"] < 8 * 64 * 4096
@@ -88,7 +88,7 @@ def test_work_is_that_of_the_costs() -> None:
 def test_a_step_of_no_guidance_is_one_pass() -> None:
     # power-cosine begins with weight 0: of two steps three passes, as L-32's linear has
     one, two = (
-        stage_work.work(Point("titok-s-128", steps=T).system, 1, "bf16")["generator"]
+        counted_work.work(Workload("titok-s-128", steps=T).system, 1, "bf16")["generator"]
         for T in (1, 2)
     )
     assert two["gemm_flops"] == pytest.approx(3 * one["gemm_flops"])
@@ -97,9 +97,9 @@ def test_a_step_of_no_guidance_is_one_pass() -> None:
 
 def test_rows_of_other_threads_or_ranks_are_left_alone() -> None:
     rows = [row(p, TRUE) for p in cost_model.FIT]
-    odd = row(Point(threads=1), {k: 9 * v for k, v in TRUE.items()})
-    missing = Point(batch=64).row() | {"not_measured": "too large"}
-    machine = cost_model.fit_rows([*rows, odd, missing], (*cost_model.FIT, Point(threads=1)))
+    odd = row(Workload(threads=1), {k: 9 * v for k, v in TRUE.items()})
+    missing = Workload(batch=64).row() | {"not_measured": "too large"}
+    machine = cost_model.fit_rows([*rows, odd, missing], (*cost_model.FIT, Workload(threads=1)))
     assert machine.seconds_per == pytest.approx(TRUE, rel=1e-4)
     assert len(cost_model.compare(machine, [*rows, odd, missing])) == 5 * len(rows)
 
@@ -140,32 +140,32 @@ def test_command_on_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path, out = tmp_path / "r.json", tmp_path / "out.json"
     path.write_text(json.dumps(record))
     with pytest.raises(SystemExit):
-        cost_model.main(["--from", str(path)])
+        scaling.main(["--cost-model", str(path)])
     record["cost_model"] = cost_model.analysis(rows, cost_model.FIT)
     path.write_text(json.dumps(record))
-    assert cost_model.main(["--from", str(path), "--json", str(out)]) == 0
+    assert scaling.main(["--cost-model", str(path), "--json", str(out)]) == 0
     made = json.loads(out.read_text())
     assert made["benchmark"] == "cost-model"
     written = made["cost_model"]
     assert written["seconds_per"] == pytest.approx(TRUE, rel=1e-4)
     rows[-1]["stages_s"]["generator"] *= 1.5
     path.write_text(json.dumps(record))
-    assert cost_model.main(["--from", str(path)]) == 1
+    assert scaling.main(["--cost-model", str(path)]) == 1
     assert "350 GFLOP/s" in capsys.readouterr().out
-    assert cost_model.main(["--floors"]) == 0
+    assert scaling.main(["--floors"]) == 0
 
 
-def test_a_run_measures_fit_and_check_points(
+def test_a_run_measures_what_is_fitted_and_what_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_tiny(monkeypatch, options)
-    monkeypatch.setattr(cost_model, "FIT", tuple(Point("tiny", B, steps=2) for B in (1, 3)))
-    monkeypatch.setattr(cost_model, "CHECK", (Point("tiny", 2, tokens=4, steps=3),))
+    monkeypatch.setattr(cost_model, "FIT", tuple(Workload("tiny", B, steps=2) for B in (1, 3)))
+    monkeypatch.setattr(cost_model, "CHECK", (Workload("tiny", 2, tokens=4, steps=3),))
     path = tmp_path / "r.json"
-    words = ["--device", "cpu", "--repeats", "2", "--json", str(path)]
-    assert cost_model.main(words) in (0, 1)  # times this short are all overhead
+    words = ["--cost-model", "--device", "cpu", "--repeats", "2", "--json", str(path)]
+    assert scaling.main(words) in (0, 1)  # times this short are all overhead
     record = json.loads(path.read_text())
     assert record["benchmark"] == "cost-model"
     assert [(c["batch"], c["tokens"]) for c in record["cases"]] == [(1, 8), (3, 8), (2, 4)]
     assert [line["fitted"] for line in record["cost_model"]["lines"]] == [True] * 10 + [False] * 5
-    assert set(record["cost_model"]["seconds_per"]) == set(stage_work.KINDS)
+    assert set(record["cost_model"]["seconds_per"]) == set(counted_work.KINDS)

@@ -1,4 +1,4 @@
-"""bench/fashion.py on a few pictures and random weights, and what is made of its record."""
+"""bench/fashion.py on a few pictures and random weights, and on logs with known times."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.bench_scripts import scripts
+from support.bench_scripts import cells, refused, scripts
 from support.records import write_fashion
 from support.shipped import MODEL, ship, trained, use
 
@@ -16,7 +16,9 @@ from titok_fast import TiTokPipeline
 from titok_fast.data.sources import fashion_mnist
 from titok_fast.models.classifier import FashionClassifier
 
-fashion, report_fashion, sampling = scripts("fashion", "report_fashion", "sampling")
+fashion, options, quality_tables, sampling, tables = scripts(
+    "fashion", "lib.options", "lib.quality_tables", "sampling", "lib.tables"
+)
 COUNT, TEST = 20, 36
 
 
@@ -92,43 +94,18 @@ def test_sheets_show_what_they_say(measured: tuple[Path, Path, dict[str, Any]]) 
     assert np.array_equal(cell("samples", 3, 4), drawn[34])
 
 
-def test_card_and_table(
-    measured: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, results, record = measured
-    section = report_fashion.fashion_table(record)
-    assert "| 20 samples " in section.replace("  ", " ")
-    assert f"![samples](bench/results/{record['sheets']['samples']})" in section
-    assert f"{record['figures']['fid_real']:.3g}" in section
-    card = tmp_path / "card.md"
-    card.write_text(report_fashion.CARD.read_text())
-    options = [f"--card={card}", f"--results={results}"]
-    assert report_fashion.main([*options, "--check"]) == 1
-    assert report_fashion.main(options) == 0
-    assert report_fashion.figures_table(record) in card.read_text()
-    assert "bench/results" not in card.read_text().replace("`", "")  # it is installed elsewhere
-    assert report_fashion.main([*options, "--check"]) == 0
-    assert report_fashion.main([f"--card={card}", f"--results={tmp_path}"]) == 0
-    assert "Not measured yet." in card.read_text()
-    with pytest.raises(ValueError, match="the card wants the markers"):
-        report_fashion.fill_card("nothing", record)
-    assert "differs from the results" in capsys.readouterr().out
-
-
-def test_the_committed_card_is_that_of_the_committed_results() -> None:
-    assert report_fashion.main(["--check"]) == 0
-
-
 def test_quality_stands_beside_the_speed(
-    measured: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    measured: tuple[Path, Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
     weights, results, record = measured
-    options = scripts("lib.options")[0]
     use(weights, monkeypatch)
     monkeypatch.setattr(options, "matmul_peak", lambda device, dtype: 1e12)
-    found = report_fashion.quality(MODEL, results)
-    monkeypatch.setattr(sampling, "quality", lambda model: found)
+    newest = quality_tables.newest_quality(MODEL, tables.read(results))
+    monkeypatch.setattr(sampling, "newest_quality", lambda model: newest)
+    found = sampling.quality(MODEL)
     words = ["--models", MODEL, "--batch", "2", "--dtype", "fp32-ieee", "--modes", "eager"]
     file = tmp_path / "r.json"
     assert sampling.main([*words, "--repeats", "1", "--device", "cpu", "--json", str(file)]) == 0
@@ -140,7 +117,9 @@ def test_quality_stands_beside_the_speed(
     agreement, distance = figures["label_agreement"], figures["fid_samples"]
     line = f"{MODEL}: label agreement {agreement:.1%}, FID {distance:.3g} beside"
     assert line in capsys.readouterr().out
-    assert report_fashion.quality(MODEL, tmp_path) is None
+    assert quality_tables.newest_quality(MODEL, tables.read(results / "none")) is None
+    monkeypatch.setattr(sampling, "newest_quality", lambda model: None)
+    assert sampling.quality(MODEL) is None
     assert sampling.quality_lines({"cases": [{"model": MODEL, "quality": None}]}) == [
         f"{MODEL}: not measured"
     ]
@@ -152,7 +131,38 @@ def test_mistakes_are_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture
         ([f"--plots={tmp_path / 'none'}"], "--plots: no folder"),
         ([f"--classifier={tmp_path / 'none'}"], "none is neither a directory"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            fashion.main(words)
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err
+        refused(capsys, fashion, words, message)
+
+
+def write_log(folder: Path, begin: float, per_update: float, steps: tuple[int, ...]) -> None:
+    folder.mkdir()
+    lines = [{"step": step, "time": begin + per_update * step, "loss": 1.0} for step in steps]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_minutes_of_each_run_and_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path / "stage1", 5000.0, 3.0, (20, 40, 100))
+    write_log(tmp_path / "vqgan", 1000.0, 6.0, (10, 10, 200))
+    (tmp_path / "tokens").mkdir()  # no run
+    first, second = fashion.times(tmp_path)
+    assert (first["run"], first["updates"], first["started"]) == ("vqgan", 200, 1000.0)
+    assert (first["minutes"], second["minutes"]) == pytest.approx((20.0, 5.0))
+    assert fashion.main(["--times", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["cases"] == [first, second]
+    assert record["benchmark"] == "recipe-times"
+    assert cells(capsys.readouterr().out) == [
+        {"run": "vqgan", "updates": "200", "minutes": "20.0"},
+        {"run": "stage1", "updates": "100", "minutes": "5.0"},
+        {"run": "all", "updates": "300", "minutes": "25.0"},
+    ]
+
+
+@pytest.mark.parametrize("steps", [(), (7,), (7, 7)])
+def test_logs_that_tell_no_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: tuple[int, ...]
+) -> None:
+    words = ["--times", str(tmp_path)]
+    refused(capsys, fashion, words, "wants folders with a log.jsonl in each")
+    write_log(tmp_path / "vqgan", 0.0, 1.0, steps)
+    refused(capsys, fashion, words, "holds no two updates")

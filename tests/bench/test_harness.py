@@ -62,7 +62,7 @@ def test_environment_of_a_gpu_reads_the_driver(monkeypatch: pytest.MonkeyPatch) 
     gpu = SimpleNamespace(name="Some GPU", total_memory=80, uuid="1234")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     answers = {"nvidia-smi": "550.1, 700.00 W"}
-    monkeypatch.setattr(harness, "_output", lambda *command: answers.get(command[0]))
+    monkeypatch.setattr(harness, "command_output", lambda *command: answers.get(command[0]))
     record = harness.environment("cuda")
     read = record["device"], record["driver"], record["power_limit"]
     assert read == ("Some GPU", "550.1", "700.00 W")
@@ -186,7 +186,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
 
 def test_peak_memory_says_when_it_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
-    monkeypatch.setattr(harness, "_resident", {"VmHWM": 300, "VmRSS": 200}.__getitem__)
+    monkeypatch.setattr(harness, "resident", {"VmHWM": 300, "VmRSS": 200}.__getitem__)
     assert harness.peak_memory(lambda: ran.append(1), "cpu") is None
     assert ran == []
 

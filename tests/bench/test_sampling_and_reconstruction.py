@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import add_tiny, scripts
+from support.bench_scripts import add_tiny, refused, scripts, small_official
 from support.tiny_models import tiny_tokenizer_config
 from torch import Tensor
 
-from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig
+from titok_fast import PRESETS, TiTokPipeline
 from titok_fast.presets import Preset
 
-cases, options, reconstruction, sampling, stages, upstream = scripts(
-    "lib.cases", "lib.options", "reconstruction", "sampling", "lib.stages", "lib.upstream"
+candidates, options, reconstruction, sampling, stages, upstream = scripts(
+    "lib.candidates", "lib.options", "reconstruction", "sampling", "lib.stages", "lib.upstream"
 )
 
 CPU = torch.device("cpu")
@@ -40,14 +40,11 @@ def run(main: Callable[[list[str]], int], path: Path, *words: str) -> tuple[int,
 
 
 def test_sampling_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, record = run(
-        sampling.main, tmp_path / "r.json", "--models", "tiny", "--batch", "1", "3", "--steps", "2",
-        "--modes", "eager", "fast",
-    )  # fmt: skip
+    words = "--models tiny --batch 1 3 --steps 2 --modes eager fast"
+    status, record = run(sampling.main, tmp_path / "r.json", *words.split())
     assert status == 0
-    assert set(record) == {
-        "benchmark", "environment", "protocol", "upstream_commit", "matmul_flop_per_s", "cases",
-    }  # fmt: skip
+    fields = "benchmark environment protocol upstream_commit matmul_flop_per_s cases"
+    assert set(record) == set(fields.split())
     assert record["protocol"]["weights"] == "random"
     assert set(record["matmul_flop_per_s"]) == {"fp32-ieee", "bf16"}
     names = [(c["batch"], c["implementation"], c["dtype"], c["mode"]) for c in record["cases"]]
@@ -126,17 +123,8 @@ def test_compiled_models_are_copies_on_the_same_weights(
 ) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(TiTokPipeline, "compile", lambda self, *_: compiled.append(self) or self)
-    _, record = run(
-        sampling.main,
-        tmp_path / "r.json",
-        "--models",
-        "tiny",
-        "--batch",
-        "1",
-        "--modes",
-        "eager",
-        "compiled",
-    )
+    words = "--models tiny --batch 1 --modes eager compiled"
+    _, record = run(sampling.main, tmp_path / "r.json", *words.split())
     modes = [c["mode"] for c in record["cases"] if c["implementation"] == "ours"]
     assert modes == ["eager", "compiled"] * 2
     assert len({id(pipe) for pipe in compiled}) == 2
@@ -160,14 +148,14 @@ def test_compiled_networks_agree_and_are_timed_by_stage(tmp_path: Path) -> None:
 def test_a_copy_shares_weights_and_leaves_the_original_alone() -> None:
     pipe = TiTokPipeline.random("tiny")
     decoder = pipe.tokenizer.decoder
-    own = cases.shared(pipe)
+    own = candidates.shared(pipe)
     stages.watch(own.tokenizer, CPU)
     assert pipe.tokenizer.decoder is decoder
     assert isinstance(own.tokenizer.decoder, stages.Stage)
     mine, theirs = pipe.generator.lm_head.weight, own.generator.lm_head.weight
     assert mine.data_ptr() == theirs.data_ptr()
-    assert cases.weight_bytes(own) == cases.weight_bytes(pipe)
-    low = cases.in_dtypes(pipe, ["fp32-ieee", "bf16"])
+    assert candidates.weight_bytes(own) == candidates.weight_bytes(pipe)
+    low = candidates.in_dtypes(pipe, ["fp32-ieee", "bf16"])
     assert low["fp32-ieee"] is pipe
     assert low["bf16"].tokenizer.dtype == torch.bfloat16
     assert pipe.tokenizer.dtype == torch.float32
@@ -177,7 +165,7 @@ def candidate(name: str, call: Callable[[], object], ids: int = 0, weights: int 
     def probe() -> dict[str, Tensor]:
         return {"ids": torch.tensor([0, ids]), "pixels": torch.full((2, 2), ids / 2)}
 
-    return cases.Candidate(name, "fp32-ieee", "eager", call, probe, nullcontext, weights)
+    return candidates.Candidate(name, "fp32-ieee", "eager", call, probe, nullcontext, weights)
 
 
 def test_candidates_alternate_and_a_failure_is_a_row() -> None:
@@ -186,7 +174,7 @@ def test_candidates_alternate_and_a_failure_is_a_row() -> None:
     def fail() -> None:
         raise torch.OutOfMemoryError("no room")
 
-    rows = cases.measure(
+    rows = candidates.measure(
         [
             candidate("a", lambda: calls.append("a")),
             candidate("bad", fail),
@@ -207,14 +195,14 @@ def test_candidates_alternate_and_a_failure_is_a_row() -> None:
 
 
 def test_rounds_fit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "ROUND_BUDGET_S", 0.25)
-    monkeypatch.setattr(cases, "MAX_ROUNDS", 6)
-    slow = cases.measure([candidate("a", lambda: time.sleep(0.2))], images=1, device=CPU)
-    middle = cases.measure([candidate("a", lambda: time.sleep(0.05))], images=1, device=CPU)
-    fast = cases.measure([candidate("a", lambda: None)], images=1, device=CPU)
-    assert len(slow[0]["seconds"]) == cases.MIN_ROUNDS
+    monkeypatch.setattr(candidates, "ROUND_BUDGET_S", 0.25)
+    monkeypatch.setattr(candidates, "MAX_ROUNDS", 6)
+    slow = candidates.measure([candidate("a", lambda: time.sleep(0.2))], images=1, device=CPU)
+    middle = candidates.measure([candidate("a", lambda: time.sleep(0.05))], images=1, device=CPU)
+    fast = candidates.measure([candidate("a", lambda: None)], images=1, device=CPU)
+    assert len(slow[0]["seconds"]) == candidates.MIN_ROUNDS
     assert 3 <= len(middle[0]["seconds"]) <= 5
-    assert len(fast[0]["seconds"]) == cases.MAX_ROUNDS
+    assert len(fast[0]["seconds"]) == candidates.MAX_ROUNDS
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no way to reset it")
@@ -222,7 +210,7 @@ def test_memory_is_own_weights_plus_what_the_call_adds() -> None:
     size, weights = 200 << 20, 1 << 30
     hungry = candidate("a", lambda: torch.ones(size, dtype=torch.uint8), weights=weights)
     frugal = candidate("b", lambda: None, weights=weights)
-    rows = cases.measure([hungry, frugal], images=1, device=CPU, repeats=1)
+    rows = candidates.measure([hungry, frugal], images=1, device=CPU, repeats=1)
     assert 0.9 * size < rows[0]["peak_bytes"] - weights < 1.2 * size
     assert rows[1]["peak_bytes"] - weights < 0.1 * size
 
@@ -261,10 +249,7 @@ def test_options_are_refused_before_any_work(
     main: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = {"sampling": sampling, "reconstruction": reconstruction}[main]
-    with pytest.raises(SystemExit) as stopped:
-        module.main(["--device", "cpu", *words])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, module, ["--device", "cpu", *words], message)
 
 
 def test_defaults_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,31 +310,17 @@ def test_upstream_has_no_512_px_and_no_free_sizes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def official_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest that upstream's classes can be: 64 px, small ViT, and its one pixel decoder."""
-    tokenizer = TokenizerConfig(
-        num_latent_tokens=8, vit_enc_model_size="small", vit_dec_model_size="small", crop_size=64
-    )
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    generator = GeneratorConfig(intermediate_size=128, image_seq_len=8, **shape)
-    small = Preset(tokenizer, generator, PRESETS["tiny"].sampling)
+    small = small_official(PRESETS["tiny"].sampling)
     monkeypatch.setitem(PRESETS, "small-vit", small)
-    uvit = replace(generator, model_type="UViT")
+    uvit = replace(small.generator, model_type="UViT")
     monkeypatch.setitem(PRESETS, "small-uvit", replace(small, generator=uvit))
 
 
 @needs_upstream
 @pytest.mark.parametrize("model", ["small-vit", "small-uvit"])
 def test_upstream_on_the_same_weights(official_size: None, tmp_path: Path, model: str) -> None:
-    status, record = run(
-        sampling.main,
-        tmp_path / "r.json",
-        "--models",
-        model,
-        "--batch",
-        "2",
-        "--upstream",
-        UPSTREAM,
-    )
+    words = ("--models", model, "--batch", "2", "--upstream", UPSTREAM)
+    status, record = run(sampling.main, tmp_path / "r.json", *words)
     assert status == 0
     assert UPSTREAM not in json.dumps(record)
     plain, low = (c for c in record["cases"] if c["implementation"] == "upstream")

@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import BENCH, add_tiny, scripts
+from support.bench_scripts import BENCH, add_tiny, refused, scripts
 
 from titok_fast import PRESETS
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
-cost_model, options, plots, points, scaling, weights = scripts(
-    "lib.cost_model", "lib.options", "lib.plots", "lib.points", "scaling", "lib.weights"
+options, plots, scaling, weights, workloads = scripts(
+    "lib.options", "lib.plots", "scaling", "lib.weights", "lib.workloads"
 )
 
-CPU, Point = torch.device("cpu"), points.Point
+CPU, Workload = torch.device("cpu"), workloads.Workload
 TINY_AXES = {
-    "batch": [Point("tiny", B) for B in (1, 2, 16)],
-    "tokens": [Point("tiny", tokens=K) for K in (4, 8)],
-    "steps": [Point("tiny", steps=T) for T in (1, 3)],
-    "threads": [Point("tiny", threads=1)],
+    "batch": [Workload("tiny", B) for B in (1, 2, 16)],
+    "tokens": [Workload("tiny", tokens=K) for K in (4, 8)],
+    "steps": [Workload("tiny", steps=T) for T in (1, 3)],
+    "threads": [Workload("tiny", threads=1)],
 }
 
 
@@ -34,8 +34,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_axes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "axis_points", lambda axis, cores, devices: TINY_AXES[axis])
-    monkeypatch.setattr(scaling, "FIT", (Point("tiny"), Point("tiny", 2)))
+    monkeypatch.setattr(scaling, "axis_workloads", lambda axis, cores, devices: TINY_AXES[axis])
+    monkeypatch.setattr(scaling, "FIT", (Workload("tiny"), Workload("tiny", 2)))
 
 
 def run(path: Path, *words: str) -> tuple[int, dict[str, Any]]:
@@ -45,7 +45,7 @@ def run(path: Path, *words: str) -> tuple[int, dict[str, Any]]:
 
 def test_axes_cover_what_is_asked() -> None:
     def axis(name: str, cores: int = 2, devices: int | None = None) -> list[Any]:
-        return scaling.axis_points(name, cores, devices)
+        return scaling.axis_workloads(name, cores, devices)
 
     assert [p.batch for p in axis("batch")] == [1, 2, 4, 8, 16, 32, 64]
     assert [p.tokens for p in axis("tokens")] == [32, 64, 128, 256]
@@ -55,9 +55,8 @@ def test_axes_cover_what_is_asked() -> None:
     assert [p.threads for p in axis("threads", cores=6)] == [1, 2, 4, 6]
     assert [(p.ranks, p.threads) for p in axis("ranks")] == [(1, 2), (2, 1)]
     assert axis("threads", devices=4) == []
-    assert [(p.ranks, p.threads) for p in axis("ranks", devices=4)] == [
-        (1, None), (2, None), (4, None),
-    ]  # fmt: skip
+    on_cuda = [(p.ranks, p.threads) for p in axis("ranks", devices=4)]
+    assert on_cuda == [(1, None), (2, None), (4, None)]
     with pytest.raises(ValueError, match="axis wants one of batch"):
         axis("width")
     everything = [p for name in scaling.AXES for p in axis(name)]
@@ -65,19 +64,19 @@ def test_axes_cover_what_is_asked() -> None:
 
 
 def test_what_is_left_out_says_why() -> None:
-    assert scaling.left_out(Point(batch=16), 8, 2) == "over --max-batch 8"
-    assert scaling.left_out(Point(batch=8), 8, 2) is None
-    assert "more than 1 CPU" in scaling.left_out(Point(ranks=2, threads=1), 8, 1)
-    assert scaling.left_out(Point(ranks=2, threads=1), 8, 2) is None
+    assert scaling.left_out(Workload(batch=16), 8, 2) == "over --max-batch 8"
+    assert scaling.left_out(Workload(batch=8), 8, 2) is None
+    assert "more than 1 CPU" in scaling.left_out(Workload(ranks=2, threads=1), 8, 1)
+    assert scaling.left_out(Workload(ranks=2, threads=1), 8, 2) is None
 
 
-def test_a_point_changes_tokens_and_steps_only() -> None:
-    system = Point("titok-b-64", 3, tokens=256, steps=2).system
+def test_a_workload_changes_tokens_and_steps_only() -> None:
+    system = Workload("titok-b-64", 3, tokens=256, steps=2).system
     known = PRESETS["titok-b-64"]
     assert (system.tokenizer.num_latent_tokens, system.generator.image_seq_len) == (256, 256)
     assert system.tokenizer.decoder_size == known.tokenizer.decoder_size
     assert system.sampling == known.sampling.updated(num_sample_steps=2)
-    assert Point("titok-b-64").row()["tokens"] == 64
+    assert Workload("titok-b-64").row()["tokens"] == 64
 
 
 def test_models_without_encoder_draw_like_the_whole_pipeline() -> None:
@@ -130,61 +129,52 @@ def test_the_fast_mode_is_measured_alike(small_axes: None, tmp_path: Path) -> No
     assert {row["mode"] for row in record["cases"]} == {"packed+products"}
     rows = [row for row in record["cases"] if "seconds" in row]
     assert len(rows) == 4
-    for row in rows:  # of points on one pipeline each clock takes its own times alone
+    for row in rows:  # of workloads on one pipeline each clock takes its own times alone
         stages = sum(row["stages_s"].values()) - row["stages_s"]["head"]
         assert 0.3 * sum(row["seconds"]) / 2 < stages <= sum(row["seconds"]) / 2
 
 
-def test_too_few_points_leave_no_cost_model(small_axes: None, tmp_path: Path) -> None:
+def test_too_few_workloads_leave_no_cost_model(small_axes: None, tmp_path: Path) -> None:
     status, record = run(tmp_path / "r.json", "--axes", "steps")
     assert status == 0
     assert "cost_model" not in record
 
 
-def test_a_failed_point_is_a_row(
+def test_a_failed_workload_is_a_row(
     small_axes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = points.Prepared.draw
+    draw = workloads.draw
 
-    def fails(self: Any) -> object:
-        if self.point.batch == 2:
+    def fails(workload: Any, pipe: Any) -> object:
+        if workload.batch == 2:
             raise MemoryError("no room")
-        return draw(self)
+        return draw(workload, pipe)
 
-    monkeypatch.setattr(points.Prepared, "draw", fails)
+    monkeypatch.setattr(workloads, "draw", fails)
     status, record = run(tmp_path / "r.json", "--axes", "batch")
     assert status == 1
     assert [row.get("error") for row in record["cases"]] == [None, "MemoryError", None]
 
 
-def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, seen = torch.get_num_threads(), []
-    pipe = weights.draw_only(PRESETS["tiny"], CPU, torch.float32)
-    prepared = points.Prepared(Point("tiny", threads=before + 1), pipe, "fp32-ieee")
-    decode = type(prepared.pipe.tokenizer).decode
-    monkeypatch.setattr(
-        type(prepared.pipe.tokenizer), "decode",
-        lambda self, z: seen.append(torch.get_num_threads()) or decode(self, z),
-    )  # fmt: skip
-    prepared.draw()
-    assert seen == [before + 1]
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with workloads.settings(Workload("tiny", threads=before + 1), "fp32-ieee"):
+        assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no way to measure it")
 def test_peak_memory_holds_the_weights() -> None:
-    rows = points.measure([Point("tiny")], device=CPU, dtype="fp32-ieee", repeats=1)
+    rows = workloads.measure([Workload("tiny")], device=CPU, dtype="fp32-ieee", repeats=1)
     pipe = weights.draw_only(PRESETS["tiny"], CPU, torch.float32)
-    assert rows[0]["peak_bytes"] >= points.weight_bytes(pipe)
-    rows = points.measure([Point("tiny")], device=CPU, dtype="fp32-ieee", repeats=1, memory=False)
-    assert rows[0]["peak_bytes"] is None
+    assert rows[0]["peak_bytes"] >= workloads.weight_bytes(pipe)
 
 
 @pytest.mark.slow
 def test_ranks_draw_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))  # for the ranks, which import the script anew
-    point = Point("titok-s-128", steps=1, ranks=2, threads=1)
-    row = scaling.measure_ranks(point, device=CPU, dtype="bf16", repeats=2)
+    workload = Workload("titok-s-128", steps=1, ranks=2, threads=1)
+    row = scaling.measure_ranks(workload, device=CPU, dtype="bf16", repeats=2)
     assert len(row["seconds"]) == 2
     low, high = (2 / s for s in (max(row["seconds"]), min(row["seconds"])))
     assert low <= row["images_per_s"]["median"] <= high
@@ -193,22 +183,22 @@ def test_ranks_draw_together(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_rank_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
-    point = Point("tiny", ranks=2, threads=1)  # a fresh process knows no such preset
-    row = scaling.measure_ranks(point, device=CPU, dtype="bf16", repeats=1)
+    workload = Workload("tiny", ranks=2, threads=1)  # a fresh process knows no such preset
+    row = scaling.measure_ranks(workload, device=CPU, dtype="bf16", repeats=1)
     assert row["error"] == "ProcessRaisedException"
     assert "seconds" not in row
 
 
-def test_plots_of_both_records(tmp_path: Path) -> None:
+def test_plots_of_scaling_and_peers(tmp_path: Path) -> None:
     environment = {"device": "CPU", "threads": 2, "torch": "2", "date_utc": "2026-01-02T03:04"}
     speed = {"median": 2.0, "p20": 1.5, "p80": 2.5, "repeats": 3}
     own = {"model": "titok-l-32", "mode": "eager", "speed_up": 12.0, "paper_ratio": None}
     case = {"generator": "DiT-XL/2", "side": 256, "dtype": "bf16", "ours": [own]}
     peers = {"benchmark": "peers", "environment": environment, "cases": [case]}
-    pairs = [Point(name).row() | {"axis": "resolution", "images_per_s": speed, "dtype": "bf16"}
-             | {"peak_bytes": 1 << 30} for pair in scaling.PAIRS for name in pair]  # fmt: skip
+    found = {"axis": "resolution", "images_per_s": speed, "dtype": "bf16", "peak_bytes": 1 << 30}
+    pairs = [Workload(name).row() | found for pair in scaling.PAIRS for name in pair]
     curves = {"benchmark": "scaling", "environment": environment, "cases": pairs}
-    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files = [tmp_path / "peers.json", tmp_path / "scaling.json"]
     for path, record in zip(files, (peers, curves), strict=True):
         path.write_text(json.dumps(record))
     assert plots.main([*map(str, files), "--out", str(tmp_path)]) == 0
@@ -219,7 +209,7 @@ def test_plots_of_both_records(tmp_path: Path) -> None:
     assert first == {name: (tmp_path / f"{name}.svg").read_bytes() for name in first}
     speeds = plots.scaling(curves).axes[0]
     assert [list(line.lines[0].get_xdata()) for line in speeds.containers] == [[256, 512]] * 2
-    with pytest.raises(ValueError, match="measured points; got scaling with 0"):
+    with pytest.raises(ValueError, match="measured workloads; got scaling with 0"):
         plots.scaling(curves | {"cases": []})
     with pytest.raises(ValueError, match="measured systems"):
         plots.peers(peers | {"cases": [{"generator": "x", "not_measured": "y"}]})
@@ -241,7 +231,4 @@ def test_plots_of_both_records(tmp_path: Path) -> None:
 def test_options_are_refused_before_any_work(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        scaling.main(["--device", "cpu", *words])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, scaling, ["--device", "cpu", *words], message)

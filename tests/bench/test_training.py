@@ -165,8 +165,8 @@ def test_refused_before_any_work(wrong: list[str], monkeypatch: pytest.MonkeyPat
 
 
 def test_a_child_that_fails_is_told() -> None:
-    found = training.child({"threads": 1, "model": "none", "stage": "stage1", "batch": 1}
-                           | {"system": "ours bf16", "device": "cpu"})  # fmt: skip
+    job = {"threads": 1, "model": "none", "stage": "stage1", "batch": 1}
+    found = training.child(job | {"system": "ours bf16", "device": "cpu"})
     assert "KeyError" in found["error"]
 
 

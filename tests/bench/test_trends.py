@@ -15,10 +15,10 @@ from titok_fast.training.recipe.recipe import Recipe
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
-experiments, paper, trends, plot, curves, work = scripts(
-    *(f"paper.{n}" for n in ("experiments", "published", "trends", "plot", "curves", "work"))
+experiments, paper, trends, curves, work, plot = scripts(
+    *(f"paper.{n}" for n in ("experiments", "published", "trends", "curves", "work")), "lib.plots"
 )
-(report,) = scripts("lib.report_trends")
+(report,) = scripts("lib.quality_tables")
 Experiment, FULL, SMOKE = experiments.Experiment, experiments.Settings(), experiments.SMOKE
 pytestmark = pytest.mark.usefixtures("one_thread_for_all")
 

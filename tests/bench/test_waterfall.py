@@ -1,6 +1,5 @@
-"""The waterfall: techniques out and in give the same pictures, rows, ratios, record, picture."""
+"""The waterfall: techniques off and on give the same images, rows, ratios, record, plot."""
 
-import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import BENCH, add_tiny, scripts
+from support.bench_scripts import BENCH, add_tiny, refused, scripts, small_official
 from support.tiny_models import (
     TINY_VQGAN,
     CountingForwards,
@@ -24,21 +23,11 @@ from support.tiny_models import (
 )
 from torch import Tensor
 
-from titok_fast import (
-    PRESETS,
-    GeneratorConfig,
-    SamplingConfig,
-    TiTok,
-    TiTokPipeline,
-    TokenizerConfig,
-)
+from titok_fast import PRESETS, SamplingConfig, TiTok, TiTokPipeline
 from titok_fast.models import vqgan as maskgit_vqgan
-from titok_fast.presets import Preset
 from titok_fast.sampling import unmask as sampling
 
-options, sampler_variants, techniques, waterfall = scripts(
-    "lib.options", "lib.variants", "lib.techniques", "waterfall"
-)
+options, techniques, waterfall = scripts("lib.options", "lib.techniques", "waterfall")
 quality, rows_of = scripts("lib.waterfall_quality", "lib.waterfall_rows")
 
 CPU = torch.device("cpu")
@@ -50,15 +39,10 @@ SETTINGS = {
     "power-cosine": SamplingConfig(4, 6.9, "power-cosine", 3.0, 2.8, True),
     "maskgit": SamplingConfig(4, 2.0, "linear", schedule="cosine", confidence="probability"),
 }
-BUILT_IN, EXPERIMENTS = techniques.BUILT_IN, techniques.EXPERIMENTS
-# what each variant has: all but one, none, all and one more
-VARIANTS = {
-    "none": (),
-    **{f"no {name}": tuple(n for n in BUILT_IN if n != name) for name in BUILT_IN},
-    **{name: (*BUILT_IN, name) for name in EXPERIMENTS},
-    "last-layer": (*BUILT_IN, "masked-rows", "last-layer"),
-    "all": (*BUILT_IN, *EXPERIMENTS),
-}
+BUILT_IN = techniques.BUILT_IN
+# what each variant has: none, or all but one
+VARIANTS = {"none": ()}
+VARIANTS |= {f"no {name}": tuple(n for n in BUILT_IN if n != name) for name in BUILT_IN}
 
 
 @pytest.fixture(autouse=True)
@@ -107,9 +91,8 @@ def test_kept_tokens_stay_and_images_may_differ_in_their_number(pipe: TiTokPipel
     tokens[0, :5], tokens[1, 2] = torch.arange(5), 9
     run = (torch.tensor([1, 2, 3]), sampling.sample_seeds(0, 3), LINEAR, tokens)
     want = sampling.sample(pipe.generator, *run)
-    for variant in ("none", "masked-rows", "last-layer", "step0-once", "all"):
-        with techniques.applied(VARIANTS[variant]):
-            assert torch.equal(sampling.sample(pipe.generator, *run), want), variant
+    with techniques.applied([]):
+        assert torch.equal(sampling.sample(pipe.generator, *run), want)
 
 
 @contextmanager
@@ -167,6 +150,10 @@ def _layout(pipe: TiTokPipeline) -> bool:
     return calls[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
+def _shortcuts(pipe: TiTokPipeline) -> int:
+    return _count(pipe.tokenizer.pixel_decoder.up[0].block[0], "nin_shortcut", pipe)
+
+
 # what shows that a technique is there: what is seen with it, and without
 SEEN: dict[str, tuple[Callable[[TiTokPipeline], object], object, object]] = {
     "one-batch": (_trunk_rows, [4, 8, 8, 8], [4] * 7),
@@ -175,37 +162,10 @@ SEEN: dict[str, tuple[Callable[[TiTokPipeline], object], object, object]] = {
     "fused-qkv": (lambda p: _count(p.generator.blocks[0].attn, "qkv", p), 4, 0),
     "channels-last": (_layout, True, False),
     "phases": (lambda p: _count(maskgit_vqgan, "interleave_phases", p), 4, 0),
-    "folded-shortcut": (
-        lambda p: _count(p.tokenizer.pixel_decoder.up[0].block[0], "nin_shortcut", p), 0, 4,
-    ),
+    "folded-shortcut": (_shortcuts, 0, 4),
     "fused-norm": (lambda p: _count(maskgit_vqgan, "group_norm_silu", p), 4 * 7, 0),
     "one-image": (_batches, [1] * 4, [4]),
-    # 29 of the 32 positions of each image would be those of 8 in L-32
-    "masked-rows": (
-        lambda p: _masked(p), [4 * n for n in (8, 6, 5, 3)], [],
-    ),
-    "last-layer": (
-        lambda p: _widths(p.tokenizer.decoder.transformer[-1], "mlp", p), [4 * 256], [4 * 265],
-    ),
-    "step0-once": (_trunk_rows, [3, 8, 8, 8], [4, 8, 8, 8]),
-}  # fmt: skip
-
-
-def _masked(pipe: TiTokPipeline) -> list[int]:
-    """Rows that the loop with switches draws for; none if it did not run."""
-    seen: list[int] = []
-    draw = sampler_variants.lm_head_sample
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        seen.append(len(kwargs["seeds"]))
-        return draw(*args, **kwargs)
-
-    sampler_variants.lm_head_sample = recorded
-    try:
-        drawn(pipe, LINEAR)
-    finally:
-        sampler_variants.lm_head_sample = draw
-    return seen
+}
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -214,36 +174,17 @@ def test_a_technique_is_in_or_out(name: str) -> None:
     look, there, absent = SEEN[name]
     outside = [n for n in BUILT_IN if n != name]
     for names, want in ((outside, absent), ([*outside, name], there)):
-        extra = ["masked-rows"] if name == "last-layer" else []
-        with techniques.applied([*names, *extra]):
+        with techniques.applied(names):
             assert look(pipe) == want
-    assert look(pipe) == (there if name in BUILT_IN else absent)
-
-
-def test_shared_rows_of_the_first_block_are_computed_once() -> None:
-    pipe = pipeline()
-    first = pipe.tokenizer.decoder.transformer[0].attn
-    with techniques.applied([*BUILT_IN, "first-layer"]):
-        assert _widths(first, "qkv", pipe) == [257, 4 * 8]
-        assert _widths(first, "qkv", pipe) == [4 * 8]
-    assert _widths(first, "qkv", pipe) == [4 * 265]
-
-
-def test_the_last_blocks_read_what_is_drawn() -> None:
-    pipe = pipeline()
-    with techniques.applied(VARIANTS["last-layer"]):
-        widths = _widths(pipe.generator.blocks[-1], "mlp", pipe)
-    # the second half of a guided batch follows the first; none of the classes' rows
-    assert widths == [4 * 8, 8 * 6, 8 * 5, 8 * 3]
+    assert look(pipe) == there
 
 
 def test_everything_is_put_back() -> None:
     def state() -> list[object]:
-        found: list[object] = [sampling.unmask, techniques.TiTokDecoder.forward]
-        return found + [vars(o)[name] for o, name, _ in techniques._PLAIN.values()]
+        return [sampling.unmask] + [vars(o)[name] for o, name, _ in techniques._PLAIN.values()]
 
     before = state()
-    with techniques.applied(["first-layer"]):
+    with techniques.applied([]):
         assert all(a is not b for a, b in zip(before, state(), strict=True))
     with pytest.raises(ZeroDivisionError), techniques.applied([]):
         raise ZeroDivisionError
@@ -252,43 +193,27 @@ def test_everything_is_put_back() -> None:
         assert sampling.unmask is before[0]
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["faster"], "unknown technique faster; known: bf16, skip-zero"),
-        (["masked-rows"], "masked_rows wants mixed"),
-        ([*BUILT_IN, "last-layer"], "read_rows wants masked_rows"),
-    ],
-)
-def test_techniques_that_do_not_go_together_are_refused(names: list[str], message: str) -> None:
-    before = sampling.unmask
-    with pytest.raises(ValueError, match=message), techniques.applied(names):
+def test_an_unknown_technique_is_refused() -> None:
+    message = "unknown technique faster; known: bf16, skip-zero"
+    with pytest.raises(ValueError, match=message), techniques.applied(["faster"]):
         pass
-    assert sampling.unmask is before
 
 
 def test_rows_are_cumulative() -> None:
     made = {r.name: r for r in rows_of.rows(PRESETS["titok-s-128"], "cpu", 8)}
     assert list(made) == rows_of.names()
-    trunk = [r for r in made.values() if not (r.aside or r.upstream or r.not_measured)]
-    assert [r.name for r in trunk] == [
-        "plain", "bf16", "skip-zero", "one-batch", "mixed-hidden", "channels-last", "phases",
-        "folded-shortcut", "fused-norm", "one-image", "packed", "products", "int8",
-    ]  # fmt: skip
-    for before, row in pairwise(trunk):
+    measured = [r for r in made.values() if not (r.upstream or r.not_measured)]
+    names = "plain bf16 skip-zero one-batch mixed-hidden channels-last phases folded-shortcut"
+    names += " fused-norm one-image packed products int8"
+    assert [r.name for r in measured] == names.split()
+    for before, row in pairwise(measured):
         assert row.parent == before.name
         assert set(before.techniques) < set(row.techniques)
-    assert {n for n in trunk[-1].techniques if n in BUILT_IN} == set(BUILT_IN)  # fused-qkv too
-    for name in EXPERIMENTS:
-        assert made[name].aside
-        assert name not in trunk[-1].techniques
-    assert made["masked-rows"].parent == "one-image"
-    assert made["last-layer"].parent == "masked-rows"
-    assert made["inductor"].aside
-    assert made["inductor"].techniques[-2:] == ("one-image", "inductor")
-    assert [r.name for r in made.values() if not r.exact] == [
-        "upstream-autocast", "upstream-compiled", "bf16", "guidance-interval", "int8",
-    ]  # fmt: skip
+    assert {n for n in measured[-1].techniques if n in BUILT_IN} == set(BUILT_IN)  # fused-qkv too
+    changing = [r.name for r in made.values() if not r.exact]
+    assert changing == ["upstream-autocast", "upstream-compiled", "bf16", "int8"]
+    on_cuda = [r for r in rows_of.rows(PRESETS["titok-s-128"], "cuda", 8) if not r.not_measured]
+    assert on_cuda[-1].techniques[-2:] == ("inductor", "graph")
 
 
 def test_rows_that_have_nothing_to_show_say_why() -> None:
@@ -297,10 +222,10 @@ def test_rows_that_have_nothing_to_show_say_why() -> None:
         return {r.name: r.not_measured for r in found if r.not_measured}
 
     l32 = reasons("titok-l-32", "cpu", 8)
-    assert set(l32) == {"skip-zero", "graph"}
+    assert set(l32) == {"skip-zero", "inductor", "graph"}
     assert l32["skip-zero"] == "under linear guidance upstream does without it as well"
-    assert set(reasons("titok-l-32", "cpu", 1)) == {*l32, "one-image", "step0-once"}
-    assert set(reasons("titok-s-128", "cpu", 8)) == {"fused-qkv", "graph"}
+    assert set(reasons("titok-l-32", "cpu", 1)) == {*l32, "one-image"}
+    assert set(reasons("titok-s-128", "cpu", 8)) == {"fused-qkv", "inductor", "graph"}
     none = reasons("titok-l-32", "cpu", 8, upstream="no --upstream")
     assert set(none) - set(l32) == {r.name for r in rows_of.UPSTREAM}
     cuda = reasons("titok-l-32", "cuda", 8)
@@ -316,21 +241,16 @@ def test_groups_hold_three_sets_of_weights_and_share_a_row() -> None:
     order, groups, anchor = list(waiting), [], None
     while waiting:
         group = rows_of.next_group(waiting, anchor)
-        assert len(sets(group)) <= rows_of.ALIVE
+        assert len(sets(group)) <= rows_of.WEIGHTS_AT_ONCE
         if anchor is not None:
             assert group[0] is anchor
         waiting = [r for r in waiting if r not in group]
-        anchor = [r for r in group if not r.aside][-1]
+        anchor = group[-1]
         groups.append([r.name for r in group])
     firsts = [*groups[0], *(name for group in groups[1:] for name in group[1:])]
     assert firsts == [r.name for r in order]  # each row once, in order
-    assert groups[0][:5] == [
-        "upstream-fp32",
-        "upstream-autocast",
-        "upstream-compiled",
-        "plain",
-        "bf16",
-    ]
+    assert groups[0][:3] == ["upstream-fp32", "upstream-autocast", "upstream-compiled"]
+    assert groups[0][3:5] == ["plain", "bf16"]
     assert groups[-1][-1] == "int8"
 
 
@@ -382,10 +302,8 @@ def test_quality_is_counted_from_what_differs() -> None:
     }
     got = {name: t.clone() for name, t in wanted.items()}
     same = quality.compare(got, wanted)
-    assert same == {
-        "step1_ids_equal": 1.0, "final_ids_equal": 1.0, "logit_error": 0.0, "pixel_rms": 0.0,
-        "psnr_db": None,
-    }  # fmt: skip
+    assert (same.pop("step1_ids_equal"), same.pop("final_ids_equal")) == (1.0, 1.0)
+    assert same == {"logit_error": 0.0, "pixel_rms": 0.0, "psnr_db": None}
     got["step1"][0, 0], got["final"][:, :2] = 99, 99
     got["logits"] *= 1.01
     got["pixels"] += 0.01
@@ -397,21 +315,20 @@ def test_quality_is_counted_from_what_differs() -> None:
     assert quality.compare(got, wanted)["step1_ids_equal"] is None
 
 
-def test_answers_do_not_depend_on_the_batch() -> None:
+def test_outputs_do_not_depend_on_the_batch() -> None:
     pipe = pipeline()
-    whole = quality.answers(pipe, pipe, quality.IMAGES, LINEAR)
-    one = quality.answers(pipe, pipe, 1, LINEAR)
+    whole = quality.outputs(pipe, pipe, quality.IMAGES, LINEAR)
+    one = quality.outputs(pipe, pipe, 1, LINEAR)
     assert {name: len(t) for name, t in whole.items()} == dict.fromkeys(whole, quality.IMAGES)
-    assert {name: len(t) for name, t in one.items()} == {
-        "logits": 1, "pixels": 1, "final": quality.IMAGES, "step1": quality.IMAGES,
-    }  # fmt: skip
+    lengths = {"logits": 1, "pixels": 1, "final": quality.IMAGES, "step1": quality.IMAGES}
+    assert {name: len(t) for name, t in one.items()} == lengths
     assert relative(one["pixels"], whole["pixels"][:1]) < 1e-5
     assert torch.equal(one["step1"], whole["step1"])
     assert torch.equal(one["final"], whole["final"])
     # what the first step draws is no mask, and most of it is drawn again
     assert whole["step1"].max() < 64
     assert 0.05 < (whole["step1"] == whole["final"]).float().mean() < 0.9
-    short = quality.answers(pipe, pipe, 8, LINEAR.updated(num_sample_steps=1))
+    short = quality.outputs(pipe, pipe, 8, LINEAR.updated(num_sample_steps=1))
     assert torch.equal(short["step1"], short["final"])
 
 
@@ -421,12 +338,9 @@ def run(path: Path, *words: str) -> tuple[int, dict[str, Any]]:
     return status, json.loads(path.read_text())
 
 
-FIELDS = {
-    "row", "text", "parent", "aside", "exact", "techniques", "implementation", "sampling", "dtype",
-    "mode", "group", "seconds", "images_per_s", "stages_s", "prepare_s", "first_call_s",
-    "weight_bytes", "peak_bytes", "x_upstream_fp32", "x_upstream_autocast", "x_parent",
-    "of_bf16_peak", "quality",
-}  # fmt: skip
+FIELDS = "row text parent exact techniques implementation sampling dtype mode group seconds "
+FIELDS += "images_per_s stages_s prepare_s first_call_s weight_bytes peak_bytes x_upstream_fp32 "
+FIELDS += "x_upstream_autocast x_parent of_bf16_peak quality"
 QUALITY = {"step1_ids_equal", "final_ids_equal", "logit_error", "pixel_rms", "psnr_db"}
 
 
@@ -436,8 +350,7 @@ def test_record(
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(BENCH))  # the plot is imported late
     path = tmp_path / "r.json"
-    left = ("inductor", "int8")  # they want a compiler: see the slow tests
-    chosen = [name for name in rows_of.names() if name not in left]
+    chosen = [name for name in rows_of.names() if name != "int8"]  # wants a compiler: slow tests
     status, record = run(path, "--rows", ",".join(chosen))
     assert status == 0
     assert (record["benchmark"], record["model"], record["batch"]) == ("waterfall", "tiny", 2)
@@ -447,12 +360,11 @@ def test_record(
     cases = {c["row"]: c for c in record["cases"]}
     assert list(cases) == chosen
     measured = {name: c for name, c in cases.items() if "images_per_s" in c}
-    assert set(cases) - set(measured) == {
-        "upstream-fp32", "upstream-autocast", "upstream-compiled", "skip-zero", "graph",
-    }  # fmt: skip
+    official = {"upstream-fp32", "upstream-autocast", "upstream-compiled"}
+    assert set(cases) - set(measured) == official | {"skip-zero", "inductor", "graph"}
     assert cases["upstream-fp32"]["not_measured"] == "no --upstream"
     for name, c in measured.items():
-        assert set(c) == FIELDS, name
+        assert set(c) == set(FIELDS.split()), name
         assert set(c["quality"]) == QUALITY
         assert len(c["seconds"]) == 2
         assert c["x_upstream_fp32"] is None
@@ -468,18 +380,13 @@ def test_record(
     assert measured["packed"]["prepare_s"] > 0
     packed, before = (measured[n]["weight_bytes"] for n in ("packed", "bf16"))
     assert before < packed < 1.3 * before  # phase kernels are 16/9 of what they come from, kept
-    assert measured["guidance-interval"]["sampling"]["guidance_interval"] == [0.5, 1.0]
-    assert (
-        measured["int8" if "int8" in measured else "bf16"]["sampling"]["guidance_interval"][0] == 0
-    )
     assert [g["anchor"] for g in record["groups"]] == [None, "packed"]
     rates = [c["images_per_s"]["median"] for c in (cases["products"], cases["packed"])]
     want = record["groups"][1]["factor"] * rates[0] / rates[1]
     assert cases["products"]["x_parent"] == pytest.approx(want)
     out = capsys.readouterr().out
-    assert "| + masked-rows " in out
     assert "not measured: no --upstream" in out
-    assert "GFLOP per picture" in out
+    assert "GFLOP per image" in out
     drawing = path.with_suffix(".svg").read_text()
     assert "samples/s, ratio to the official code" in drawing
     for c in measured.values():
@@ -501,36 +408,27 @@ def test_a_row_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     status, record = run(tmp_path / "r.json", "--rows", "plain,bf16,one-image,packed,products")
     assert status == 1
     found = {c["row"]: c.get("error") for c in record["cases"]}
-    assert found == {
-        "plain": "MemoryError", "bf16": "MemoryError", "one-image": None,
-        "packed": "ValueError", "products": "ValueError",
-    }  # fmt: skip
+    assert [found.pop(name) for name in ("plain", "bf16")] == ["MemoryError"] * 2
+    assert found == {"one-image": None, "packed": "ValueError", "products": "ValueError"}
     assert record["cases"][2]["x_parent"] is None
 
 
 @pytest.mark.slow
 def test_compiled_rows(tmp_path: Path) -> None:
-    status, record = run(tmp_path / "r.json", "--rows", "one-image,inductor,products,int8")
+    status, record = run(tmp_path / "r.json", "--rows", "one-image,products,int8")
     assert status == 0
-    eager, compiled, plain, whole = record["cases"]
-    assert compiled["first_call_s"] > 10 * min(compiled["seconds"])
+    eager, plain, whole = record["cases"]
     for c in record["cases"]:
         assert 1e-4 < c["quality"]["logit_error"] < 0.03
     # residual sums round as much as 8 bits in so small a generator; the pixel decoder shows them
-    eight, *sixteen = (c["quality"]["pixel_rms"] for c in (whole, eager, compiled, plain))
+    eight, *sixteen = (c["quality"]["pixel_rms"] for c in (whole, eager, plain))
     assert 1.5 * max(sixteen) < eight < 0.05
     assert [g["anchor"] for g in record["groups"]] == [None, "products"]
 
 
 @pytest.fixture
 def official_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest that upstream's classes can be: 64 px, small ViT, and its one pixel decoder."""
-    tokenizer = TokenizerConfig(
-        num_latent_tokens=8, vit_enc_model_size="small", vit_dec_model_size="small", crop_size=64
-    )
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    generator = GeneratorConfig(intermediate_size=128, image_seq_len=8, **shape)
-    monkeypatch.setitem(PRESETS, "tiny", Preset(tokenizer, generator, LINEAR))
+    monkeypatch.setitem(PRESETS, "tiny", small_official(LINEAR))
 
 
 @pytest.mark.skipif(UPSTREAM is None, reason="TITOK_UPSTREAM names no checkout")
@@ -538,13 +436,8 @@ def official_size(monkeypatch: pytest.MonkeyPatch) -> None:
     "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
 )
 def test_upstream_is_side_by_side(official_size: None, tmp_path: Path, compiled: bool) -> None:
-    names = [
-        "upstream-fp32",
-        "upstream-autocast",
-        "plain",
-        "bf16",
-        *["upstream-compiled"] * compiled,
-    ]
+    names = ["upstream-fp32", "upstream-autocast", "plain", "bf16"]
+    names += ["upstream-compiled"] * compiled
     words = ("--rows", ",".join(names), "--upstream", UPSTREAM)
     status, record = run(tmp_path / "r.json", *words)
     assert status == 0
@@ -552,9 +445,8 @@ def test_upstream_is_side_by_side(official_size: None, tmp_path: Path, compiled:
     assert len(record["upstream_commit"]) == 40
     cases = {c["row"]: c for c in record["cases"]}
     shipped, mixed = cases["upstream-fp32"], cases["upstream-autocast"]
-    assert (shipped["implementation"], shipped["dtype"], mixed["dtype"]) == (
-        "upstream", "fp32-ieee", "bf16",
-    )  # fmt: skip
+    assert shipped["implementation"] == "upstream"
+    assert (shipped["dtype"], mixed["dtype"]) == ("fp32-ieee", "bf16")
     # the same weights and, for ids, torch's global seeds
     assert shipped["quality"]["final_ids_equal"] == 1.0
     assert shipped["quality"]["logit_error"] < 1e-5
@@ -587,22 +479,19 @@ def test_upstream_is_side_by_side(official_size: None, tmp_path: Path, compiled:
 def test_options_are_refused_before_any_work(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        waterfall.main(["--device", "cpu", *words])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, waterfall, ["--device", "cpu", *words], message)
 
 
 def test_a_picture_wants_a_measured_waterfall(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(BENCH))
-    plot = importlib.import_module("lib.waterfall_plot")
+    (plot,) = scripts("lib.plots")
     path = tmp_path / "r.json"
-    for record in ({"benchmark": "sampling"}, {"benchmark": "waterfall"}):
+    for name, message in (("sampling", "wants a record"), ("waterfall", "measured rows; got")):
+        record = {"benchmark": name}
         path.write_text(json.dumps(record | {"cases": [{"row": "plain", "error": "RuntimeError"}]}))
         with pytest.raises(SystemExit):
             plot.main([str(path)])
-        assert "with measured rows; got" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]

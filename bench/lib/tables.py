@@ -1,4 +1,4 @@
-"""Tables of result files: a function per benchmark, from its record to Markdown."""
+"""Write the Markdown table of each kind of result file: record in, table out."""
 
 import json
 from collections.abc import Sequence
@@ -6,13 +6,14 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
-from lib.harness import RATES, gib, spread, table
+from lib.harness import NOT_MEASURED, RATES, gib, spread, table
 
 Record = dict[str, Any]
 Case = dict[str, Any]
 Files = Sequence[tuple[Path, Record]]
 
 IN_PACKAGE = "in the package"  # a case's `weights` where they are not those of its record
+RATE = "samples/s (p20-p80)"
 PAPER = "paper's figure: A100"
 _COMMON = ("model", "batch", "implementation", "dtype")
 _RATIOS = ("x upstream as shipped", "x upstream, same dtype")
@@ -20,25 +21,26 @@ _DETAILS = ("first call s", "GFLOP")
 _COST_AND_QUALITY = ("of matmul peak", "peak GiB", "ids equal", "PSNR dB")
 _STAGES = ("generator ms", "ViT decoder ms", "pixel decoder ms", "transfer ms")
 _KERNEL_KEYS = ("op", "shape", "batch", "dtype", "pass")
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-def read(folder: Path) -> Files:
+def read(folder: Path = RESULTS) -> Files:
     """All records of a folder, with their files, by name."""
     found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
     return [(path, r) for path, r in found if isinstance(r, dict) and "benchmark" in r]
 
 
 def sampling_table(record: Record, *, details: bool = False) -> str:
-    """The Markdown table of one sampling record; with details as the terminal shows it."""
+    """A row per case; `details` adds the columns that only the terminal shows."""
     more = ("x reference", *_STAGES, *_DETAILS, PAPER) if details else ()
-    rates = ("steps", "samples/s (p20-p80)", *_RATIOS)
+    rates = ("steps", RATE, *_RATIOS)
     columns = (*_COMMON, *rates, *_COST_AND_QUALITY, *more)
-    rows = [_row(case, record, "samples/s (p20-p80)") for case in record["cases"]]
+    rows = [_row(case, record, RATE) for case in record["cases"]]
     return table(rows, columns)
 
 
 def reconstruction_table(record: Record, *, details: bool = False) -> str:
-    """The Markdown table of one reconstruction record."""
+    """A row per case; `details` adds the columns that only the terminal shows."""
     rates = ("images/s (p20-p80)", *_RATIOS, *_COST_AND_QUALITY)
     columns = ("direction", *_COMMON, *rates, *(_DETAILS if details else ()))
     rows = [_row(case, record, "images/s (p20-p80)") for case in record["cases"]]
@@ -46,10 +48,9 @@ def reconstruction_table(record: Record, *, details: bool = False) -> str:
 
 
 def kernels_table(record: Record) -> str:
-    """The Markdown table of one kernel record: a row per op, shape and pass.
+    """A row per op, shape and pass: ours beside upstream, then each other implementation timed.
 
-    Ours beside upstream; then a column for each other implementation that was timed anywhere, with
-    "-" where it does not exist: a library, channels-first memory, the compiled reference.
+    "-" stands where an op has no such implementation.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     rivals: dict[str, None] = {}
@@ -70,7 +71,7 @@ def kernels_table(record: Record) -> str:
 
 
 def first_call_table(record: Record) -> str:
-    """The Markdown table of what fresh processes wait for: cold, warm, and their ratio by mode."""
+    """Per mode: seconds of a process with empty caches, with filled ones, and their ratio."""
     rows: list[dict[str, Any]] = []
     seconds = tuple(record["cases"][0]["cold"])
     for case in record["cases"]:
@@ -114,12 +115,8 @@ def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:
         _STAGES, ("generator", "vit_decoder", "pixel_decoder", "transfer"), strict=True
     ):
         seconds = (case.get("stages_s") or {}).get(stage)
-        row[column] = None if seconds is None else _milliseconds(seconds)
-    return row | _agreement(case["agreement"])
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:,.{0 if seconds >= 0.1 else 2}f}"
+        row[column] = seconds and f"{seconds * 1000:,.{0 if seconds >= 0.1 else 2}f}"
+    return row | agreement(case)
 
 
 def name_of(case: Case) -> str:
@@ -132,7 +129,7 @@ def name_of(case: Case) -> str:
 
 
 def group_of(case: Case) -> tuple[Any, ...]:
-    """What cases have in common that are measured beside each other."""
+    """Key of the cases that were measured side by side."""
     fields = ("model", "batch", "direction", "op", "stage")
     return *(case.get(name) for name in fields), str(case.get("sampling"))
 
@@ -150,11 +147,66 @@ def _ratio(case: Case, group: Sequence[Case], implementation: str, dtype: str) -
     return None
 
 
-def _agreement(agreement: dict[str, float]) -> dict[str, Any]:
+def agreement(case: Case) -> dict[str, Any]:
+    """Table columns: share of ids equal to those of float32, and PSNR of the pixels."""
     shown: dict[str, Any] = {}
-    if "ids_equal" in agreement:
-        shown["ids equal"] = f"{agreement['ids_equal']:.1%}"
-    if "pixel_rms" in agreement:
-        rms = agreement["pixel_rms"]
+    if "ids_equal" in case["agreement"]:
+        shown["ids equal"] = f"{case['agreement']['ids_equal']:.1%}"
+    if "pixel_rms" in case["agreement"]:
+        rms = case["agreement"]["pixel_rms"]
         shown["PSNR dB"] = f"{-20 * log10(rms):.1f}" if rms > 0 else "identical"
     return shown
+
+
+def scaling_table(record: Record) -> str:
+    """A row per workload; those left out say why."""
+    keys = ("axis", "model", "batch", "tokens", "side", "steps", "threads", "ranks")
+    rows = []
+    for case in record["cases"]:
+        speed, missing = case.get("images_per_s"), case.get("not_measured") or case.get("error")
+        shown = f"{NOT_MEASURED}: {missing}" if speed is None else spread(speed)
+        row = {key: case[key] for key in keys} | {"threads": case["threads"] or "all"}
+        rows.append(row | {RATE: shown, "peak GiB": gib(case.get("peak_bytes"))})
+    return table(rows, (*keys, RATE, "peak GiB"))
+
+
+def waterfall_table(record: Record) -> str:
+    """A row per technique; "+" marks those that were tried and not kept."""
+    lines = []
+    for case in record["cases"]:
+        name = ("+ " if case.get("aside") else "") + case["row"]
+        line = {"row": name, "technique": case["text"]}
+        lines.append(line)
+        if "images_per_s" not in case:
+            why = case.get("not_measured") or f"failed ({case.get('error')})"
+            line[RATE] = f"{NOT_MEASURED}: {why}"
+            continue
+        quality = case["quality"]
+        same = quality["pixel_rms"] == 0
+        line |= {
+            RATE: spread(case["images_per_s"]),
+            "x upstream fp32": case["x_upstream_fp32"],
+            "x autocast": case["x_upstream_autocast"],
+            "x parent": case["x_parent"] and f"{case['x_parent']:.3f}",
+            "of bf16 peak": f"{case['of_bf16_peak']:.0%}",
+            "peak GiB": gib(case["peak_bytes"]),
+            "first call s": case["prepare_s"] + case["first_call_s"],
+            "exact": "yes" if case["exact"] else "no",
+            "ids, step 1": _percent(quality["step1_ids_equal"]),
+            "ids, end": _percent(quality["final_ids_equal"]),
+            "logit error": f"{quality['logit_error']:.2g}",
+            "PSNR dB": "identical" if same else f"{quality['psnr_db']:.1f}",
+        }
+    return table(lines, list(dict.fromkeys(name for line in lines for name in line)))
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def recipe_times_table(record: Record) -> str:
+    """A row per training run, and one for all."""
+    runs = record["cases"]
+    total = {key: sum(run[key] for run in runs) for key in ("updates", "minutes")}
+    rows = [run | {"minutes": f"{run['minutes']:.1f}"} for run in (*runs, {"run": "all"} | total)]
+    return table(rows, ("run", "updates", "minutes"))

@@ -1,7 +1,7 @@
-"""What each stage of a drawing does, by kind of work: the inputs of cost_model.py.
+"""Count the work of each stage of sampling, by kind: what the cost model multiplies by its rates.
 
-Counted on the published networks (titok_fast/costs.py), except that passes which guidance of weight
-0 makes superfluous are left out, as our sampler leaves them out.
+Counted on the published networks (titok_fast/costs.py), without the passes that our sampler skips
+because their guidance has weight 0.
 """
 
 from titok_fast.costs import generator_cost, tokenizer_costs
@@ -46,7 +46,7 @@ def work(system: Preset, batch: int, dtype: str) -> dict[str, Work]:
 
     Args:
         system: a preset with generator and sampling.
-        batch: pictures.
+        batch: images.
         dtype: a key of DTYPES.
 
     Returns:

@@ -1,24 +1,17 @@
-"""Implementations of the same work, measured side by side: one row each.
+"""Measure implementations of the same work side by side: one row each.
 
-A candidate is one implementation in one precision. It is called first for the first-call time, then
-for memory, then beside the reference for agreement; the timed rounds alternate after that.
+A candidate is one implementation in one precision. It is called once for the first-call time, once
+for its memory and once to compare its output with the reference; then the timed rounds alternate.
 """
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from lib.harness import (
-    peak_memory,
-    precision,
-    summary,
-    time_interleaved,
-    timed,
-)
+from lib.harness import peak_memory, precision, say, summary, time_interleaved, timed
 from lib.stages import StageClock
 from torch import Tensor, nn
 
@@ -39,13 +32,13 @@ def shared(model: T) -> T:
 
 
 def in_dtypes(pipe: TiTokPipeline, names: Sequence[str]) -> dict[str, TiTokPipeline]:
-    """A pipeline in the weight type of each precision; float32 ones are `pipe` itself."""
+    """A pipeline with the weights that each precision wants; in float32 `pipe` itself."""
     low = copy.deepcopy(pipe).to(dtype=torch.bfloat16) if "bf16" in names else None
     return {name: low if low is not None and name == "bf16" else pipe for name in names}
 
 
 def weight_bytes(model: object) -> int:
-    """Bytes of all weights, each counted once; those in oneDNN's layout as their layers say."""
+    """Bytes of all weights, each counted once; layers tell the size of what oneDNN holds."""
     sizes = {t.data_ptr(): t.nbytes for module in _modules(model) for t in _tensors(module)}
     packed = [getattr(m, "packed_bytes", 0) for model in _modules(model) for m in model.modules()]
     return sum(sizes.values()) + sum(packed)
@@ -76,11 +69,12 @@ class Candidate:
         dtype: a name that harness.precision knows.
         mode: one of options.MODES.
         call: the work that is timed, inside `context`.
-        probe: answers to fixed inputs, compared with those of the first candidate: ids (integers)
-            and pixels (floats), either may be absent.
+        probe: its output for fixed inputs, compared with that of the first candidate: "ids"
+            (integers) and "pixels" (floats), either may be absent.
         context: arithmetic to run both in.
-        weight_bytes: what this candidate alone would keep loaded.
-        clock: stage times of each call.
+        weight_bytes: what this candidate alone would hold in memory.
+        clock: times the stages of each call.
+        images: in one call, where this differs from `measure`.
     """
 
     implementation: str
@@ -91,6 +85,7 @@ class Candidate:
     context: Callable[[], AbstractContextManager[None]]
     weight_bytes: int
     clock: StageClock | None = None
+    images: int | None = None
 
     def __str__(self) -> str:
         return f"{self.implementation} {self.dtype} {self.mode}"
@@ -155,7 +150,7 @@ def measure(
     for row, c in zip(rows, candidates, strict=True):
         if str(c) in times:
             row["seconds"] = times[str(c)]
-            row["images_per_s"] = summary([images / s for s in times[str(c)]])
+            row["images_per_s"] = summary([(c.images or images) / s for s in times[str(c)]])
             row["stages_s"] = c.clock.medians(last=repeats) if c.clock else None
     return rows
 
@@ -190,8 +185,3 @@ def _agreement(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, f
         difference = got["pixels"].double() - wanted["pixels"].double()
         result["pixel_rms"] = float(difference.square().mean().sqrt())
     return result
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
