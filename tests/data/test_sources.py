@@ -79,9 +79,9 @@ def test_records_of_all_formats_of_tar_and_picture(tmp_path: Path, kind: int) ->
     records = [source.read(i) for i in range(4)]
     assert [record.label for record in records] == [3, 0, 999, 7]
     for index in (0, 2, 3):
-        assert np.array_equal(records[index].image, pixels(index))
+        assert np.array_equal(records[index].values, pixels(index))
     (tmp_path / "b.jpg").write_bytes(members[3][1])
-    assert np.array_equal(records[1].image, np.asarray(load_image(tmp_path / "b.jpg")))
+    assert np.array_equal(records[1].values, np.asarray(load_image(tmp_path / "b.jpg")))
     assert source.name(3) == f"x.tar:{long}"
     with pytest.raises(IndexError):
         source.read(4)
@@ -91,10 +91,10 @@ def test_indices_run_on_over_shards(tmp_path: Path) -> None:
     source = WebDatasetSource(write_shards(tmp_path, [3, 1, 4]))
     assert len(source) == 8
     for index in range(8):
-        assert np.array_equal(source.read(index).image, pixels(index))
+        assert np.array_equal(source.read(index).values, pixels(index))
     assert source.name(3) == "train-001.tar:00000003"
     copy = pickle.loads(pickle.dumps(source))  # as a spawned worker gets it
-    assert np.array_equal(copy.read(7).image, pixels(7))
+    assert np.array_equal(copy.read(7).values, pixels(7))
 
 
 class _Trap:
@@ -141,7 +141,7 @@ def test_damaged_records(tmp_path: Path, members: list[tuple[str, bytes]], messa
     with pytest.raises(BadRecord, match=re.escape(message)):
         source.read(0)
     assert source.name(0) == "x.tar:0"
-    assert np.array_equal(source.read(1).image, pixels(1))
+    assert np.array_equal(source.read(1).values, pixels(1))
 
 
 def test_oversized_picture_is_one_damaged_record(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_folder(tmp_path: Path) -> None:
         "n01/deep/a.png", "n01/z.png", "n02/b.png", "n10/c.png",
     ]  # fmt: skip
     assert [source.read(i).label for i in range(4)] == [0, 0, 1, 2]
-    assert all(np.array_equal(source.read(i).image, pixels(i)) for i in range(4))
+    assert all(np.array_equal(source.read(i).values, pixels(i)) for i in range(4))
     before = saved(source)
     assert (before["count"], before["classes"]) == (4, 3)
     (tmp_path / "n02/b.png").write_bytes(encoded(pixels(7, 11, 13)))
@@ -306,10 +306,10 @@ def test_fashion_mnist_is_padded_with_black(tmp_path: Path) -> None:
         assert len(source) == count
         assert source.images.shape == (count, 32, 32)
         record = source.read(11)
-        assert (record.image.shape, record.label) == ((32, 32, 3), 1)
-        assert np.array_equal(record.image[:, :, 0], record.image[:, :, 2])
-        assert not record.image[:2].any()
-        assert not record.image[:, 30:].any()
+        assert (record.values.shape, record.label) == ((32, 32, 3), 1)
+        assert np.array_equal(record.values[:, :, 0], record.values[:, :, 2])
+        assert not record.values[:2].any()
+        assert not record.values[:, 30:].any()
     raw = gzip.decompress((tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes())
     images = np.frombuffer(raw[16:], np.uint8).reshape(12, 28, 28)
     assert np.array_equal(source.images[:, 2:30, 2:30], images)

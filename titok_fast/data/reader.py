@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from titok_fast.data.crops import Cut, philox, uniforms
-from titok_fast.data.sources import ArraySource, BadRecord, Record, Source
+from titok_fast.data.sources import ArraySource, BadRecord, Source
 from titok_fast.data.token_shards import TokenSource
 
 _log = logging.getLogger(__name__)
@@ -159,8 +159,7 @@ class Reader:
                 index = self.order.index(position, ahead)
                 try:
                     record = self.source.read(index)
-                    assert isinstance(record, Record)
-                    pixels[len(labels)] = self.cut.one(record.image, row)
+                    pixels[len(labels)] = self.cut.one(record.values, row)
                 except (BadRecord, OSError) as error:
                     bad.append((self.source.name(index), str(error)))
                     continue

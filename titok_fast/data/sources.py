@@ -9,10 +9,9 @@ import hashlib
 import io
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -32,19 +31,15 @@ class BadRecord(ValueError):  # noqa: N818 - a record, not an error of the progr
     """One record is damaged; the others may be sound."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """A picture and its class: (H, W, 3) uint8 of any size, and a number of 0 or more."""
+class Record(NamedTuple):
+    """One training example.
 
-    image: np.ndarray
-    label: int
+    Attributes:
+        values: pixels (H, W, 3) uint8 of an image of any size, or (K,) int64 token ids.
+        label: class, 0 or more.
+    """
 
-
-@dataclass(frozen=True)
-class TokenRecord:
-    """The tokens of a picture and its class: (K,) int64, and a number of 0 or more."""
-
-    tokens: np.ndarray
+    values: np.ndarray
     label: int
 
 
@@ -54,7 +49,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of records, damaged ones included."""
 
-    def read(self, index: int) -> Record | TokenRecord:
+    def read(self, index: int) -> Record:
         """One record.
 
         Raises:

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from titok_fast.data.sources import TokenRecord
+from titok_fast.data.sources import Record
 from titok_fast.io.files import write_atomic
 from titok_fast.io.sample_folder import make_writable
 
@@ -179,9 +179,9 @@ class TokenSource:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def read(self, index: int) -> TokenRecord:
+    def read(self, index: int) -> Record:
         """One row."""
-        return TokenRecord(self.tokens[index].astype(np.int64), int(self.labels[index]))
+        return Record(self.tokens[index].astype(np.int64), int(self.labels[index]))
 
     def name(self, index: int) -> str:
         """Such as `tokens[7]`."""

@@ -141,10 +141,10 @@ class SourcePictures:
         images, labels = [], []
         for index in part:
             try:
-                record: Any = self.source.read(index)
+                record = self.source.read(index)
             except BadRecord as error:
                 raise ValueError(f"{self.source.name(index)}: {error}") from error
-            images.append(record.image)
+            images.append(record.values)
             labels.append(record.label)
         pixels = to_uint8(to_tensor(images, self.size), rounding="round")
         return pixels, torch.tensor(labels, dtype=torch.int64)

@@ -220,12 +220,12 @@ def _encode(
     features, labels = [], []
     for first in range(share.start, share.stop, config.encode_batch_size):
         part = [rows[i] for i in share[first - share.start :][: config.encode_batch_size]]
-        records: list[Any] = [source.read(int(row)) for row in part]
+        records = [source.read(int(row)) for row in part]
         if crop is None:
-            images = to_tensor([record.image for record in records], size)
+            images = to_tensor([record.values for record in records], size)
         else:
             seeds = [_seed(config.seed, epoch, int(row)) for row in part]
-            images = torch.stack([crop(r.image, s) for r, s in zip(records, seeds, strict=True)])
+            images = torch.stack([crop(r.values, s) for r, s in zip(records, seeds, strict=True)])
         features.append(probe_features(tokenizer, images, config.layer))
         labels += [record.label for record in records]
     device = tokenizer.latent_tokens.device
