@@ -148,13 +148,13 @@ def test_refusals(here: Path, tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "old"
     reference = ("--reference", here / "p.npz")
     network = ("--network", f"fashion-classifier={here / 'classifier'}")
-    with pytest.raises(ValueError, match=r"a place of samples, or a --model"):
+    with pytest.raises(ValueError, match=r"the location of samples, or a --model"):
         evaluate("generation", *reference, *network)
-    with pytest.raises(ValueError, match="a place of samples, or a --model"):
+    with pytest.raises(ValueError, match="the location of samples, or a --model"):
         evaluate("generation", here / "p.npz", "--generator", "x", *reference, *network)
     with pytest.raises(FileNotFoundError, match="Nothing is downloaded"):
         evaluate("generation", here / "p.npz", *reference, "--network", "inception")
     with pytest.raises(ValueError, match="unknown network 'fid'"):
         evaluate("generation", here / "p.npz", *reference, "--network", "fid")
-    with pytest.raises(ValueError, match="pictures with classes"):
+    with pytest.raises(ValueError, match="images with classes"):
         evaluate("probe", *tokenizer, "--train", here / "p.npz", "--test", here / "p.npz")

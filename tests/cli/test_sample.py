@@ -29,7 +29,8 @@ from titok_fast import ImageBert, SamplingConfig, TiTokPipeline
 from titok_fast.cli.sample import follow, lead, main
 from titok_fast.cli.sample_options import build_parser
 from titok_fast.crew import Crew
-from titok_fast.io.sample_folder import PngFiles, RawFiles, write_archive
+from titok_fast.io.npz import write_archive
+from titok_fast.io.sample_folder import PngFiles, RawFiles
 from titok_fast.presets import PRESETS, Preset
 from titok_fast.sampling.unmask import sample_seeds
 

@@ -262,7 +262,8 @@ def test_a_disk_that_is_gone_ends_the_run(tmp_path: Path, workers: int) -> None:
     next(batches)
     (tmp_path / "train-000.tar").unlink()
     with pytest.raises(
-        ValueError, match=r"no readable record in a row of them, up to train-000\.tar:0000.*No such"
+        ValueError,
+        match=r"16 damaged records in a row, up to train-000\.tar:0000.*No such",
     ):
         list(islice(batches, 20))
 
@@ -368,17 +369,19 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(
 def test_a_signal_to_workers_that_still_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = data_module._outlive_signals
+    ready = data_module._survive_signals
 
     def slowly(worker: int) -> None:
         time.sleep(1)
         ready(worker)
 
-    monkeypatch.setattr(data_module, "_outlive_signals", slowly)
+    monkeypatch.setattr(data_module, "_survive_signals", slowly)
     source = WebDatasetSource(write_shards(tmp_path, [20]))
     before = set(multiprocessing.active_children())
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    parts = Batches(source, replace(SMALL, workers=2), batch_size=4, seed=1, train=True)._parts()
+    parts = Batches(
+        source, replace(SMALL, workers=2), batch_size=4, seed=1, train=True
+    )._raw_batches()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2

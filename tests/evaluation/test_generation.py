@@ -98,9 +98,9 @@ def test_refusals() -> None:
     alone = Reference(None, sums.gaussian(), "inception")
     with pytest.raises(ValueError, match="at least one"):
         evaluate_generation(SAMPLES, Reference(REAL), [])
-    with pytest.raises(ValueError, match=r"statistics of inception and no pictures.*other"):
+    with pytest.raises(ValueError, match=r"statistics of inception and no images.*other"):
         evaluate_generation(SAMPLES, alone, [Means("inception"), Means("other")])
-    with pytest.raises(ValueError, match="floor wants real pictures"):
+    with pytest.raises(ValueError, match="floor wants real images"):
         evaluate_generation(SAMPLES, alone, [Means("inception")], floor=True)
 
 

@@ -12,18 +12,19 @@ from support.tiny_models import tiny_generator_config, tiny_tokenizer
 
 from titok_fast import ImageBert, TiTokPipeline
 from titok_fast.data.sources import ArraySource, BadRecord
-from titok_fast.evaluation.npz import NpzPictures, read_statistics, write_statistics
+from titok_fast.evaluation.generation import read_reference
 from titok_fast.evaluation.pictures import (
     ArrayPictures,
     DrawnPictures,
     FolderPictures,
     SourcePictures,
     batches,
+    find_source,
+    open_pictures,
 )
-from titok_fast.evaluation.places import find_source, open_pictures, read_reference
-from titok_fast.evaluation.statistics import Gaussian
+from titok_fast.evaluation.statistics import Gaussian, read_statistics, write_statistics
 from titok_fast.io.images import save_png, to_tensor, to_uint8
-from titok_fast.io.sample_folder import write_archive
+from titok_fast.io.npz import NpzPictures, write_archive
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
@@ -91,14 +92,16 @@ def test_npz_shorter_than_its_header(tmp_path: Path) -> None:
         archive.writestr("arr_0.npy", whole[:-100])
     pictures = NpzPictures(tmp_path / "a.npz")
     pictures.read(range(0, 4))
-    with pytest.raises(ValueError, match="truncated in picture"):
+    with pytest.raises(ValueError, match="truncated in image"):
         pictures.read(range(4, 7))
 
 
 def test_statistics_file(tmp_path: Path) -> None:
     made = Gaussian(torch.rand(4).double(), torch.rand(4, 4).double(), 12)
     write_statistics(tmp_path / "s.npz", made, "fashion-classifier")
-    got, network = read_statistics(tmp_path / "s.npz")
+    found = read_statistics(tmp_path / "s.npz")
+    assert found is not None
+    got, network = found
     assert network == "fashion-classifier"
     assert got.count == 12
     assert torch.equal(got.mean, made.mean)

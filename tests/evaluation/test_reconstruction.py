@@ -159,7 +159,7 @@ def test_refusals() -> None:
         reconstructor(tiny_tokenizer("stage1"))
     empty = ArrayPictures.__new__(ArrayPictures)
     empty.images, empty.labels = PICTURES.images[:0], None
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         evaluate_reconstruction(noisy, empty)
     one = ArrayPictures(PICTURES.images[:1])
     with pytest.raises(ValueError, match="at least 2 images; got 1"):

@@ -30,48 +30,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that torchrun starts. Run the same command again to make the missing shards."
     )
     add = parser.add_argument
-    add(
-        "--data",
-        choices=("fashion-mnist", "webdataset", "folder"),
-        required=True,
-        help="what --path is: a folder with Fashion-MNIST's four files (default: where Debian's "
-        "package puts them), a pattern of tar files, or a folder with one sub-folder per class",
+    kinds = ("fashion-mnist", "webdataset", "folder")
+    what = (
+        "what --path is: a folder with Fashion-MNIST's four files (default: where Debian's package "
+        "puts them), a pattern of tar files, or a folder with one sub-folder per class"
     )
+    add("--data", choices=kinds, required=True, help=what)
     add("--path", default="", help="folder, or a pattern such as t-{000..252}.tar")
     add("--split", choices=("train", "eval"), default="train", help="of Fashion-MNIST")
     add("--out", type=Path, required=True, metavar="DIR", help="for the shards")
     add("--jsonl", type=Path, metavar="FILE", help="also write the official format")
     add("--model", choices=tuple(PRESETS), metavar="NAME", help="published model")
-    add(
-        "--tokenizer",
-        metavar="WEIGHTS",
-        help="directory, weight file or hub repository, in place of the published weights",
+    what = "directory, weight file or hub repository, in place of the published weights"
+    add("--tokenizer", metavar="WEIGHTS", help=what)
+    what = (
+        "the center alone, it and its mirror image, or five crops and theirs (default: center_flip)"
     )
-    add(
-        "--augmentation",
-        choices=tuple(VIEWS),
-        default="center_flip",
-        help="the center alone, it and its mirror image, or five crops and theirs "
-        "(default: center_flip)",
-    )
+    add("--augmentation", choices=tuple(VIEWS), default="center_flip", help=what)
     add("--batch-size", type=int, default=128, help="views at once (default: 128)")
     add("--shard-size", type=int, default=4000, help="images per shard (default: 4000)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
     add("--workers", type=int, default=4, help="reading threads (default: 4)")
-    add(
-        "--max-bad-share",
-        type=float,
-        default=0.01,
-        help="share of damaged images above which the run stops (default: 0.01)",
-    )
-    add(
-        "--patience",
-        type=seconds,
-        default=3600.0,
-        metavar="SECONDS",
-        help="how long a finished process waits for the others (default: 3600)",
-    )
+    what = "share of damaged images above which the run stops (default: 0.01)"
+    add("--max-bad-share", type=float, default=0.01, help=what)
+    what = "how long a finished process waits for the others (default: 3600)"
+    add("--patience", type=seconds, default=3600.0, metavar="SECONDS", help=what)
     add("--quiet", action="store_true", help="show no progress bar")
 
 

@@ -29,15 +29,14 @@ from titok_fast.backends.techniques import resolve_fast
 from titok_fast.cli.sample_options import build_parser, check, load, settings
 from titok_fast.config import __version__
 from titok_fast.crew import Crew
+from titok_fast.io.npz import archive_exists, write_archive
 from titok_fast.io.sample_folder import (
     Album,
     PngFiles,
     RawFiles,
-    archive_exists,
     claim_folder,
     clean,
     differences,
-    write_archive,
 )
 from titok_fast.models.attention import BackendError
 from titok_fast.pipeline import TiTokPipeline

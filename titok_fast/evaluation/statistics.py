@@ -1,17 +1,23 @@
-"""What is computed from features: Frechet distance, class score, precision and recall, code use.
+"""What is computed from features: Frechet distance, class score, precision and recall.
 
 Sums run in float64 and are added up over batches and ranks, so nothing but precision and recall
 needs all features at once. Sources: arXiv:1706.08500 (Frechet distance), 1606.03498 (Inception
 Score), 1904.06991 (precision, recall); details as in openai/guided-diffusion's evaluator ("ADM").
 """
 
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from titok_fast.distributed import sum_over_ranks
+from titok_fast.io.files import write_atomic
+from titok_fast.io.npz import open_npz, read_array
 
+ADM_NETWORK = "inception"  # what statistics are of where the file does not say
 SPLITS = 10  # ADM's protocol
 NEIGHBOURS = 3  # ADM's k
 
@@ -29,6 +35,56 @@ class Gaussian:
     mean: Tensor
     covariance: Tensor
     count: int = 0
+
+
+def read_statistics(path: str | Path) -> tuple[Gaussian, str] | None:
+    """`mu` and `sigma` of a .npz file, and the name of the network they are of.
+
+    Returns:
+        None for a file without `mu`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, no archive, or arrays of shapes that do not fit.
+    """
+    with open_npz(path) as archive:
+        names = archive.namelist()
+        if "mu.npy" not in names:
+            return None
+        try:
+            mean, covariance = read_array(archive, "mu"), read_array(archive, "sigma")
+            network = read_array(archive, "network") if "network.npy" in names else ADM_NETWORK
+            count = int(read_array(archive, "count")) if "count.npy" in names else 0
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} does not hold readable statistics: {error}") from error
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        got = f"{mean.shape} and {covariance.shape}"
+        raise ValueError(f"{path} wants mu (d,) and sigma (d, d); got {got}")
+    tensors = [torch.from_numpy(x.astype(np.float64)) for x in (mean, covariance)]
+    return Gaussian(tensors[0], tensors[1], count), str(network)
+
+
+def write_statistics(path: str | Path, statistics: Gaussian, network: str) -> None:
+    """Write `mu` and `sigma` as ADM's files have them, with the network's name, atomically.
+
+    Args:
+        path: name ending in .npz, in a folder that exists.
+        statistics: of the features.
+        network: name of the network they are of.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the file cannot be written.
+    """
+    if Path(path).suffix.lower() != ".npz":
+        raise ValueError(f"statistics want a file name ending in .npz; got {path}")
+    arrays = {
+        "mu": statistics.mean.numpy(),
+        "sigma": statistics.covariance.numpy(),
+        "network": np.array(network),
+        "count": np.int64(statistics.count),
+    }
+    write_atomic(path, lambda part: np.savez(part, **arrays))  # type: ignore[arg-type]
 
 
 class FeatureSums:
