@@ -89,7 +89,7 @@ def test_an_existing_folder_stays_until_the_new_one_is_whole(
 
     rename = Path.rename
     with monkeypatch.context() as patched:  # the second of two renames fails
-        patched.setattr(Path, "rename", lambda a, b: _fail() if a.name == "made" else rename(a, b))
+        patched.setattr(Path, "rename", lambda a, b: _fail() if a.name == "new" else rename(a, b))
         assert cli.main([*arguments(sources, out), "--force"]) == 2
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
 

@@ -137,6 +137,6 @@ def test_refusals() -> None:
         ProbeConfig(epochs=0)
     unlabelled = ArrayPictures(np.zeros((4, 32, 32, 3), np.uint8))
     config = ProbeConfig(epochs=1, batch_size=8, augment=False)
-    with pytest.raises(ValueError, match="pictures with classes"):
+    with pytest.raises(ValueError, match="images with classes"):
         linear_probe(tiny_tokenizer(), two_kinds(8, 0), unlabelled, 2, config)
     assert math.isfinite(_rate(0.5, 8, ProbeConfig(epochs=1, warmup_epochs=1)))
