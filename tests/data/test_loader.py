@@ -199,9 +199,12 @@ def test_damaged_records_are_replaced_by_the_next_in_the_order() -> None:
     order = Order(50, 8, 1, shuffle=True).of_epoch(0)
     for damaged in ((order[5],), tuple(order[5:8]), tuple(order[14:17])):
         batches = Batches(
-            Slow(sound, tuple(map(int, damaged))), replace(SMALL, max_bad_share=0.5),
-            batch_size=8, seed=1, train=True,
-        )  # fmt: skip
+            Slow(sound, tuple(map(int, damaged))),
+            replace(SMALL, max_bad_share=0.5),
+            batch_size=8,
+            seed=1,
+            train=True,
+        )
         wanted = order[:16].tolist()
         for place in range(16):
             at = place
@@ -222,13 +225,15 @@ def test_damaged_records_are_counted_and_named_once(
     with caplog.at_level(logging.WARNING):
         list(islice(batches, 9))  # three epochs
     assert batches.bad.names.keys() == {
-        "train-000.tar:00000004", "train-001.tar:00000017", "train-001.tar:00000018",
-    }  # fmt: skip
+        "train-000.tar:00000004",
+        "train-001.tar:00000017",
+        "train-001.tar:00000018",
+    }
     assert batches.bad.count >= 9
     assert batches.bad.seen == 90 + batches.bad.count
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3
-    assert all("not readable as a jpg, png or webp picture" in text for text in messages)
+    assert all("not readable as a jpg, png or webp image" in text for text in messages)
 
 
 def test_too_many_damaged_records_end_the_run(shards: Source) -> None:
@@ -262,8 +267,7 @@ def test_a_disk_that_is_gone_ends_the_run(tmp_path: Path, workers: int) -> None:
     next(batches)
     (tmp_path / "train-000.tar").unlink()
     with pytest.raises(
-        ValueError,
-        match=r"16 damaged records in a row, up to train-000\.tar:0000.*No such",
+        ValueError, match=r"16 damaged records in a row, up to train-000\.tar:0000.*No such"
     ):
         list(islice(batches, 20))
 

@@ -31,11 +31,18 @@ def test_patterns_count_up_keep_zeros_and_multiply() -> None:
     assert expand("a/b.tar") == [Path("a/b.tar")]
     names = expand("imagenet-train-{0000..0252}.tar")
     assert (len(names), names[0].name, names[-1].name) == (
-        253, "imagenet-train-0000.tar", "imagenet-train-0252.tar",
-    )  # fmt: skip
+        253,
+        "imagenet-train-0000.tar",
+        "imagenet-train-0252.tar",
+    )
     assert [p.as_posix() for p in expand("{8..10}/x{0..1}.tar")] == [
-        "8/x0.tar", "8/x1.tar", "9/x0.tar", "9/x1.tar", "10/x0.tar", "10/x1.tar",
-    ]  # fmt: skip
+        "8/x0.tar",
+        "8/x1.tar",
+        "9/x0.tar",
+        "9/x1.tar",
+        "10/x0.tar",
+        "10/x1.tar",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -124,17 +131,19 @@ def test_nothing_is_unpickled_or_extracted(tmp_path: Path) -> None:
         ([("0.jpg", b""), ("0.cls", b"1")], "it is empty"),
         ([("0.jpg", encoded(pixels(0), "JPEG")[:400]), ("0.cls", b"1")], "OSError: "),
         ([("0.jpg", encoded(pixels(0), "BMP")), ("0.cls", b"1")], "UnidentifiedImageError"),
-        ([("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("0.cls", b"1")],
-         "UnidentifiedImageError"),
+        (
+            [("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("0.cls", b"1")],
+            "UnidentifiedImageError",
+        ),
         ([("0.png", encoded(pixels(0)))], "it has no cls"),
-        ([("0.cls", b"1")], "it has no picture"),
+        ([("0.cls", b"1")], "it has no image"),
         ([("0.png", encoded(pixels(0))), ("0.cls", b"dog")], "got 'dog'"),
         ([("0.png", encoded(pixels(0))), ("0.cls", b"-1")], "got '-1'"),
         ([("0.png", encoded(pixels(0))), ("0.cls", b"")], "got ''"),
         ([("0.png", encoded(pixels(0))), ("0.cls", b"1" * 17)], "got 17 bytes"),
         ([("0.png", encoded(pixels(0))), ("0.cls", b"10")], r"a class in 0..9; got 10"),
     ],
-)  # fmt: skip
+)
 def test_damaged_records(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
     sound = [("1.png", encoded(pixels(1))), ("1.cls", b"9")]
     source = WebDatasetSource(str(write_tar(tmp_path / "x.tar", [*members, *sound])), classes=10)
@@ -270,8 +279,11 @@ def image_folder(folder: Path) -> Path:
 def test_folder(tmp_path: Path) -> None:
     source = FolderSource(image_folder(tmp_path), classes=3)
     assert [source.name(i) for i in range(4)] == [
-        "n01/deep/a.png", "n01/z.png", "n02/b.png", "n10/c.png",
-    ]  # fmt: skip
+        "n01/deep/a.png",
+        "n01/z.png",
+        "n02/b.png",
+        "n10/c.png",
+    ]
     assert [source.read(i).label for i in range(4)] == [0, 0, 1, 2]
     assert all(np.array_equal(source.read(i).values, pixels(i)) for i in range(4))
     before = saved(source)
@@ -282,16 +294,16 @@ def test_folder(tmp_path: Path) -> None:
 
 
 def test_folder_faults(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder of pictures"):
+    with pytest.raises(FileNotFoundError, match="no folder of images"):
         FolderSource(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="one or more sub-folders, one a class; got 0"):
+    with pytest.raises(ValueError, match="one or more sub-folders, one per class; got 0"):
         FolderSource(tmp_path)
     source = FolderSource(image_folder(tmp_path))
-    with pytest.raises(ValueError, match="wants 1 to 2 sub-folders, one a class; got 3"):
+    with pytest.raises(ValueError, match="wants 1 to 2 sub-folders, one per class; got 3"):
         FolderSource(tmp_path, classes=2)
     (tmp_path / "n01/z.png").write_bytes(b"<html>404</html>")
     (tmp_path / "n02/b.png").unlink()
-    with pytest.raises(BadRecord, match="not readable as a jpg, png or webp picture"):
+    with pytest.raises(BadRecord, match="not readable as a jpg, png or webp image"):
         source.read(1)
     with pytest.raises(FileNotFoundError):
         source.read(2)
@@ -328,7 +340,7 @@ def _ones(*shape: int) -> np.ndarray:
         (_ones(24, 28, 28), 10 * _ones(24), "wants labels 0..9; got 10"),
         (_ones(24, 28), _ones(24), "wants an idx file that starts 00 00 08 03; got 00 00 08 02"),
         (_ones(24, 28, 28), _ones(24, 1), "starts 00 00 08 01; got 00 00 08 02"),
-        (_ones(0, 28, 28), _ones(0), "wants at least one picture"),
+        (_ones(0, 28, 28), _ones(0), "wants at least one image"),
     ],
 )
 def test_fashion_files_that_do_not_fit(
@@ -387,7 +399,7 @@ def test_the_real_fashion_mnist() -> None:
         (np.zeros((2, 8, 8), np.uint8), np.zeros(3, int), "wants labels (2,) integers; got (3,)"),
         (np.zeros((2, 8, 8), np.uint8), np.zeros(2), "got (2,) float64"),
         (np.zeros((2, 8, 8), np.uint8), np.array([0, -1]), "labels of 0 or more; got -1"),
-        (np.zeros((0, 8, 8), np.uint8), np.zeros(0, int), "at least one picture"),
+        (np.zeros((0, 8, 8), np.uint8), np.zeros(0, int), "at least one image"),
     ],
 )
 def test_arrays_that_are_refused(images: np.ndarray, labels: np.ndarray, message: str) -> None:

@@ -88,8 +88,12 @@ def test_statistics_go_before_pictures() -> None:
     alone = Reference(None, sums.gaussian(), "inception")
     figures = evaluate_generation(SAMPLES, alone, [Means("inception")])
     assert figures.keys() == {
-        "images", "fid[inception]", "is[inception]", "is10[inception]", "gFID",
-    }  # fmt: skip
+        "images",
+        "fid[inception]",
+        "is[inception]",
+        "is10[inception]",
+        "gFID",
+    }
 
 
 def test_refusals() -> None:

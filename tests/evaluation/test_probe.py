@@ -90,9 +90,14 @@ def two_kinds(n: int, seed: int) -> ArraySource:
 def test_probe_learns(layer: str, augment: bool) -> None:
     pytest.importorskip("torchvision", reason="extra eval")
     config = ProbeConfig(
-        layer=layer, epochs=40, warmup_epochs=1, base_learning_rate=400.0, batch_size=16,
-        augment=augment, encode_batch_size=24,
-    )  # fmt: skip
+        layer=layer,
+        epochs=40,
+        warmup_epochs=1,
+        base_learning_rate=400.0,
+        batch_size=16,
+        augment=augment,
+        encode_batch_size=24,
+    )
     train, test = two_kinds(64, 0), SourcePictures(two_kinds(50, 1), 32)
     done: list[int] = []
     model = tiny_tokenizer()

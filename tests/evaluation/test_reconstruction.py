@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from titok_fast import MaskGitVQGAN
 from titok_fast.evaluation.networks import FashionFeatures, FeatureNetwork
 from titok_fast.evaluation.pictures import ArrayPictures
-from titok_fast.evaluation.reconstruction import (
-    evaluate_reconstruction,
-    psnr,
-    reconstructor,
-    ssim,
-)
+from titok_fast.evaluation.reconstruction import evaluate_reconstruction, psnr, reconstructor, ssim
 from titok_fast.evaluation.statistics import FeatureSums, frechet_distance
 from titok_fast.io.images import to_uint8
 from titok_fast.models.classifier import FashionClassifier
@@ -61,9 +56,14 @@ def test_ssim_against_scikit_image() -> None:
     ours = ssim(PIXELS, made)
     for i in range(3):
         theirs = metrics.structural_similarity(
-            PIXELS[i].numpy(), made[i].numpy(), channel_axis=-1, data_range=255,
-            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-        )  # fmt: skip
+            PIXELS[i].numpy(),
+            made[i].numpy(),
+            channel_axis=-1,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
         assert float(ours[i]) == pytest.approx(theirs, abs=1e-10)
     assert ssim(PIXELS[:1], PIXELS[:1]).tolist() == [pytest.approx(1.0)]
 
