@@ -30,19 +30,9 @@ from titok_fast.io.images import load_image
 def test_patterns_count_up_keep_zeros_and_multiply() -> None:
     assert expand("a/b.tar") == [Path("a/b.tar")]
     names = expand("imagenet-train-{0000..0252}.tar")
-    assert (len(names), names[0].name, names[-1].name) == (
-        253,
-        "imagenet-train-0000.tar",
-        "imagenet-train-0252.tar",
-    )
-    assert [p.as_posix() for p in expand("{8..10}/x{0..1}.tar")] == [
-        "8/x0.tar",
-        "8/x1.tar",
-        "9/x0.tar",
-        "9/x1.tar",
-        "10/x0.tar",
-        "10/x1.tar",
-    ]
+    assert names == [Path(f"imagenet-train-{i:04d}.tar") for i in range(253)]
+    wanted = [Path(f"{a}/x{b}.tar") for a in (8, 9, 10) for b in (0, 1)]
+    assert expand("{8..10}/x{0..1}.tar") == wanted
 
 
 @pytest.mark.parametrize(
@@ -131,10 +121,7 @@ def test_nothing_is_unpickled_or_extracted(tmp_path: Path) -> None:
         ([("0.jpg", b""), ("0.cls", b"1")], "it is empty"),
         ([("0.jpg", encoded(pixels(0), "JPEG")[:400]), ("0.cls", b"1")], "OSError: "),
         ([("0.jpg", encoded(pixels(0), "BMP")), ("0.cls", b"1")], "UnidentifiedImageError"),
-        (
-            [("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("0.cls", b"1")],
-            "UnidentifiedImageError",
-        ),
+        ([("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n"), ("0.cls", b"1")], "UnidentifiedImageError"),
         ([("0.png", encoded(pixels(0)))], "it has no cls"),
         ([("0.cls", b"1")], "it has no image"),
         ([("0.png", encoded(pixels(0))), ("0.cls", b"dog")], "got 'dog'"),
@@ -155,9 +142,8 @@ def test_damaged_records(tmp_path: Path, members: list[tuple[str, bytes]], messa
 
 def test_oversized_picture_is_one_damaged_record(tmp_path: Path) -> None:
     bomb = encoded(np.zeros((20000, 10000, 3), np.uint8))  # over twice Pillow's limit
-    source = WebDatasetSource(
-        str(write_tar(tmp_path / "x.tar", [("0.png", bomb), ("0.cls", b"1")]))
-    )
+    members = [("0.png", bomb), ("0.cls", b"1")]
+    source = WebDatasetSource(str(write_tar(tmp_path / "x.tar", members)))
     with pytest.raises(BadRecord, match="DecompressionBombError"):
         source.read(0)
 
@@ -278,12 +264,8 @@ def image_folder(folder: Path) -> Path:
 
 def test_folder(tmp_path: Path) -> None:
     source = FolderSource(image_folder(tmp_path), classes=3)
-    assert [source.name(i) for i in range(4)] == [
-        "n01/deep/a.png",
-        "n01/z.png",
-        "n02/b.png",
-        "n10/c.png",
-    ]
+    names = [source.name(i) for i in range(4)]
+    assert names == ["n01/deep/a.png", "n01/z.png", "n02/b.png", "n10/c.png"]
     assert [source.read(i).label for i in range(4)] == [0, 0, 1, 2]
     assert all(np.array_equal(source.read(i).values, pixels(i)) for i in range(4))
     before = saved(source)

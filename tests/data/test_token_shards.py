@@ -141,16 +141,11 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
             read_shard(path)
 
 
-def shard_folder(
-    folder: Path, counts: tuple[int, ...] = (4, 3, 5)
-) -> tuple[np.ndarray, np.ndarray]:
-    tokens, labels = ids(sum(counts)), np.arange(sum(counts))
-    start = 0
-    for number, count in enumerate(counts):
-        part = slice(start, start + count)
-        said = about(number, len(counts), tokenizer_sha256="abc")
+def shard_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    tokens, labels = ids(12), np.arange(12)
+    for number, part in enumerate((slice(0, 4), slice(4, 7), slice(7, 12))):
+        said = about(number, 3, tokenizer_sha256="abc")
         write_shard(shard_path(folder, number), tokens[part], labels[part], said)
-        start += count
     return tokens, labels
 
 
@@ -168,9 +163,8 @@ def test_source_of_shards(tmp_path: Path) -> None:
     assert (said["kind"], said["count"], said["tokens_per_image"]) == ("tokens", 12, K)
     assert said["tokenizer_sha256"] == "abc"
     check_same_data(json.loads(json.dumps(said)), TokenSource(tmp_path).describe())
-    write_shard(
-        shard_path(tmp_path, 1), tokens[:3], labels[4:7], about(1, 3, tokenizer_sha256="abc")
-    )
+    said = about(1, 3, tokenizer_sha256="abc")
+    write_shard(shard_path(tmp_path, 1), tokens[:3], labels[4:7], said)
     with pytest.raises(ValueError, match="sha256 was"):
         check_same_data(said, TokenSource(tmp_path).describe())
     with pytest.raises(ValueError, match=r"wants labels in 0\.\.10; got 11"):
@@ -205,9 +199,8 @@ def test_official_jsonl_there_and_back(tmp_path: Path, rows: int) -> None:
     assert shards_to_jsonl(tmp_path, tmp_path / "all.jsonl") == 12
     lines = (tmp_path / "all.jsonl").read_text().splitlines()
     assert json.loads(lines[5]) == {"class_id": 5, "tokens": tokens[5].tolist()}
-    shards = jsonl_to_shards(
-        tmp_path / "all.jsonl", tmp_path / "back", codebook_size=N, shard_size=rows
-    )
+    back, size = tmp_path / "back", {"codebook_size": N, "shard_size": rows}
+    shards = jsonl_to_shards(tmp_path / "all.jsonl", back, **size)
     assert shards == len(shard_numbers(tmp_path / "back")) == -(-12 // rows)
     for place in (tmp_path / "back", tmp_path / "all.jsonl"):
         source = TokenSource(place)

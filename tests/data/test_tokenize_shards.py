@@ -4,14 +4,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.processes import python
 from support.records import pixels, write_fashion, write_shards
 from support.tiny_models import rebuilt, tiny_tokenizer, tiny_tokenizer_config
 from support.tiny_runs import PROCESSES
@@ -82,10 +81,8 @@ def test_tokens_are_those_of_each_view(
     tmp_path: Path, tokenizer: TiTok, source: ArraySource, augmentation: str
 ) -> None:
     A = len(VIEWS[augmentation])
-    rows = pretokenize(
-        tokenizer, source, tmp_path, augmentation=augmentation, batch_size=7, shard_size=SHARD
-    )
-    assert rows == COUNT * A
+    options: dict[str, Any] = {"batch_size": 7, "shard_size": SHARD}
+    assert pretokenize(tokenizer, source, tmp_path, augmentation=augmentation, **options) == 23 * A
     made = TokenSource(tmp_path)
     assert made.about["views"] == list(VIEWS[augmentation])
     assert made.about["tokenizer_sha256"] == tokenizer_fingerprint(tokenizer)
@@ -153,20 +150,15 @@ def test_damaged_pictures_are_left_out(tmp_path: Path, tokenizer: TiTok) -> None
     assert said["skipped"] == ["train-000.tar:00000007"]
     with pytest.raises(ValueError, match=r"3 of 3 records read are damaged, more than max_bad_sha"):
         pretokenize(tokenizer, source, tmp_path / "b", shard_size=3, max_bad_share=0.2)
-    with pytest.raises(
-        ValueError, match=r"4 of 12 records are damaged, more than max_bad_share 0\.3"
-    ):
-        # all shards are there, so only their sum can tell
+    message = r"4 of 12 records are damaged, more than max_bad_share 0\.3"
+    with pytest.raises(ValueError, match=message):  # all shards are there: only their sum can tell
         pretokenize(tokenizer, source, tmp_path / "a", shard_size=3, max_bad_share=0.3)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"augmentation": "flip"},
-            "augmentation wants one of center, center_flip, ten_crop; got 'flip'",
-        ),
+        ({"augmentation": "flip"}, "wants one of center, center_flip, ten_crop; got 'flip'"),
         ({"batch_size": 0}, "wants batch_size of 1 or more; got 0"),
         ({"shard_size": 0}, "wants shard_size of 1 or more; got 0"),
         ({"workers": 0}, "wants workers of 1 or more; got 0"),
@@ -180,7 +172,11 @@ def test_arguments_that_do_not_exist(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_has_no_tokens_or_no_pictures(tmp_path: Path, source: ArraySource) -> None:
+def test_what_has_no_tokens_or_no_images(tmp_path: Path, source: ArraySource) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("not ours")
+    with pytest.raises(FileExistsError, match=r"holds file but no manifest\.json"):
+        pretokenize(tiny_tokenizer("vq"), source, tmp_path / "other")
     with pytest.raises(ValueError, match="a VAE tokenizer has no token ids"):
         pretokenize(tiny_tokenizer("vae"), source, tmp_path)
     said = {"codebook_size": N, "shard": 0, "shards": 1}
@@ -219,27 +215,12 @@ def test_two_ranks_make_the_same_bytes(tmp_path: Path) -> None:
         f"pretokenize --tokenizer={tmp_path / 'weights'} --data=webdataset --path={pattern} "
         f"--batch-size=6 --shard-size={SHARD} --device=cpu --quiet --max-bad-share=0.2 --workers=2"
     ).split()
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "-m",
-        "titok_fast",
-    ]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(
-        [sys.executable, *launch, *command, f"--out={tmp_path / '2'}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )
+    launch = "-m torch.distributed.run --nproc_per_node=2 --standalone -m titok_fast"
+    done = python(*launch.split(), *command, f"--out={tmp_path / '2'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"44 x 8 ids in {tmp_path / '2'}\n"
     jsonl = tmp_path / "all.jsonl"
     assert main([*command, f"--out={tmp_path / '1'}", f"--jsonl={jsonl}"]) == 0
-    said, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert said == f"44 x 8 ids in {tmp_path / '2'}\n"
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert np.array_equal(TokenSource(jsonl).tokens, TokenSource(tmp_path / "1").tokens)
 
@@ -301,14 +282,6 @@ def test_a_rank_that_differs_is_refused(
     with pytest.raises(ValueError, match=message):
         pretokenize(tokenizer, source, tmp_path, ranks=RankOne(1, 2, torch.device("cpu")))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_with_other_files_is_refused(
-    tmp_path: Path, tokenizer: TiTok, source: ArraySource
-) -> None:
-    (tmp_path / "other").write_text("not ours")
-    with pytest.raises(FileExistsError, match=r"holds other but no manifest\.json"):
-        pretokenize(tokenizer, source, tmp_path)
 
 
 def test_the_command(

@@ -24,10 +24,16 @@ from titok_fast.evaluation.pictures import (
 )
 from titok_fast.evaluation.statistics import Gaussian, read_statistics, write_statistics
 from titok_fast.io.images import save_png, to_tensor, to_uint8
-from titok_fast.io.npz import NpzPictures, write_archive
+from titok_fast.io.npz import Batch, NpzPictures, write_archive
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+
+
+def labelled(batch: Batch) -> tuple[torch.Tensor, list[int]]:
+    images, labels = batch
+    assert labels is not None
+    return images, labels.tolist()
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -43,14 +49,12 @@ def test_npz_is_read_in_parts(tmp_path: Path, save: object) -> None:
 
 def test_npz_classes(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", PIXELS, np.arange(7) * 3)  # ADM's samples have them as arr_1
-    _, labels = NpzPictures(tmp_path / "a.npz").read(range(2, 5))
-    assert labels is not None
-    assert labels.tolist() == [6, 9, 12]
+    _, labels = labelled(NpzPictures(tmp_path / "a.npz").read(range(2, 5)))
+    assert labels == [6, 9, 12]
     manifest = {"num": 7, "classes": 3}
     write_archive(tmp_path / "b.npz", iter(PIXELS), 8, manifest, lambda n: None)
-    images, labels = NpzPictures(tmp_path / "b.npz").read(range(2, 7))
-    assert labels is not None
-    assert labels.tolist() == [2, 0, 1, 2, 0]
+    images, labels = labelled(NpzPictures(tmp_path / "b.npz").read(range(2, 7)))
+    assert labels == [2, 0, 1, 2, 0]
     assert np.array_equal(images, PIXELS[2:])
 
 
@@ -131,10 +135,9 @@ def test_flat_folder_in_file_order(tmp_path: Path) -> None:
     for i in (2, 0, 1):
         save_png(tmp_path / f"{i:06d}_{i + 5}.png", Image.fromarray(PIXELS[i]))
     pictures = open_pictures(str(tmp_path))
-    images, labels = pictures.read(range(1, 3))
+    images, labels = labelled(pictures.read(range(1, 3)))
     assert np.array_equal(images, PIXELS[1:3])
-    assert labels is not None
-    assert labels.tolist() == [6, 7]
+    assert labels == [6, 7]
     save_png(tmp_path / "000003_1.png", Image.new("RGB", (9, 8)))
     with pytest.raises(ValueError, match=r"000003_1.png is \(9, 8\)"):
         FolderPictures(tmp_path).read(range(4))
@@ -149,9 +152,7 @@ def test_folder_of_sample_many(tmp_path: Path) -> None:
         save_png(tmp_path / f"{i:06d}.png", Image.fromarray(PIXELS[i]))
     assert FolderPictures(tmp_path).read(range(5))[1] is None
     (tmp_path / "manifest.json").write_text(json.dumps({"classes": 3}))
-    labels = FolderPictures(tmp_path).read(range(5))[1]
-    assert labels is not None
-    assert labels.tolist() == [0, 1, 2, 0, 1]
+    assert labelled(FolderPictures(tmp_path).read(range(5)))[1] == [0, 1, 2, 0, 1]
 
 
 def test_folder_of_classes(tmp_path: Path) -> None:
@@ -163,9 +164,8 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert found[1] == 2
     with pytest.raises(ValueError, match="--size"):
         open_pictures(str(tmp_path))
-    images, labels = open_pictures(str(tmp_path), 8).read(range(2))
-    assert labels is not None
-    assert labels.tolist() == [0, 1]
+    images, labels = labelled(open_pictures(str(tmp_path), 8).read(range(2)))
+    assert labels == [0, 1]
     assert np.array_equal(images, PIXELS[[1, 0]])
 
 
@@ -192,10 +192,9 @@ def test_source_pictures_name_a_damaged_record() -> None:
             return super().read(index)
 
     pictures = SourcePictures(Torn(PIXELS, np.arange(7)), 8)
-    images, labels = pictures.read(range(3))
+    images, labels = labelled(pictures.read(range(3)))
     assert np.array_equal(images, PIXELS[:3])
-    assert labels is not None
-    assert labels.tolist() == [0, 1, 2]
+    assert labels == [0, 1, 2]
     with pytest.raises(ValueError, match=r"array\[3\]: it is empty"):
         pictures.read(range(2, 5))
 
@@ -204,9 +203,8 @@ def test_drawn_pictures_are_those_of_the_pipeline() -> None:
     torch.manual_seed(0)
     pipe = TiTokPipeline(tiny_tokenizer(), ImageBert(tiny_generator_config()).eval())
     pictures = DrawnPictures(pipe, 6, seed=3, num_sample_steps=2)
-    images, labels = pictures.read(range(4, 6))
-    assert labels is not None
-    assert labels.tolist() == [4, 5]
+    images, labels = labelled(pictures.read(range(4, 6)))
+    assert labels == [4, 5]
     whole = pipe(list(range(6)), seed=3, output="tensor", num_sample_steps=2)
     assert torch.equal(images, whole[4:6])  # type: ignore[index]
     with pytest.raises(ValueError, match="generator"):

@@ -89,15 +89,8 @@ def two_kinds(n: int, seed: int) -> ArraySource:
 )
 def test_probe_learns(layer: str, augment: bool) -> None:
     pytest.importorskip("torchvision", reason="extra eval")
-    config = ProbeConfig(
-        layer=layer,
-        epochs=40,
-        warmup_epochs=1,
-        base_learning_rate=400.0,
-        batch_size=16,
-        augment=augment,
-        encode_batch_size=24,
-    )
+    sizes = {"epochs": 40, "warmup_epochs": 1, "batch_size": 16, "encode_batch_size": 24}
+    config = ProbeConfig(layer=layer, base_learning_rate=400.0, augment=augment, **sizes)  # type: ignore[arg-type]
     train, test = two_kinds(64, 0), SourcePictures(two_kinds(50, 1), 32)
     done: list[int] = []
     model = tiny_tokenizer()

@@ -55,15 +55,9 @@ def test_ssim_against_scikit_image() -> None:
     made = to_uint8(noisy(PIXELS.permute(0, 3, 1, 2) / 255)[0], rounding="round")
     ours = ssim(PIXELS, made)
     for i in range(3):
-        theirs = metrics.structural_similarity(
-            PIXELS[i].numpy(),
-            made[i].numpy(),
-            channel_axis=-1,
-            data_range=255,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
+        window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        pair = PIXELS[i].numpy(), made[i].numpy()
+        theirs = metrics.structural_similarity(*pair, channel_axis=-1, data_range=255, **window)
         assert float(ours[i]) == pytest.approx(theirs, abs=1e-10)
     assert ssim(PIXELS[:1], PIXELS[:1]).tolist() == [pytest.approx(1.0)]
 

@@ -86,7 +86,7 @@ def pretokenize(
     if isinstance(source, TokenSource):
         raise ValueError("pretokenize wants images; these data are tokens already")
     ranks = ranks or Ranks(0, 1, tokenizer.latent_tokens.device)
-    manifest = {
+    manifest: dict[str, Any] = {
         "kind": "tokens",
         "titok_fast": __version__,
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),

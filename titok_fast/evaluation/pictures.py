@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from titok_fast.data.sources import BadRecord, FolderSource, Source, fashion_mnist
@@ -115,14 +114,14 @@ class FolderPictures:
             return as_batch(images.numpy(), labels)
         return as_batch(np.stack([self._load(path) for path in self.paths[rows]]), labels)
 
-    def _load(self, path: Path) -> Image.Image:
+    def _load(self, path: Path) -> np.ndarray:
         image = load_image(path)
         if image.size != self._first:
             raise ValueError(
                 f"{path} is {image.size}, the first image {self._first}: resize them, or say the "
                 "size to bring them to"
             )
-        return image
+        return np.asarray(image)
 
 
 def _folder_labels(folder: Path, paths: list[Path]) -> np.ndarray | None:
