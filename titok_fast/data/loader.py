@@ -1,6 +1,6 @@
 """Batches whose content is a function of source, seed and step alone.
 
-Position p = step * batch_size + j of a run lies in epoch p // usable; the record there is entry
+Position p = step * batch_size + j of a run is in epoch p // usable; the record there is entry
 p % usable of that epoch's order. Ranks take contiguous parts of each global batch, so a run can
 stop at any step, and go on with any number of ranks and workers.
 """

@@ -78,7 +78,7 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     phrases = differences(dict(saved), dict(now))
     before, after = saved.get("shards"), now.get("shards")
-    # how many there are says more than the first names
+    # the number of shards says more than the first names
     if isinstance(before, dict) and isinstance(after, dict) and len(before) != len(after):
         phrases.insert(0, f"there were {len(before)} shards, now {len(after)}")
     if phrases:

@@ -1,8 +1,8 @@
 """Images to shards of tokens, once, by any number of processes.
 
 A shard holds the views of a fixed run of records, encoded in fixed batches, so its bytes do not
-depend on which rank makes it. What is done is what lies in the folder: a run that starts again
-there makes the missing shards, with any number of ranks.
+depend on which rank makes it. The shards themselves are the only record of progress: a run that is
+started again in their folder makes the missing ones, with any number of ranks.
 """
 
 import hashlib
@@ -138,7 +138,7 @@ def tokenizer_fingerprint(tokenizer: TiTok) -> str:
 
 
 class _Shards:
-    """The shards of a run: which are missing, how one is made, what all hold together."""
+    """Finds the missing shards of a run, makes one, and checks all."""
 
     def __init__(
         self, tokenizer: TiTok, source: Source, folder: Path, manifest: dict[str, Any]
@@ -165,11 +165,11 @@ class _Shards:
         except FileNotFoundError:
             return False
         except ValueError as error:
-            _log.warning("made again: %s", error)
+            _log.warning("this shard is made again: %s", error)
             return False
         about.pop("skipped", None)
         if about != {**self._about, "shard": number}:
-            _log.warning("made again: shard %d is of another run", number)
+            _log.warning("shard %d is of another run and is made again", number)
             return False
         return True
 

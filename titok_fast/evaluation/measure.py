@@ -13,7 +13,7 @@ Figures = dict[str, float]
 
 
 class Measurement:
-    """Sums, scores and, where asked for, features of a set of images.
+    """Sums, scores and, on request, features of a set of images.
 
     Args:
         network: of the features.

@@ -245,7 +245,7 @@ def _random_crop(size: int) -> Callable[[np.ndarray, int], Tensor]:
     view = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
 
     def draw(image: np.ndarray, seed: int) -> Tensor:
-        # torchvision draws from the global stream: lend it one of this image's own
+        # torchvision draws from the global generator: seed a fork of it for this image
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pixels: Tensor = view(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))

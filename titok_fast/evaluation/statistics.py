@@ -87,12 +87,22 @@ def write_statistics(path: str | Path, statistics: Gaussian, network: str) -> No
     write_atomic(path, lambda part: np.savez(part, **arrays))  # type: ignore[arg-type]
 
 
-class FeatureSums:
+class _Sums:
+    """Tensors that are added up over batches, then over ranks."""
+
+    def merge_ranks(self) -> None:
+        """Sum over ranks; every rank gets the result."""
+        for sums in vars(self).values():
+            if isinstance(sums, Tensor):
+                sum_over_ranks(sums)
+
+
+class FeatureSums(_Sums):
     """Sums from which the mean and the covariance follow.
 
     Args:
         dim: d, number of features.
-        device: where the sums are kept.
+        device: of the sums.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -106,11 +116,6 @@ class FeatureSums:
         self.count += len(x)
         self.total += x.sum(dim=0)
         self.outer.addmm_(x.T, x)
-
-    def merge_ranks(self) -> None:
-        """Make the sums of all ranks everybody's."""
-        for sums in (self.count, self.total, self.outer):
-            sum_over_ranks(sums)
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance of what was added.
@@ -132,9 +137,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance of two Gaussians; 0 where they are equal.
 
     The trace of the square root of A B is taken as the sum of the roots of the eigenvalues of
-    A^1/2 B A^1/2, which are the same. That matrix is symmetric and has no negative eigenvalue but
-    by rounding, so a singular covariance needs neither the eps on the diagonal that evaluators add
-    where scipy's sqrtm fails, nor a limit on imaginary parts.
+    A^1/2 B A^1/2, which are the same. That matrix is symmetric and has negative
+    eigenvalues only by rounding, so a singular covariance needs neither the eps that evaluators add
+    to the diagonal where scipy's sqrtm fails, nor a limit on imaginary parts.
 
     Raises:
         ValueError: another number of features.
@@ -151,14 +156,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float((a.mean - b.mean).square().sum() + traces - 2 * product.sqrt().sum())
 
 
-class ClassScore:
+class ClassScore(_Sums):
     """The Inception Score of any classifier: exp of the mean KL from the mean prediction.
 
     Args:
         total: number of images in the whole evaluation; the tenths of ten-split scores are tenths
             of it in file order.
         classes: number of logits.
-        device: where the sums are kept.
+        device: of the sums.
     """
 
     def __init__(self, total: int, classes: int, device: torch.device | str = "cpu") -> None:
@@ -171,16 +176,11 @@ class ClassScore:
         """Add (B, classes) logits of the images `first`, `first` + 1, ... in file order."""
         log_p = logits.to(self.probability).log_softmax(dim=1)
         index = torch.arange(first, first + len(logits), device=log_p.device)
-        # image i lies in the split whose borders are floor(s * total / 10)
+        # splits begin at floor(s * total / 10)
         split = ((index + 1) * SPLITS - 1) // self.total
         self.count.index_add_(0, split, torch.ones_like(log_p[:, 0]))
         self.probability.index_add_(0, split, log_p.exp())
         self.negentropy.index_add_(0, split, (log_p.exp() * log_p).sum(dim=1))
-
-    def merge_ranks(self) -> None:
-        """Make the sums of all ranks everybody's."""
-        for sums in (self.count, self.probability, self.negentropy):
-            sum_over_ranks(sums)
 
     def one_split(self) -> float:
         """Over all images, as in the published reconstruction evaluation."""

@@ -33,8 +33,7 @@ def as_batch(images: np.ndarray, labels: np.ndarray | None) -> Batch:
 class NpzPictures:
     """Images of an archive, read as they are asked for.
 
-    Classes are `arr_1` where the archive has one, or follow from the record that
-    `titok_fast.cli.sample` leaves in the archive's comment.
+    Classes are `arr_1` where the archive has one, or follow from the comment of `write_archive`.
 
     Args:
         path: .npz file.
