@@ -69,15 +69,15 @@ def test_words_are_those_of_the_published_generator(seed: int, stream: int, coun
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_evaluation_cuts_as_the_rest_of_the_package(height: int, width: int) -> None:
     image = pixels(0, height, width)
-    cut = Crop(32, 32, random_crop=False, random_flip=False).one(image, np.zeros(3))
+    crop = Crop(32, 32, random_crop=False, random_flip=False).one(image, np.zeros(3))
     wanted = to_tensor(image, 32)[0].mul(255).round().byte().permute(1, 2, 0).numpy()
-    assert np.array_equal(cut, wanted)
+    assert np.array_equal(crop, wanted)
 
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_training_cuts_as_torchvision(height: int, width: int) -> None:
     functional = pytest.importorskip("torchvision.transforms.functional")
-    image, cut = pixels(1, height, width), Crop(32, 40, random_crop=True, random_flip=True)
+    image, crop = pixels(1, height, width), Crop(32, 40, random_crop=True, random_flip=True)
     mode = functional.InterpolationMode.BICUBIC
     resized = functional.resize(Image.fromarray(image), [40], interpolation=mode, antialias=True)
     assert np.array_equal(resize_shorter_edge(image, 40), np.asarray(resized))
@@ -87,33 +87,33 @@ def test_training_cuts_as_torchvision(height: int, width: int) -> None:
         wanted = functional.crop(resized, top, left, 32, 32)
         if draws[2] < 0.5:
             wanted = functional.hflip(wanted)
-        assert np.array_equal(cut.one(image, draws), np.asarray(wanted))
+        assert np.array_equal(crop.one(image, draws), np.asarray(wanted))
     center = functional.center_crop(resized, [32, 32])
     plain = Crop(32, 40, random_crop=False, random_flip=False)
     assert np.array_equal(plain.one(image, np.zeros(3)), np.asarray(center))
 
 
-def test_every_place_and_both_sides_are_drawn() -> None:
-    cut, draws = Crop(4, 6, random_crop=True, random_flip=True), crop_draws(0, 0, 4000)
-    top, left, flip = cut.offsets(draws, 6, 8)
+def test_every_offset_and_both_sides_are_drawn() -> None:
+    crop, draws = Crop(4, 6, random_crop=True, random_flip=True), crop_draws(0, 0, 4000)
+    top, left, flip = crop.offsets(draws, 6, 8)
     counts = np.zeros((3, 5, 2), int)
     np.add.at(counts, (top, left, flip.astype(int)), 1)
     assert counts.sum() == 4000
     assert ((counts - 4000 / 30) ** 2 / (4000 / 30)).sum() < 58.3  # 29 degrees, 0.1 %
     extremes = np.array([[0.0, 0.0, 0.5], [1 - 2**-53, 1 - 2**-53, 0.5 - 2**-53]])
-    assert [x.tolist() for x in cut.offsets(extremes, 6, 8)] == [[0, 2], [0, 4], [False, True]]
+    assert [x.tolist() for x in crop.offsets(extremes, 6, 8)] == [[0, 2], [0, 4], [False, True]]
 
 
 @pytest.mark.parametrize("shape", [(9, 40, 48, 3), (9, 40, 48), (9, 32, 32, 3), (9, 32, 32)])
 @pytest.mark.parametrize("random", [False, True])
 def test_many_at_once_are_cut_as_one_by_one(shape: tuple[int, ...], random: bool) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    before, cut = images.copy(), Crop(32, shape[1], random, random)
+    before, crop = images.copy(), Crop(32, shape[1], random, random)
     indices, draws = np.array([3, 0, 8, 3, 5]), crop_draws(1, 0, 5)
-    got = cut.many(images, indices, draws)
+    got = crop.many(images, indices, draws)
     for row, index, draw in zip(got, indices, draws, strict=True):
         image = images[index] if len(shape) == 4 else np.repeat(images[index][:, :, None], 3, 2)
-        wanted = cut.one(image, draw)
+        wanted = crop.one(image, draw)
         assert np.array_equal(row, wanted if len(shape) == 4 else wanted[:, :, 0])
     assert np.array_equal(images, before)  # what was mirrored is a copy
 

@@ -212,7 +212,7 @@ def saved(source: Source) -> dict[str, Any]:
     return json.loads(json.dumps(source.describe()))
 
 
-def test_shards_are_known_by_content_and_not_by_place(tmp_path: Path) -> None:
+def test_shards_are_known_by_content_and_not_by_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     before = saved(WebDatasetSource(write_shards(tmp_path / "a", [2, 3, 2])))
     assert before["count"] == 7

@@ -1,4 +1,4 @@
-"""Sets of pictures: archives, folders, sources, drawings; by place on the command line."""
+"""Sets of images: archives, folders, sources, drawings; by their location on the command line."""
 
 import json
 import zipfile
@@ -65,19 +65,18 @@ def test_npz_refusals(tmp_path: Path) -> None:
     path.write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"no \.npz file"):
         NpzPictures(path)
-    np.savez(path, images=PIXELS)
-    with pytest.raises(ValueError, match="arr_0"):
-        NpzPictures(path)
-    for wrong in (PIXELS.astype(np.float32), PIXELS[..., 0], PIXELS[:0]):
-        np.savez(path, wrong)
-        with pytest.raises(ValueError, match=r"\(n, H, W, 3\) uint8"):
+    shape = r"\(n, H, W, 3\) uint8"
+    for arrays, message in (
+        ({"images": PIXELS}, "arr_0"),
+        ({"arr_0": PIXELS.astype(np.float32)}, shape),
+        ({"arr_0": PIXELS[..., 0]}, shape),
+        ({"arr_0": PIXELS[:0]}, shape),
+        ({"arr_0": np.asfortranarray(PIXELS)}, "Fortran"),
+        ({"arr_0": PIXELS, "arr_1": np.arange(6)}, r"\(7,\) integer classes"),
+    ):
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
             NpzPictures(path)
-    np.savez(path, np.asfortranarray(PIXELS))
-    with pytest.raises(ValueError, match="Fortran"):
-        NpzPictures(path)
-    np.savez(path, PIXELS, np.arange(6))
-    with pytest.raises(ValueError, match=r"\(7,\) integer classes"):
-        NpzPictures(path)
 
 
 def test_npz_with_objects_is_not_unpickled(tmp_path: Path) -> None:
@@ -175,7 +174,7 @@ def test_archive_of_another_size(tmp_path: Path) -> None:
         open_pictures(str(tmp_path / "a.npz"), 16)
 
 
-def test_missing_places(tmp_path: Path) -> None:
+def test_missing_locations(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_pictures(str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError):

@@ -53,10 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "among devices."
     )
     measures = parser.add_subparsers(dest="measure", required=True, metavar="MEASURE")
-    _add_reconstruction(measures.add_parser("reconstruction", help="a tokenizer's images"))
-    _add_generation(measures.add_parser("generation", help="drawn images against real ones"))
-    _add_statistics(measures.add_parser("statistics", help="write mu and sigma of images"))
-    _add_probe(measures.add_parser("probe", help="a linear classifier on a frozen encoder"))
+    for name, (add_options, _, help_text) in _MEASURES.items():
+        add_options(measures.add_parser(name, help=help_text))
 
 
 def _add_reconstruction(parser: argparse.ArgumentParser) -> None:
@@ -109,8 +107,8 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
         "does not say which features it used: see --layer."
     )
     add, defaults = parser.add_argument, ProbeConfig()
-    add("--train", required=True, metavar="LOCATION", help="images with classes")
-    add("--test", required=True, metavar="LOCATION", help="images with classes")
+    for option in ("--train", "--test"):
+        add(option, required=True, metavar="LOCATION", help="images with classes")
     add("--classes", type=int, help="default: those of the data, else 1000")
     what = (
         "D-wide latents after the last norm, or C-wide ones before quantisation; their mean over "
@@ -168,7 +166,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             raise FileNotFoundError(f"no folder {path.parent} for {path.name}: create it first")
     refuse_existing(outputs, force=args.force)
     with join(args.device) as ranks:
-        figures = _MEASURES[args.measure](args, ranks)
+        figures = _MEASURES[args.measure][1](args, ranks)
         if ranks.rank:
             return
         if args.json is not None:
@@ -277,10 +275,10 @@ def _probe(args: argparse.Namespace, ranks: Ranks) -> Figures:
 
 
 _MEASURES = {
-    "reconstruction": _reconstruction,
-    "generation": _generation,
-    "statistics": _statistics,
-    "probe": _probe,
+    "reconstruction": (_add_reconstruction, _reconstruction, "a tokenizer's images"),
+    "generation": (_add_generation, _generation, "drawn images against real ones"),
+    "statistics": (_add_statistics, _statistics, "write mu and sigma of images"),
+    "probe": (_add_probe, _probe, "a linear classifier on a frozen encoder"),
 }
 
 
