@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import pickle
 import re
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.records import encoded, pixels, write_fashion, write_idx, write_shards, write_tar
+from support.records import Trap, encoded, pixels, write_fashion, write_idx, write_shards, write_tar
 
 from titok_fast.data.sources import (
     FASHION_MNIST,
@@ -94,16 +93,8 @@ def test_indices_run_on_over_shards(tmp_path: Path) -> None:
     assert np.array_equal(copy.read(7).values, pixels(7))
 
 
-class _Trap:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 def test_nothing_is_unpickled_or_extracted(tmp_path: Path) -> None:
-    trap = pickle.dumps(_Trap(tmp_path / "sprung"))
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
     members = [("0.png", encoded(pixels(0))), ("0.cls", b"1")]
     members += [(f"0.{suffix}", trap) for suffix in ("pkl", "pickle", "pth", "pyd", "npy")]
     write_tar(tmp_path / "x.tar", [*members, ("../1.png", b"x"), ("/abs/2.cls", b"1")])
@@ -243,7 +234,7 @@ def test_same_sizes_and_other_records_are_other_data(tmp_path: Path, names: str)
         check_same_data(before, now)
 
 
-def test_long_lists_of_changes_are_cut_short(tmp_path: Path) -> None:
+def test_long_lists_of_changes_are_cut_short() -> None:
     before = {"kind": "webdataset", "shards": {f"{i}.tar": 1 for i in range(9)}}
     after = {"kind": "webdataset", "shards": {f"{i}.tar": 2 for i in range(9)}}
     with pytest.raises(ValueError, match=r"3\.tar was 1, now 2; and 5 more"):
