@@ -12,7 +12,7 @@ from paper.experiments import CLASSES, VQGAN, Experiment, Settings, recipe
 from torch import Tensor
 
 from titok_fast import ImageBert, MaskGitVQGAN, TiTok
-from titok_fast.cli.pretokenize import pretokenize
+from titok_fast.data.tokenize_shards import pretokenize
 from titok_fast.data.sources import ArraySource
 from titok_fast.data.token_shards import TokenSource
 from titok_fast.distributed import Ranks
@@ -103,7 +103,7 @@ def tokens(setup: Setup, e: Experiment) -> TokenSource:
     tokenizer = e.needs()[1]
     folder = setup.work / f"{tokenizer.name}-ids"
     model = setup.load(TiTok, tokenizer)
-    options: Any = {"augmentation": "center", "batch_size": _BATCH, "device": setup.device}
+    options: Any = {"augmentation": "center", "batch_size": _BATCH, "ranks": setup.ranks}
     pretokenize(model, setup.train, folder, **options)
     return TokenSource(folder, CLASSES)
 

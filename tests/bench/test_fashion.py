@@ -86,7 +86,7 @@ def test_sheets_show_what_they_say(measured: tuple[Path, Path, dict[str, Any]]) 
 
     test = fashion_mnist("eval", record["data"])
     for index in (0, 13):  # rows of originals are 0, 2 and 4
-        want = np.asarray(Image.fromarray(test.read(index).image).convert("RGB"))
+        want = np.asarray(Image.fromarray(test.read(index).values).convert("RGB"))
         assert np.array_equal(cell("reconstructions", 2 * (index // 10), index % 10), want)
     parts = {part: str(weights / part) for part in ("tokenizer", "generator")}
     pipe = TiTokPipeline.from_pretrained(MODEL, **parts)

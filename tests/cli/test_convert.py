@@ -68,9 +68,11 @@ def test_any_single_part_and_any_dtype(sources: dict[str, Path], tmp_path: Path)
 
 
 def test_an_existing_folder_stays_until_the_new_one_is_whole(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("precious")
@@ -89,7 +91,7 @@ def test_an_existing_folder_stays_until_the_new_one_is_whole(
 
     rename = Path.rename
     with monkeypatch.context() as patched:  # the second of two renames fails
-        patched.setattr(Path, "rename", lambda a, b: _fail() if a.name == "made" else rename(a, b))
+        patched.setattr(Path, "rename", lambda a, b: _fail() if a.name == "new" else rename(a, b))
         assert cli.main([*arguments(sources, out), "--force"]) == 2
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
 

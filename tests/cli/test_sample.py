@@ -26,7 +26,8 @@ from support.tiny_models import (
 
 from titok_fast import ImageBert, SamplingConfig, TiTokPipeline
 from titok_fast.cli import main as cli
-from titok_fast.io.sample_folder import RawFolder, write_archive
+from titok_fast.io.npz import write_archive
+from titok_fast.io.sample_folder import RawFolder
 from titok_fast.presets import PRESETS, Preset
 from titok_fast.sampling.unmask import sample_seeds
 

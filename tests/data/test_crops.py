@@ -14,11 +14,11 @@ from support.records import pixels
 
 from titok_fast.data.crops import (
     VIEWS,
-    Cut,
+    Crop,
     adm_center_crop,
+    crop_draws,
     philox,
     resize_shorter_edge,
-    uniforms,
     views,
 )
 from titok_fast.data.sources import BadRecord
@@ -28,17 +28,17 @@ SHAPES = [(40, 48), (48, 40), (37, 91), (91, 37), (32, 32), (33, 32), (20, 30), 
 
 
 def test_draws_belong_to_positions() -> None:
-    whole = uniforms(7, 100, 50)
-    parts = [uniforms(7, 100, 1), uniforms(7, 101, 40), uniforms(7, 141, 9)]
+    whole = crop_draws(7, 100, 50)
+    parts = [crop_draws(7, 100, 1), crop_draws(7, 101, 40), crop_draws(7, 141, 9)]
     assert np.array_equal(np.concatenate(parts), whole)
-    assert len(np.unique(uniforms(7, 0, 1000))) == 3000
-    assert not np.intersect1d(uniforms(7, 0, 1000), uniforms(8, 0, 1000)).size
+    assert len(np.unique(crop_draws(7, 0, 1000))) == 3000
+    assert not np.intersect1d(crop_draws(7, 0, 1000), crop_draws(8, 0, 1000)).size
     for seed, first in ((-1, 0), (2**70, 2**40)):  # any integer, and any step that can be reached
-        assert uniforms(seed, first, 2).shape == (2, 3)
+        assert crop_draws(seed, first, 2).shape == (2, 3)
 
 
 def test_draws_are_uniform() -> None:
-    draws = uniforms(0, 0, 100_000)
+    draws = crop_draws(0, 0, 100_000)
     assert draws.min() >= 0
     assert draws.max() < 1
     for column in draws.T:
@@ -63,57 +63,57 @@ def test_words_are_those_of_the_published_generator(seed: int, stream: int, coun
     word = reference_philox(counter + 1, (seed, stream))  # numpy counts before it draws
     assert philox(seed, stream, counter).random_raw(1).tolist() == [word]
     if stream == 0:
-        assert uniforms(seed, counter, 1)[0, 0] == (word >> 11) / 2**53
+        assert crop_draws(seed, counter, 1)[0, 0] == (word >> 11) / 2**53
 
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_evaluation_cuts_as_the_rest_of_the_package(height: int, width: int) -> None:
     image = pixels(0, height, width)
-    cut = Cut(32, 32, random_crop=False, random_flip=False).one(image, np.zeros(3))
+    crop = Crop(32, 32, random_crop=False, random_flip=False).one(image, np.zeros(3))
     wanted = to_tensor(image, 32)[0].mul(255).round().byte().permute(1, 2, 0).numpy()
-    assert np.array_equal(cut, wanted)
+    assert np.array_equal(crop, wanted)
 
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_training_cuts_as_torchvision(height: int, width: int) -> None:
     functional = pytest.importorskip("torchvision.transforms.functional")
-    image, cut = pixels(1, height, width), Cut(32, 40, random_crop=True, random_flip=True)
+    image, crop = pixels(1, height, width), Crop(32, 40, random_crop=True, random_flip=True)
     mode = functional.InterpolationMode.BICUBIC
     resized = functional.resize(Image.fromarray(image), [40], interpolation=mode, antialias=True)
     assert np.array_equal(resize_shorter_edge(image, 40), np.asarray(resized))
-    for draws in uniforms(3, 0, 20):
+    for draws in crop_draws(3, 0, 20):
         room = np.array([resized.height, resized.width]) - 32
         top, left = (int(np.floor(u * (r + 1))) for u, r in zip(draws, room, strict=False))
         wanted = functional.crop(resized, top, left, 32, 32)
         if draws[2] < 0.5:
             wanted = functional.hflip(wanted)
-        assert np.array_equal(cut.one(image, draws), np.asarray(wanted))
+        assert np.array_equal(crop.one(image, draws), np.asarray(wanted))
     center = functional.center_crop(resized, [32, 32])
-    plain = Cut(32, 40, random_crop=False, random_flip=False)
+    plain = Crop(32, 40, random_crop=False, random_flip=False)
     assert np.array_equal(plain.one(image, np.zeros(3)), np.asarray(center))
 
 
-def test_every_place_and_both_sides_are_drawn() -> None:
-    cut, draws = Cut(4, 6, random_crop=True, random_flip=True), uniforms(0, 0, 4000)
-    top, left, flip = cut.place(draws, 6, 8)
+def test_every_offset_and_both_sides_are_drawn() -> None:
+    crop, draws = Crop(4, 6, random_crop=True, random_flip=True), crop_draws(0, 0, 4000)
+    top, left, flip = crop.offsets(draws, 6, 8)
     counts = np.zeros((3, 5, 2), int)
     np.add.at(counts, (top, left, flip.astype(int)), 1)
     assert counts.sum() == 4000
     assert ((counts - 4000 / 30) ** 2 / (4000 / 30)).sum() < 58.3  # 29 degrees, 0.1 %
     extremes = np.array([[0.0, 0.0, 0.5], [1 - 2**-53, 1 - 2**-53, 0.5 - 2**-53]])
-    assert [x.tolist() for x in cut.place(extremes, 6, 8)] == [[0, 2], [0, 4], [False, True]]
+    assert [x.tolist() for x in crop.offsets(extremes, 6, 8)] == [[0, 2], [0, 4], [False, True]]
 
 
 @pytest.mark.parametrize("shape", [(9, 40, 48, 3), (9, 40, 48), (9, 32, 32, 3), (9, 32, 32)])
 @pytest.mark.parametrize("random", [False, True])
 def test_many_at_once_are_cut_as_one_by_one(shape: tuple[int, ...], random: bool) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    before, cut = images.copy(), Cut(32, shape[1], random, random)
-    indices, draws = np.array([3, 0, 8, 3, 5]), uniforms(1, 0, 5)
-    got = cut.many(images, indices, draws)
+    before, crop = images.copy(), Crop(32, shape[1], random, random)
+    indices, draws = np.array([3, 0, 8, 3, 5]), crop_draws(1, 0, 5)
+    got = crop.many(images, indices, draws)
     for row, index, draw in zip(got, indices, draws, strict=True):
         image = images[index] if len(shape) == 4 else np.repeat(images[index][:, :, None], 3, 2)
-        wanted = cut.one(image, draw)
+        wanted = crop.one(image, draw)
         assert np.array_equal(row, wanted if len(shape) == 4 else wanted[:, :, 0])
     assert np.array_equal(images, before)  # what was mirrored is a copy
 
@@ -124,14 +124,14 @@ def test_picture_of_the_wanted_size_is_not_touched(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Image, "fromarray", refuse)
     image = pixels(0, 32, 32)
-    assert np.array_equal(Cut(32, 32, True, False).one(image, np.full(3, 0.9)), image)
+    assert np.array_equal(Crop(32, 32, True, False).one(image, np.full(3, 0.9)), image)
 
 
 @pytest.mark.parametrize("shape", [(1, 101, 3), (101, 1, 3), (0, 5, 3), (5, 0, 3)])
 def test_strips_are_damaged_records(shape: tuple[int, ...]) -> None:
     image, wanted = np.zeros(shape, np.uint8), f"got {shape[1]} x {shape[0]}"
     for work in (
-        lambda: Cut(32, 32, True, True).one(image, np.zeros(3)),
+        lambda: Crop(32, 32, True, True).one(image, np.zeros(3)),
         lambda: views(image, 32, "center"),
         lambda: views(image, 32, "center_flip"),
         lambda: views(image, 32, "ten_crop"),
@@ -142,7 +142,7 @@ def test_strips_are_damaged_records(shape: tuple[int, ...]) -> None:
 
 def test_crop_larger_than_the_picture_is_refused() -> None:
     with pytest.raises(ValueError, match="resize_shorter_edge wants crop_size 32 or more; got 31"):
-        Cut(32, 31, True, True)
+        Crop(32, 31, True, True)
 
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)

@@ -65,6 +65,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return WebDatasetSource(write_shards(folder, [11, 8, 11], damaged=(4, 17, 18)))
 
 
+def loader(source: Source, batch_size: int = 8, **data: Any) -> Batches:
+    """Endless batches of a training run with some settings of the data."""
+    return Batches(source, replace(SMALL, **data), batch_size=batch_size, seed=1, train=True)
+
+
 def steps(source: Source, count: int, data: DataConfig = SMALL, **options: Any) -> list[Batch]:
     arguments = {"batch_size": 8, "seed": 1, "train": True} | options
     return list(islice(Batches(source, replace(data, max_bad_share=0.5), **arguments), count))
@@ -119,7 +124,7 @@ def test_every_epoch_takes_each_record_at_most_once_in_another_order() -> None:
     assert len({tuple(set(range(50)) - set(epoch)) for epoch in epochs}) > 1
     other = [batch["labels"].tolist() for batch in steps(source, 24, seed=2)]
     assert other != labels
-    assert Batches(source, SMALL, batch_size=8, seed=1, train=True).steps == 6
+    assert loader(source).steps == 6
 
 
 def test_orders_are_fair() -> None:
@@ -129,21 +134,20 @@ def test_orders_are_fair() -> None:
     assert sorted(Order(10, 1, 5, shuffle=True).of_epoch(0)) == list(range(10))
 
 
-@pytest.mark.parametrize("kind", ["shards", "array", "tokens"])
+@pytest.fixture(params=["shards", "array", "tokens"])
+def source(request: pytest.FixtureRequest, shards: Source) -> Source:
+    return {"shards": shards, "array": array_source(), "tokens": token_source()}[request.param]
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_out_the_same_batches(shards: Source, kind: str, world: int) -> None:
-    source = {"shards": shards, "array": array_source(), "tokens": token_source()}[kind]
+def test_ranks_share_out_the_same_batches(source: Source, world: int) -> None:
     parts = [steps(source, 12, rank=rank, world=world) for rank in range(world)]
     assert all(len(batch["labels"]) == 8 // world for part in parts for batch in part)
     assert_equal(joined(parts), steps(source, 12))
 
 
-@pytest.mark.parametrize("kind", ["shards", "array", "tokens"])
 @pytest.mark.parametrize("start", [1, 3, 5, 10])
-def test_resuming_gives_the_batches_of_the_uninterrupted_run(
-    shards: Source, kind: str, start: int
-) -> None:
-    source = {"shards": shards, "array": array_source(), "tokens": token_source()}[kind]
+def test_resuming_gives_the_batches_of_the_uninterrupted_run(source: Source, start: int) -> None:
     assert_equal(steps(source, 12 - start, start_step=start), steps(source, 12)[start:])
 
 
@@ -198,16 +202,10 @@ def test_damaged_records_are_replaced_by_the_next_in_the_order() -> None:
     sound = array_source(50)
     order = Order(50, 8, 1, shuffle=True).of_epoch(0)
     for damaged in ((order[5],), tuple(order[5:8]), tuple(order[14:17])):
-        batches = Batches(
-            Slow(sound, tuple(map(int, damaged))), replace(SMALL, max_bad_share=0.5),
-            batch_size=8, seed=1, train=True,
-        )  # fmt: skip
-        wanted = order[:16].tolist()
-        for place in range(16):
-            at = place
-            while order[at] in damaged:
-                at += 1
-            wanted[place] = int(order[at])
+        batches = loader(Slow(sound, tuple(map(int, damaged))), max_bad_share=0.5)
+        # each damaged record is replaced by the next sound one
+        later = [[i for i in order[position:] if i not in damaged] for position in range(16)]
+        wanted = [int(sound_ones[0]) for sound_ones in later]
         got = [batch["labels"].tolist() for batch in islice(batches, 2)]
         assert list(chain(*got)) == wanted
         assert set(batches.bad.names) == {f"array[{index}]" for index in damaged}
@@ -217,28 +215,23 @@ def test_damaged_records_are_replaced_by_the_next_in_the_order() -> None:
 def test_damaged_records_are_counted_and_named_once(
     shards: Source, caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
-    data = replace(SMALL, max_bad_share=0.5, workers=workers)
-    batches = Batches(shards, data, batch_size=10, seed=1, train=True)
+    batches = loader(shards, 10, max_bad_share=0.5, workers=workers)
     with caplog.at_level(logging.WARNING):
         list(islice(batches, 9))  # three epochs
-    assert batches.bad.names.keys() == {
-        "train-000.tar:00000004", "train-001.tar:00000017", "train-001.tar:00000018",
-    }  # fmt: skip
+    damaged = {"000.tar:00000004", "001.tar:00000017", "001.tar:00000018"}
+    assert batches.bad.names.keys() == {f"train-{name}" for name in damaged}
     assert batches.bad.count >= 9
     assert batches.bad.seen == 90 + batches.bad.count
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3
-    assert all("not readable as a jpg, png or webp picture" in text for text in messages)
+    assert all("not readable as a jpg, png or webp image" in text for text in messages)
 
 
 def test_too_many_damaged_records_end_the_run(shards: Source) -> None:
     message = r"damaged, more than max_bad_share 0\.05: train-00\d\.tar:000000\d+ \(not readable"
-    batches = Batches(shards, replace(SMALL, max_bad_share=0.05), batch_size=10, seed=1, train=True)
-    with pytest.raises(ValueError, match=message):
-        list(islice(batches, 9))
-    none = Batches(shards, replace(SMALL, max_bad_share=0.0), batch_size=10, seed=1, train=True)
-    with pytest.raises(ValueError, match="1 of 11 records read are damaged"):
-        list(islice(none, 9))
+    for share, wanted in ((0.05, message), (0.0, "1 of 11 records read are damaged")):
+        with pytest.raises(ValueError, match=wanted):
+            list(islice(loader(shards, 10, max_bad_share=share), 9))
 
 
 def test_share_of_damaged_records() -> None:
@@ -257,13 +250,11 @@ def test_share_of_damaged_records() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_disk_that_is_gone_ends_the_run(tmp_path: Path, workers: int) -> None:
     source = WebDatasetSource(write_shards(tmp_path, [40]))
-    data = replace(SMALL, max_bad_share=1.0, workers=workers)
-    batches = iter(Batches(source, data, batch_size=8, seed=1, train=True))
+    batches = iter(loader(source, max_bad_share=1.0, workers=workers))
     next(batches)
     (tmp_path / "train-000.tar").unlink()
-    with pytest.raises(
-        ValueError, match=r"no readable record in a row of them, up to train-000\.tar:0000.*No such"
-    ):
+    message = r"16 damaged records in a row, up to train-000\.tar:0000.*No such"
+    with pytest.raises(ValueError, match=message):
         list(islice(batches, 20))
 
 
@@ -319,9 +310,8 @@ def test_open_source_by_kind(tmp_path: Path) -> None:
     assert isinstance(open_source(folder, "eval"), FolderSource)
     (tmp_path / "tokens").mkdir()
     about = {"codebook_size": 9, "shard": 0, "shards": 1}
-    write_shard(
-        shard_path(tmp_path / "tokens", 0), np.ones((3, 4), int), np.array([0, 1, 7]), about
-    )
+    path = shard_path(tmp_path / "tokens", 0)
+    write_shard(path, np.ones((3, 4), int), np.array([0, 1, 7]), about)
     (tmp_path / "x.jsonl").write_text(json.dumps({"class_id": 7, "tokens": [1, 2]}))
     for path in ("tokens", "x.jsonl"):
         tokens = DataConfig(kind="tokens", train=str(tmp_path / path))
@@ -348,7 +338,7 @@ def running(tmp_path: Path) -> Running:
     """An endless run, one batch in, and its two workers."""
     source = WebDatasetSource(write_shards(tmp_path, [20]))
     before = set(multiprocessing.active_children())
-    batches = iter(Batches(source, replace(SMALL, workers=2), batch_size=4, seed=1, train=True))
+    batches = iter(loader(source, 4, workers=2))
     next(batches)
     return batches, [p.pid or 0 for p in set(multiprocessing.active_children()) - before]
 
@@ -368,17 +358,17 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(
 def test_a_signal_to_workers_that_still_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = data_module._outlive_signals
+    ready = data_module._survive_signals
 
     def slowly(worker: int) -> None:
         time.sleep(1)
         ready(worker)
 
-    monkeypatch.setattr(data_module, "_outlive_signals", slowly)
+    monkeypatch.setattr(data_module, "_survive_signals", slowly)
     source = WebDatasetSource(write_shards(tmp_path, [20]))
     before = set(multiprocessing.active_children())
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    parts = Batches(source, replace(SMALL, workers=2), batch_size=4, seed=1, train=True)._parts()
+    parts = loader(source, 4, workers=2)._raw_batches()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
@@ -406,6 +396,6 @@ def test_a_record_without_a_class_in_a_run(tmp_path: Path) -> None:
     members = [(f"{i}.png", encoded(pixels(i))) for i in range(20)]
     members += [(f"{i}.cls", b"1") for i in range(19)]
     source = WebDatasetSource(str(write_tar(tmp_path / "x.tar", members)))
-    batches = Batches(source, replace(SMALL, max_bad_share=0.1), batch_size=10, seed=0, train=True)
+    batches = loader(source, 10, max_bad_share=0.1)
     assert [len(batch["labels"]) for batch in islice(batches, 2)] == [10, 10]
     assert batches.bad.names == {"x.tar:19": "it has no cls"}

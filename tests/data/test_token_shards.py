@@ -1,28 +1,21 @@
-"""Token shards, the official JSONL, and pre-tokenisation by any number of processes."""
+"""Token shards, and the official JSONL."""
 
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 from safetensors.numpy import load_file, save_file
-from support.records import pixels, write_fashion, write_shards
-from support.tiny_models import rebuilt, tiny_tokenizer, tiny_tokenizer_config
+from support.records import pixels
+from support.tiny_models import tiny_tokenizer
 
 from titok_fast import TiTok
-from titok_fast.cli.pretokenize import main, pretokenize
-from titok_fast.crew import Crew
-from titok_fast.data.crops import VIEWS, views
-from titok_fast.data.sources import ArraySource, Source, check_same_data
+from titok_fast.data.sources import ArraySource, check_same_data
 from titok_fast.data.token_shards import (
     TokenSource,
     jsonl_to_shards,
@@ -32,9 +25,6 @@ from titok_fast.data.token_shards import (
     shards_to_jsonl,
     write_shard,
 )
-from titok_fast.data.tokenize_shards import ShardMaker, tokenizer_fingerprint
-from titok_fast.data.webdataset import WebDatasetSource
-from titok_fast.io.images import to_tensor
 
 COUNT, SHARD, K, N = 23, 5, 8, 64
 
@@ -151,16 +141,11 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
             read_shard(path)
 
 
-def shard_folder(
-    folder: Path, counts: tuple[int, ...] = (4, 3, 5)
-) -> tuple[np.ndarray, np.ndarray]:
-    tokens, labels = ids(sum(counts)), np.arange(sum(counts))
-    start = 0
-    for number, count in enumerate(counts):
-        part = slice(start, start + count)
-        said = about(number, len(counts), tokenizer_sha256="abc")
+def shard_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    tokens, labels = ids(12), np.arange(12)
+    for number, part in enumerate((slice(0, 4), slice(4, 7), slice(7, 12))):
+        said = about(number, 3, tokenizer_sha256="abc")
         write_shard(shard_path(folder, number), tokens[part], labels[part], said)
-        start += count
     return tokens, labels
 
 
@@ -171,16 +156,15 @@ def test_source_of_shards(tmp_path: Path) -> None:
     assert source.tokens.dtype == np.uint16
     for index in (0, 3, 4, 11):
         record = source.read(index)
-        assert record.tokens.dtype == np.int64
-        assert np.array_equal(record.tokens, tokens[index])
+        assert record.values.dtype == np.int64
+        assert np.array_equal(record.values, tokens[index])
         assert record.label == labels[index]
     said = source.describe()
     assert (said["kind"], said["count"], said["tokens_per_image"]) == ("tokens", 12, K)
     assert said["tokenizer_sha256"] == "abc"
     check_same_data(json.loads(json.dumps(said)), TokenSource(tmp_path).describe())
-    write_shard(
-        shard_path(tmp_path, 1), tokens[:3], labels[4:7], about(1, 3, tokenizer_sha256="abc")
-    )
+    said = about(1, 3, tokenizer_sha256="abc")
+    write_shard(shard_path(tmp_path, 1), tokens[:3], labels[4:7], said)
     with pytest.raises(ValueError, match="sha256 was"):
         check_same_data(said, TokenSource(tmp_path).describe())
     with pytest.raises(ValueError, match=r"wants labels in 0\.\.10; got 11"):
@@ -215,9 +199,8 @@ def test_official_jsonl_there_and_back(tmp_path: Path, rows: int) -> None:
     assert shards_to_jsonl(tmp_path, tmp_path / "all.jsonl") == 12
     lines = (tmp_path / "all.jsonl").read_text().splitlines()
     assert json.loads(lines[5]) == {"class_id": 5, "tokens": tokens[5].tolist()}
-    shards = jsonl_to_shards(
-        tmp_path / "all.jsonl", tmp_path / "back", codebook_size=N, shard_size=rows
-    )
+    back, size = tmp_path / "back", {"codebook_size": N, "shard_size": rows}
+    shards = jsonl_to_shards(tmp_path / "all.jsonl", back, **size)
     assert shards == len(shard_numbers(tmp_path / "back")) == -(-12 // rows)
     for place in (tmp_path / "back", tmp_path / "all.jsonl"):
         source = TokenSource(place)
@@ -286,272 +269,3 @@ def test_failed_conversion_leaves_the_old_file(tmp_path: Path) -> None:
         shards_to_jsonl(tmp_path, old)
     assert old.read_text() == "precious"
     assert not list(tmp_path.glob(".*"))
-
-
-def test_fingerprint_is_of_what_decides_ids() -> None:
-    stage1, stage2 = tiny_tokenizer("stage1"), tiny_tokenizer("legacy")
-    assert tokenizer_fingerprint(stage1) == tokenizer_fingerprint(stage2)
-    for name in ("latent_tokens", "encoder.ln_pre.weight", "quantize.embedding.weight"):
-        other = tiny_tokenizer("stage1")
-        with torch.no_grad():
-            other.get_parameter(name).view(-1)[0] += 1
-        assert tokenizer_fingerprint(other) != tokenizer_fingerprint(stage1), name
-
-
-@pytest.mark.parametrize("augmentation", ["center", "center_flip", "ten_crop"])
-def test_tokens_are_those_of_each_view(
-    tmp_path: Path, tokenizer: TiTok, source: ArraySource, augmentation: str
-) -> None:
-    A = len(VIEWS[augmentation])
-    rows = pretokenize(
-        tokenizer, source, tmp_path, augmentation=augmentation, batch_size=7, shard_size=SHARD
-    )
-    assert rows == COUNT * A
-    made = TokenSource(tmp_path)
-    assert made.about["views"] == list(VIEWS[augmentation])
-    assert made.about["tokenizer_sha256"] == tokenizer_fingerprint(tokenizer)
-    assert np.array_equal(made.labels, np.repeat(np.arange(COUNT) % 10, A))
-    for index in (0, SHARD, COUNT - 1):
-        batch = to_tensor(views(pixels(index), 32, augmentation), 32)
-        with torch.no_grad():
-            _, result = tokenizer.encode(batch)
-        wanted = result["min_encoding_indices"].squeeze(1).numpy()
-        assert np.array_equal(made.tokens[index * A : (index + 1) * A], wanted)
-    assert len({row.tobytes() for row in made.tokens}) > (3 if A == 1 else 5)
-
-
-def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    found = [(path.name, path.stat()) for path in folder.iterdir()]
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found}
-
-
-def test_what_is_missing_or_damaged_is_made_again(
-    tmp_path: Path, tokenizer: TiTok, source: ArraySource
-) -> None:
-    options: dict[str, Any] = {"batch_size": 6, "shard_size": SHARD}
-    pretokenize(tokenizer, source, tmp_path, **options)
-    whole, before = contents(tmp_path), stamps(tmp_path)
-    assert len(whole) == 6  # five shards and the manifest
-    pretokenize(tokenizer, source, tmp_path, **options)
-    assert stamps(tmp_path) == before  # nothing was left to do
-    shard_path(tmp_path, 0).unlink()
-    shard_path(tmp_path, 2).write_bytes(whole["tokens-00002.safetensors"][:-1])
-    tokens, labels, said = read_shard(shard_path(tmp_path, 3))
-    write_shard(shard_path(tmp_path, 3), tokens, labels, {**said, "batch_size": 99})
-    (tmp_path / ".tokens-00004.safetensors.k1ll3d.safetensors").write_bytes(b"half")
-    pretokenize(tokenizer, source, tmp_path, **options)
-    assert contents(tmp_path) == whole
-    for name in ("manifest.json", "tokens-00001.safetensors", "tokens-00004.safetensors"):
-        assert stamps(tmp_path)[name] == before[name]
-
-
-def test_two_ranks_make_the_same_bytes(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    pattern = write_shards(tmp_path / "data", [12, 11], damaged=(3,))
-    tiny_tokenizer("stage1", K, N).save_pretrained(tmp_path / "weights")
-    options = [
-        f"--tokenizer={tmp_path / 'weights'}", "--data=webdataset", f"--path={pattern}",
-        "--batch-size=6", f"--shard-size={SHARD}", "--device=cpu", "--quiet",
-        "--max-bad-share=0.2", "--workers=2",
-    ]  # fmt: skip
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [*start, "-m", "titok_fast.cli.pretokenize", *options, f"--out={tmp_path / '2'}"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    jsonl = tmp_path / "all.jsonl"
-    assert main([*options, f"--out={tmp_path / '1'}", f"--jsonl={jsonl}"]) == 0
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert said == f"44 x 8 ids in {tmp_path / '2'}\n"
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    assert np.array_equal(TokenSource(jsonl).tokens, TokenSource(tmp_path / "1").tokens)
-
-
-def test_ranks_share_the_work_and_must_agree(
-    tmp_path: Path, tokenizer: TiTok, source: ArraySource
-) -> None:
-    store, made = dist.HashStore(), [0, 0]
-    makes, follower_works = ShardMaker.make, threading.Event()
-
-    def follow(shard_size: int) -> None:
-        with Crew(store, 1, 2) as crew:
-            pretokenize(
-                tiny_tokenizer("stage1", K, N), source, tmp_path, shard_size=shard_size, crew=crew
-            )
-
-    def counted(maker: ShardMaker, *arguments: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            made[0] += 1
-            assert follower_works.wait(60)  # it polls for the plan, and might come too late
-        else:
-            made[1] += 1
-            follower_works.set()
-        makes(maker, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardMaker, "make", counted)
-        thread = threading.Thread(target=follow, args=(1,))
-        thread.start()
-        with Crew(store, 0, 2) as crew:
-            assert pretokenize(tokenizer, source, tmp_path, shard_size=1, crew=crew) == 2 * COUNT
-        thread.join()
-    assert sum(made) == COUNT
-    assert min(made) > 0
-
-
-def test_a_rank_that_differs_is_refused(
-    tmp_path: Path, tokenizer: TiTok, source: ArraySource
-) -> None:
-    store = dist.HashStore()
-    Crew(store, 0, 2).publish({"manifest": {"kind": "tokens", "shard_size": 3}, "shards": []})
-    with pytest.raises(
-        ValueError, match=r"rank 1 differs from rank 0: .*shard_size was 3, now 4000"
-    ):
-        pretokenize(tokenizer, source, tmp_path, crew=Crew(store, 1, 2))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_leader_that_fails_tells_the_others(
-    tmp_path: Path, tokenizer: TiTok, source: ArraySource
-) -> None:
-    (tmp_path / "other").write_text("not ours")
-    store = dist.HashStore()
-    with pytest.raises(FileExistsError, match=r"holds other but no manifest\.json"):
-        pretokenize(tokenizer, source, tmp_path, crew=Crew(store, 0, 2))
-    with pytest.raises(ConnectionError, match="rank 0 could not start"):
-        pretokenize(tokenizer, source, tmp_path, crew=Crew(store, 1, 2))
-
-
-def test_settings_of_an_earlier_run(tmp_path: Path, tokenizer: TiTok, source: ArraySource) -> None:
-    pretokenize(tokenizer, source, tmp_path, shard_size=SHARD)
-    before = stamps(tmp_path)
-    other = TiTok(tiny_tokenizer_config("stage1", K, N))
-    fewer: Source = ArraySource(source.images[:20], source.labels[:20])
-    for arguments, options, phrase in (
-        ((tokenizer, source), {"augmentation": "ten_crop"}, "augmentation was 'center_flip'"),
-        ((tokenizer, source), {"batch_size": 4}, "batch_size was 128, now 4"),
-        ((tokenizer, source), {"dtype": torch.bfloat16}, "dtype was 'float32', now 'bfloat16'"),
-        ((other, source), {}, "tokenizer_sha256 was"),
-        ((tokenizer, fewer), {}, "source.count was 23, now 20"),
-    ):
-        with pytest.raises(ValueError, match="begun with other settings: .*" + re.escape(phrase)):
-            pretokenize(*arguments, tmp_path, **{"shard_size": SHARD, **options})  # type: ignore[arg-type]
-        tokenizer.float()
-    assert stamps(tmp_path) == before
-
-
-def test_damaged_pictures_are_left_out(tmp_path: Path, tokenizer: TiTok) -> None:
-    (tmp_path / "data").mkdir()
-    source = WebDatasetSource(write_shards(tmp_path / "data", [12], damaged=(0, 1, 2, 7)))
-    rows = pretokenize(tokenizer, source, tmp_path / "a", shard_size=3, max_bad_share=0.5)
-    assert rows == 16
-    made = TokenSource(tmp_path / "a")  # its first shard is empty
-    assert made.labels.tolist() == [label for i in (3, 4, 5, 6, 8, 9, 0, 1) for label in (i, i)]
-    said = read_shard(shard_path(tmp_path / "a", 2))[2]
-    assert said["skipped"] == ["train-000.tar:00000007"]
-    with pytest.raises(ValueError, match=r"3 of 3 records read are damaged, more than max_bad_sha"):
-        pretokenize(tokenizer, source, tmp_path / "b", shard_size=3, max_bad_share=0.2)
-    with pytest.raises(
-        ValueError, match=r"4 of 12 records are damaged, more than max_bad_share 0\.3"
-    ):
-        # all shards are there, so only their sum can tell
-        pretokenize(tokenizer, source, tmp_path / "a", shard_size=3, max_bad_share=0.3)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"augmentation": "flip"},
-            "augmentation wants one of center, center_flip, ten_crop; got 'flip'",
-        ),
-        ({"batch_size": 0}, "wants batch_size of 1 or more; got 0"),
-        ({"shard_size": 0}, "wants shard_size of 1 or more; got 0"),
-        ({"workers": 0}, "wants workers of 1 or more; got 0"),
-    ],
-)
-def test_arguments_that_do_not_exist(
-    tmp_path: Path, tokenizer: TiTok, source: ArraySource, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        pretokenize(tokenizer, source, tmp_path, **options)
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_has_no_tokens_or_no_pictures(tmp_path: Path, source: ArraySource) -> None:
-    with pytest.raises(ValueError, match="a VAE tokenizer has no token ids"):
-        pretokenize(tiny_tokenizer("vae"), source, tmp_path)
-    shard_folder(tmp_path)
-    with pytest.raises(ValueError, match="these data are tokens already"):
-        pretokenize(tiny_tokenizer("vq"), TokenSource(tmp_path), tmp_path / "out")
-
-
-def test_full_disk_leaves_whole_shards_only(
-    tmp_path: Path, tokenizer: TiTok, source: ArraySource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    pretokenize(tokenizer, source, tmp_path / "whole", shard_size=SHARD)
-    from titok_fast.data import token_shards
-
-    save = token_shards.save_file
-
-    def fail_late(arrays: Any, path: Path, metadata: Any) -> None:
-        save(arrays, path, metadata=metadata)
-        if "tokens-00002" in path.name:
-            path.write_bytes(path.read_bytes()[:100])
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(token_shards, "save_file", fail_late)
-    with pytest.raises(OSError, match="No space left"):
-        pretokenize(tokenizer, source, out, shard_size=SHARD)
-    assert shard_numbers(out) == [0, 1]
-    monkeypatch.setattr(token_shards, "save_file", save)
-    pretokenize(tokenizer, source, out, shard_size=SHARD)
-    assert contents(out) == contents(tmp_path / "whole")
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "data").mkdir()
-    write_fashion(tmp_path / "data")
-    rebuilt(TiTok(tiny_tokenizer_config("stage1", K, N))).save_pretrained(tmp_path / "weights")
-    data = ["--data=fashion-mnist", f"--path={tmp_path / 'data'}", "--split=eval", "--device=cpu"]
-    weights = f"--tokenizer={tmp_path / 'weights'}"
-    assert main([*data, weights, f"--out={tmp_path / 'out'}", "--quiet"]) == 0
-    assert capsys.readouterr().out == f"24 x 8 ids in {tmp_path / 'out'}\n"
-    for options, message in (
-        ([*data], "name a published model with --model, or weights with --tokenizer"),
-        ([*data, f"--tokenizer={tmp_path / 'nowhere'}"], "is neither a directory"),
-        (["--data=folder", weights], "data of kind folder want a path for train; got none"),
-        ([*data, weights, "--path=nowhere"], "install Debian's package dataset-fashion-mnist"),
-        ([*data, weights, "--batch-size=0"], "wants batch_size of 1 or more"),
-        ([*data, weights, "--dtype=bfloat16"], "dtype was 'float32', now 'bfloat16'"),
-    ):
-        assert main([*options, f"--out={tmp_path / 'out'}"]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_a_stopped_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data").mkdir()
-    write_fashion(tmp_path / "data")
-    tiny_tokenizer("stage1", K, N).save_pretrained(tmp_path / "weights")
-    options = [
-        "--data=fashion-mnist", f"--path={tmp_path / 'data'}", "--device=cpu", "--quiet",
-        f"--tokenizer={tmp_path / 'weights'}", "--shard-size=6",
-    ]  # fmt: skip
-    assert main([*options, f"--out={tmp_path / 'whole'}"]) == 0
-    make = ShardMaker.make
-
-    def stop(maker: ShardMaker, number: int, *more: Any) -> None:
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        make(maker, number, *more)
-
-    monkeypatch.setattr(ShardMaker, "make", stop)
-    assert main([*options, f"--out={tmp_path / 'out'}"]) == 130
-    assert shard_numbers(tmp_path / "out") == [0, 1]
-    monkeypatch.setattr(ShardMaker, "make", make)
-    assert main([*options, f"--out={tmp_path / 'out'}"]) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -87,9 +87,8 @@ def test_statistics_go_before_pictures() -> None:
     assert "precision[inception]" in figures
     alone = Reference(None, sums.gaussian(), "inception")
     figures = evaluate_generation(SAMPLES, alone, [Means("inception")])
-    assert figures.keys() == {
-        "images", "fid[inception]", "is[inception]", "is10[inception]", "gFID",
-    }  # fmt: skip
+    named = {f"{name}[inception]" for name in ("fid", "is", "is10")}
+    assert figures.keys() == {"images", "gFID", *named}
 
 
 def test_refusals() -> None:
@@ -98,9 +97,9 @@ def test_refusals() -> None:
     alone = Reference(None, sums.gaussian(), "inception")
     with pytest.raises(ValueError, match="at least one"):
         evaluate_generation(SAMPLES, Reference(REAL), [])
-    with pytest.raises(ValueError, match=r"statistics of inception and no pictures.*other"):
+    with pytest.raises(ValueError, match=r"statistics of inception and no images.*other"):
         evaluate_generation(SAMPLES, alone, [Means("inception"), Means("other")])
-    with pytest.raises(ValueError, match="floor wants real pictures"):
+    with pytest.raises(ValueError, match="floor wants real images"):
         evaluate_generation(SAMPLES, alone, [Means("inception")], floor=True)
 
 

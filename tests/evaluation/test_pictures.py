@@ -1,4 +1,4 @@
-"""Sets of pictures: archives, folders, sources, drawings; by place on the command line."""
+"""Sets of images: archives, folders, sources, drawings; by their location on the command line."""
 
 import json
 import zipfile
@@ -12,21 +12,28 @@ from support.tiny_models import tiny_generator_config, tiny_tokenizer
 
 from titok_fast import ImageBert, TiTokPipeline
 from titok_fast.data.sources import ArraySource, BadRecord
-from titok_fast.evaluation.npz import NpzPictures, read_statistics, write_statistics
+from titok_fast.evaluation.generation import read_reference
 from titok_fast.evaluation.pictures import (
     ArrayPictures,
     DrawnPictures,
     FolderPictures,
     SourcePictures,
     batches,
+    find_source,
+    open_pictures,
 )
-from titok_fast.evaluation.places import find_source, open_pictures, read_reference
-from titok_fast.evaluation.statistics import Gaussian
+from titok_fast.evaluation.statistics import Gaussian, read_statistics, write_statistics
 from titok_fast.io.images import save_png, to_tensor, to_uint8
-from titok_fast.io.sample_folder import write_archive
+from titok_fast.io.npz import Batch, NpzPictures, write_archive
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+
+
+def labelled(batch: Batch) -> tuple[torch.Tensor, list[int]]:
+    images, labels = batch
+    assert labels is not None
+    return images, labels.tolist()
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -42,14 +49,12 @@ def test_npz_is_read_in_parts(tmp_path: Path, save: object) -> None:
 
 def test_npz_classes(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", PIXELS, np.arange(7) * 3)  # ADM's samples have them as arr_1
-    _, labels = NpzPictures(tmp_path / "a.npz").read(range(2, 5))
-    assert labels is not None
-    assert labels.tolist() == [6, 9, 12]
+    _, labels = labelled(NpzPictures(tmp_path / "a.npz").read(range(2, 5)))
+    assert labels == [6, 9, 12]
     manifest = {"num": 7, "classes": 3}
     write_archive(tmp_path / "b.npz", iter(PIXELS), 8, manifest, lambda n: None)
-    images, labels = NpzPictures(tmp_path / "b.npz").read(range(2, 7))
-    assert labels is not None
-    assert labels.tolist() == [2, 0, 1, 2, 0]
+    images, labels = labelled(NpzPictures(tmp_path / "b.npz").read(range(2, 7)))
+    assert labels == [2, 0, 1, 2, 0]
     assert np.array_equal(images, PIXELS[2:])
 
 
@@ -60,19 +65,18 @@ def test_npz_refusals(tmp_path: Path) -> None:
     path.write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"no \.npz file"):
         NpzPictures(path)
-    np.savez(path, images=PIXELS)
-    with pytest.raises(ValueError, match="arr_0"):
-        NpzPictures(path)
-    for wrong in (PIXELS.astype(np.float32), PIXELS[..., 0], PIXELS[:0]):
-        np.savez(path, wrong)
-        with pytest.raises(ValueError, match=r"\(n, H, W, 3\) uint8"):
+    shape = r"\(n, H, W, 3\) uint8"
+    for arrays, message in (
+        ({"images": PIXELS}, "arr_0"),
+        ({"arr_0": PIXELS.astype(np.float32)}, shape),
+        ({"arr_0": PIXELS[..., 0]}, shape),
+        ({"arr_0": PIXELS[:0]}, shape),
+        ({"arr_0": np.asfortranarray(PIXELS)}, "Fortran"),
+        ({"arr_0": PIXELS, "arr_1": np.arange(6)}, r"\(7,\) integer classes"),
+    ):
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
             NpzPictures(path)
-    np.savez(path, np.asfortranarray(PIXELS))
-    with pytest.raises(ValueError, match="Fortran"):
-        NpzPictures(path)
-    np.savez(path, PIXELS, np.arange(6))
-    with pytest.raises(ValueError, match=r"\(7,\) integer classes"):
-        NpzPictures(path)
 
 
 def test_npz_with_objects_is_not_unpickled(tmp_path: Path) -> None:
@@ -91,14 +95,16 @@ def test_npz_shorter_than_its_header(tmp_path: Path) -> None:
         archive.writestr("arr_0.npy", whole[:-100])
     pictures = NpzPictures(tmp_path / "a.npz")
     pictures.read(range(0, 4))
-    with pytest.raises(ValueError, match="truncated in picture"):
+    with pytest.raises(ValueError, match="truncated in image"):
         pictures.read(range(4, 7))
 
 
 def test_statistics_file(tmp_path: Path) -> None:
     made = Gaussian(torch.rand(4).double(), torch.rand(4, 4).double(), 12)
     write_statistics(tmp_path / "s.npz", made, "fashion-classifier")
-    got, network = read_statistics(tmp_path / "s.npz")
+    found = read_statistics(tmp_path / "s.npz")
+    assert found is not None
+    got, network = found
     assert network == "fashion-classifier"
     assert got.count == 12
     assert torch.equal(got.mean, made.mean)
@@ -128,10 +134,9 @@ def test_flat_folder_in_file_order(tmp_path: Path) -> None:
     for i in (2, 0, 1):
         save_png(tmp_path / f"{i:06d}_{i + 5}.png", Image.fromarray(PIXELS[i]))
     pictures = open_pictures(str(tmp_path))
-    images, labels = pictures.read(range(1, 3))
+    images, labels = labelled(pictures.read(range(1, 3)))
     assert np.array_equal(images, PIXELS[1:3])
-    assert labels is not None
-    assert labels.tolist() == [6, 7]
+    assert labels == [6, 7]
     save_png(tmp_path / "000003_1.png", Image.new("RGB", (9, 8)))
     with pytest.raises(ValueError, match=r"000003_1.png is \(9, 8\)"):
         FolderPictures(tmp_path).read(range(4))
@@ -146,9 +151,7 @@ def test_folder_of_sample_many(tmp_path: Path) -> None:
         save_png(tmp_path / f"{i:06d}.png", Image.fromarray(PIXELS[i]))
     assert FolderPictures(tmp_path).read(range(5))[1] is None
     (tmp_path / "manifest.json").write_text(json.dumps({"classes": 3}))
-    labels = FolderPictures(tmp_path).read(range(5))[1]
-    assert labels is not None
-    assert labels.tolist() == [0, 1, 2, 0, 1]
+    assert labelled(FolderPictures(tmp_path).read(range(5)))[1] == [0, 1, 2, 0, 1]
 
 
 def test_folder_of_classes(tmp_path: Path) -> None:
@@ -160,9 +163,8 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert found[1] == 2
     with pytest.raises(ValueError, match="--size"):
         open_pictures(str(tmp_path))
-    images, labels = open_pictures(str(tmp_path), 8).read(range(2))
-    assert labels is not None
-    assert labels.tolist() == [0, 1]
+    images, labels = labelled(open_pictures(str(tmp_path), 8).read(range(2)))
+    assert labels == [0, 1]
     assert np.array_equal(images, PIXELS[[1, 0]])
 
 
@@ -172,7 +174,7 @@ def test_archive_of_another_size(tmp_path: Path) -> None:
         open_pictures(str(tmp_path / "a.npz"), 16)
 
 
-def test_missing_places(tmp_path: Path) -> None:
+def test_missing_locations(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_pictures(str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError):
@@ -189,10 +191,9 @@ def test_source_pictures_name_a_damaged_record() -> None:
             return super().read(index)
 
     pictures = SourcePictures(Torn(PIXELS, np.arange(7)), 8)
-    images, labels = pictures.read(range(3))
+    images, labels = labelled(pictures.read(range(3)))
     assert np.array_equal(images, PIXELS[:3])
-    assert labels is not None
-    assert labels.tolist() == [0, 1, 2]
+    assert labels == [0, 1, 2]
     with pytest.raises(ValueError, match=r"array\[3\]: it is empty"):
         pictures.read(range(2, 5))
 
@@ -201,9 +202,8 @@ def test_drawn_pictures_are_those_of_the_pipeline() -> None:
     torch.manual_seed(0)
     pipe = TiTokPipeline(tiny_tokenizer(), ImageBert(tiny_generator_config()).eval())
     pictures = DrawnPictures(pipe, 6, seed=3, num_sample_steps=2)
-    images, labels = pictures.read(range(4, 6))
-    assert labels is not None
-    assert labels.tolist() == [4, 5]
+    images, labels = labelled(pictures.read(range(4, 6)))
+    assert labels == [4, 5]
     whole = pipe(list(range(6)), seed=3, output="tensor", num_sample_steps=2)
     assert torch.equal(images, whole[4:6])  # type: ignore[index]
     with pytest.raises(ValueError, match="generator"):

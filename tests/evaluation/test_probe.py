@@ -89,10 +89,8 @@ def two_kinds(n: int, seed: int) -> ArraySource:
 )
 def test_probe_learns(layer: str, augment: bool) -> None:
     pytest.importorskip("torchvision", reason="extra eval")
-    config = ProbeConfig(
-        layer=layer, epochs=40, warmup_epochs=1, base_learning_rate=400.0, batch_size=16,
-        augment=augment, encode_batch_size=24,
-    )  # fmt: skip
+    sizes = {"epochs": 40, "warmup_epochs": 1, "batch_size": 16, "encode_batch_size": 24}
+    config = ProbeConfig(layer=layer, base_learning_rate=400.0, augment=augment, **sizes)  # type: ignore[arg-type]
     train, test = two_kinds(64, 0), SourcePictures(two_kinds(50, 1), 32)
     done: list[int] = []
     model = tiny_tokenizer()
@@ -137,6 +135,6 @@ def test_refusals() -> None:
         ProbeConfig(epochs=0)
     unlabelled = ArrayPictures(np.zeros((4, 32, 32, 3), np.uint8))
     config = ProbeConfig(epochs=1, batch_size=8, augment=False)
-    with pytest.raises(ValueError, match="pictures with classes"):
+    with pytest.raises(ValueError, match="images with classes"):
         linear_probe(tiny_tokenizer(), two_kinds(8, 0), unlabelled, 2, config)
     assert math.isfinite(_rate(0.5, 8, ProbeConfig(epochs=1, warmup_epochs=1)))

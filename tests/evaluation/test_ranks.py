@@ -13,8 +13,9 @@ import torch.multiprocessing as mp
 from titok_fast.distributed import my_share
 from titok_fast.evaluation.generation import Reference, evaluate_generation
 from titok_fast.evaluation.networks import FashionFeatures
-from titok_fast.evaluation.pictures import ArrayPictures, Batch
+from titok_fast.evaluation.pictures import ArrayPictures
 from titok_fast.evaluation.reconstruction import evaluate_reconstruction
+from titok_fast.io.npz import Batch
 from titok_fast.models.classifier import FashionClassifier
 
 

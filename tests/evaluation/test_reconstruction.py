@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from titok_fast import MaskGitVQGAN
 from titok_fast.evaluation.networks import FashionFeatures, FeatureNetwork
 from titok_fast.evaluation.pictures import ArrayPictures
-from titok_fast.evaluation.reconstruction import (
-    evaluate_reconstruction,
-    psnr,
-    reconstructor,
-    ssim,
-)
+from titok_fast.evaluation.reconstruction import evaluate_reconstruction, psnr, reconstructor, ssim
 from titok_fast.evaluation.statistics import FeatureSums, frechet_distance
 from titok_fast.io.images import to_uint8
 from titok_fast.models.classifier import FashionClassifier
@@ -60,10 +55,9 @@ def test_ssim_against_scikit_image() -> None:
     made = to_uint8(noisy(PIXELS.permute(0, 3, 1, 2) / 255)[0], rounding="round")
     ours = ssim(PIXELS, made)
     for i in range(3):
-        theirs = metrics.structural_similarity(
-            PIXELS[i].numpy(), made[i].numpy(), channel_axis=-1, data_range=255,
-            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-        )  # fmt: skip
+        window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        pair = PIXELS[i].numpy(), made[i].numpy()
+        theirs = metrics.structural_similarity(*pair, channel_axis=-1, data_range=255, **window)
         assert float(ours[i]) == pytest.approx(theirs, abs=1e-10)
     assert ssim(PIXELS[:1], PIXELS[:1]).tolist() == [pytest.approx(1.0)]
 
@@ -159,7 +153,7 @@ def test_refusals() -> None:
         reconstructor(tiny_tokenizer("stage1"))
     empty = ArrayPictures.__new__(ArrayPictures)
     empty.images, empty.labels = PICTURES.images[:0], None
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         evaluate_reconstruction(noisy, empty)
     one = ArrayPictures(PICTURES.images[:1])
     with pytest.raises(ValueError, match="at least 2 images; got 1"):

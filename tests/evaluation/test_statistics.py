@@ -35,10 +35,7 @@ def test_sums_over_batches_give_numpys_mean_and_covariance() -> None:
     assert got.count == 101
     np.testing.assert_allclose(got.mean, rows.mean(0), rtol=1e-13)
     np.testing.assert_allclose(got.covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-10)
-
-
-def test_sums_of_float32_features_run_in_float64() -> None:
-    rows = features(4000, 3, seed=1).float() + 1000
+    rows = features(4000, 3, seed=1).float() + 1000  # float32 is summed in float64
     got = gaussian(rows, batch=64)
     wanted = np.cov(rows.double().numpy(), rowvar=False)
     np.testing.assert_allclose(got.covariance, wanted, rtol=1e-7)
@@ -100,14 +97,10 @@ def score(logits: Tensor, batch: int = 11) -> ClassScore:
     return made
 
 
-def test_class_score_is_the_formula() -> None:
-    logits = 3 * torch.randn(100, 17)
-    assert score(logits).one_split() == pytest.approx(direct_score(logits), rel=1e-12)
-
-
 @pytest.mark.parametrize("n", [100, 107, 10])
-def test_ten_splits_are_tenths_in_file_order(n: int) -> None:
+def test_class_score_is_the_formula_and_splits_are_tenths_in_file_order(n: int) -> None:
     logits = 3 * torch.randn(n, 17)
+    assert score(logits).one_split() == pytest.approx(direct_score(logits), rel=1e-12)
     parts = [logits[s * n // 10 : (s + 1) * n // 10] for s in range(10)]
     wanted = np.mean([direct_score(part) for part in parts])
     assert score(logits).ten_splits() == pytest.approx(wanted, rel=1e-12)
@@ -125,10 +118,7 @@ def test_class_score_at_its_ends() -> None:
     assert score(sure).one_split() == pytest.approx(10.0)
     assert score(sure).ten_splits() == pytest.approx(10.0)
     assert score(torch.ones(50, 10)).one_split() == pytest.approx(1.0)
-
-
-def test_fewer_images_than_splits() -> None:
-    assert math.isfinite(score(torch.randn(4, 5)).ten_splits())
+    assert math.isfinite(score(torch.randn(4, 5)).ten_splits())  # fewer images than splits
 
 
 def brute_force(points: Tensor, centres: Tensor, k: int) -> float:

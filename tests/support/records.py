@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,16 @@ def pixels(index: int, height: int = 40, width: int = 48) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     planes = [128 + 100 * np.sin((x * (c + 1) + y * (index % 7 + 1)) / 9 + index) for c in range(3)]
     return np.stack(planes, axis=2).astype(np.uint8)
+
+
+class Trap:
+    """Part of a hostile file: makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
 def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:

@@ -1,6 +1,6 @@
 """`titok-fast convert`: models that training wrote, as one small folder to ship.
 
-The folder holds `tokenizer`, `generator` and `classifier`, whichever were given, as safetensors.
+The folder holds those of `tokenizer`, `generator` and `classifier` that were named, as safetensors.
 Half precision halves their size; loading gives float32 again.
 """
 
@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from titok_fast.config import FLOAT_DTYPES as DTYPES
+from titok_fast.config import FLOAT_DTYPES
 from titok_fast.io.files import fetch, read_tensors, write_atomic, write_tensors
 from titok_fast.loading import generator_config_of
 from titok_fast.models.classifier import FashionClassifier
@@ -24,10 +23,8 @@ from titok_fast.models.tokenizer import TiTok
 from titok_fast.models.weights import check_tensors
 from titok_fast.pipeline import TiTokPipeline
 
-__all__ = ["add_arguments", "convert", "run"]
-
 PARTS = ("tokenizer", "generator", "classifier")
-# ids are decided by small differences of distances, so these stay as they were trained
+# small differences of distances decide ids, so codebooks stay as they were trained
 _FLOAT32 = "quantize.embedding.weight"
 
 
@@ -37,16 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Put the models of training runs (their folders `final`) into one folder, in half "
         "precision. It appears whole or not at all."
     )
+    add = parser.add_argument
     for part in PARTS:
-        parser.add_argument(
-            f"--{part}", type=Path, metavar="DIR", help=f"folder of the trained {part}"
-        )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float16",
-        help="number format in the files; codebooks stay float32 (default: float16)",
-    )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+        add(f"--{part}", type=Path, metavar="DIR", help=f"folder of the trained {part}")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    what = "number format in the files; codebooks stay float32 (default: float16)"
+    add("--dtype", choices=FLOAT_DTYPES, default="float16", help=what)
+    add("--force", action="store_true", help="replace the folder if it exists")
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
@@ -88,15 +82,15 @@ def convert(
         raise FileNotFoundError(f"no folder {out.parent} for {out.name}: create it first")
     _check(sources)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch) / "made"
+        new = Path(scratch) / "new"
         for part, source in sources.items():
-            _convert(source, made / part, dtype)
-        _swap(made, out, Path(scratch) / "old")
+            _convert(source, new / part, dtype)
+        _swap(new, out, Path(scratch) / "old")
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def _check(sources: dict[str, Path]) -> None:
-    """Load everything the way it will be loaded later: wrong folders show now."""
+    """Load the models as users will: wrong folders are refused now."""
     generator = None
     if "generator" in sources:
         config = generator_config_of(str(sources["generator"]))
@@ -110,7 +104,10 @@ def _check(sources: dict[str, Path]) -> None:
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:
     weights, config = fetch(source)
     assert config is not None  # _check read it
-    tensors = {name: _cast(name, t, dtype) for name, t in read_tensors(weights).items()}
+    tensors = {
+        name: tensor.float() if name.endswith(_FLOAT32) else tensor.to(dtype).contiguous()
+        for name, tensor in read_tensors(weights).items()
+    }
     check_tensors(tensors, tensors, f"{source} as {dtype}")
     target.mkdir(parents=True)
     write_tensors(target / "model.safetensors", tensors)
@@ -118,16 +115,12 @@ def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:
     write_atomic(target / "config.json", text.encode())
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.float() if name.endswith(_FLOAT32) else tensor.to(dtype).contiguous()
-
-
-def _swap(made: Path, out: Path, old: Path) -> None:
-    """Rename a new folder into place; what was there goes only once the new one is in."""
+def _swap(new: Path, out: Path, old: Path) -> None:
+    """Rename a folder into place; the one that was there goes only after that."""
     if out.exists():
         out.rename(old)
     try:
-        made.rename(out)
+        new.rename(out)
     except OSError:
         if old.exists():
             old.rename(out)

@@ -17,6 +17,18 @@ from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import PRESETS
 
 
+def add_weights(group: argparse._ActionsContainer, *, generator: bool = False) -> None:
+    """`--model`, `--tokenizer`, and for commands that draw `--generator`."""
+    add = group.add_argument
+    add("--model", choices=tuple(PRESETS), metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    for part in ("tokenizer", "generator") if generator else ("tokenizer",):
+        what = (
+            f"directory, weight file or hub repository of the {part}, in place of the published "
+            "weights; together with --model, the settings are still that model's"
+        )
+        add(f"--{part}", metavar="WEIGHTS", help=what)
+
+
 def add_model(parser: argparse.ArgumentParser, *, generator: bool = False) -> None:
     """Which weights, and where they run: what `sources_of` and `load_pipeline` read.
 
@@ -25,51 +37,22 @@ def add_model(parser: argparse.ArgumentParser, *, generator: bool = False) -> No
         generator: whether the command draws.
     """
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        choices=tuple(PRESETS),
-        metavar="NAME",
-        help=f"known model: {', '.join(PRESETS)}",
-    )
-    for part in ("tokenizer", "generator") if generator else ("tokenizer",):
-        group.add_argument(
-            f"--{part}",
-            metavar="WEIGHTS",
-            help=f"directory, weight file or hub repository of the {part}, in place of the "
-            "published weights; together with --model, the settings are still that model's",
-        )
-    group.add_argument(
-        "--random-weights",
-        action="store_true",
-        help="dry run of --model without weights: the images are noise",
-    )
+    add_weights(group, generator=generator)
+    add = group.add_argument
+    what = "dry run of --model without weights: the images are noise"
+    add("--random-weights", action="store_true", help=what)
     add_device(group)
-    group.add_argument(
-        "--dtype",
-        choices=FLOAT_DTYPES,
-        help="number format of the weights (default: bfloat16 on cuda, float32 elsewhere)",
+    what = "number format of the weights (default: bfloat16 on cuda, float32 elsewhere)"
+    add("--dtype", choices=FLOAT_DTYPES, help=what)
+    what = "attention back end (default: TITOK_FAST_ATTENTION, or else sdpa)"
+    add("--attention", choices=(*BACKENDS, "auto"), help=what)
+    what = (
+        "faster after a slower start: packed weights on the cpu, torch.compile and CUDA graphs on "
+        "cuda; `--fast int8` is the fastest on the cpu, at a small loss of precision"
     )
-    group.add_argument(
-        "--attention",
-        choices=(*BACKENDS, "auto"),
-        help="attention back end (default: TITOK_FAST_ATTENTION, or else sdpa)",
-    )
-    group.add_argument(
-        "--fast",
-        nargs="?",
-        const=True,
-        default=False,
-        type=_fast,
-        metavar="int8",
-        help="faster after a slower start: packed weights on the cpu, torch.compile and CUDA "
-        "graphs on cuda; `--fast int8` is the fastest on the cpu, at a small loss of precision",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="images at once (default: 8 on the cpu, 128 elsewhere)",
-    )
+    add("--fast", nargs="?", const=True, default=False, type=_fast, metavar="int8", help=what)
+    what = "images at once (default: 8 on the cpu, 128 elsewhere)"
+    add("--batch-size", type=positive, metavar="N", help=what)
     add_quiet(group)
 
 
@@ -102,25 +85,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="number of unmasking steps, 1 to 1024")
     add("--guidance", type=float, help="guidance scale; 0 turns guidance off")
     add("--decay", choices=GUIDANCE_DECAYS, help="guidance over the steps")
-    add(
-        "--guidance-interval",
-        type=interval,
-        metavar="LOW,HIGH",
-        help="share of the steps in which guidance acts, such as 0.25,0.75 (default: all)",
-    )
+    what = "share of the steps in which guidance acts, such as 0.25,0.75 (default: all)"
+    add("--guidance-interval", type=interval, metavar="LOW,HIGH", help=what)
     add("--power", type=float, help="exponent of the decay power-cosine")
     add("--temperature", type=float, help="noise at the first step, 0 or more")
-    add(
-        "--annealing",
-        action=argparse.BooleanOptionalAction,
-        help="divide logits by a temperature that falls from 1.3 to 0.5",
-    )
+    what = "divide logits by a temperature that falls from 1.3 to 0.5"
+    add("--annealing", action=argparse.BooleanOptionalAction, help=what)
     add("--schedule", choices=SCHEDULES, help="how fast tokens are unmasked")
-    add(
-        "--confidence",
-        choices=("logit", "probability"),
-        help="what ranks tokens: TiTok's raw logit, or MaskGIT's probability",
-    )
+    what = "what ranks tokens: TiTok's raw logit, or MaskGIT's probability"
+    add("--confidence", choices=("logit", "probability"), help=what)
 
 
 def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:

@@ -40,16 +40,15 @@ from titok_fast.cli.options import (
 from titok_fast.config import SamplingConfig
 from titok_fast.distributed import RankLostError, Ranks, join
 from titok_fast.io.images import grid, save_png, to_pil
+from titok_fast.io.npz import archive_exists, write_archive
 from titok_fast.io.sample_folder import (
     PngFolder,
     RawFolder,
-    archive_exists,
     claim_folder,
     clean,
     differences,
     empty_folder,
     make_writable,
-    write_archive,
 )
 from titok_fast.loading import Sources
 from titok_fast.pipeline import TiTokPipeline

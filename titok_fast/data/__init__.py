@@ -1,5 +1,6 @@
-"""Training data: sources read at any index, batches that depend on seed and step alone.
+"""Training data: sources that are read at any index, and batches that seed and step determine.
 
-Nothing in a data file is executed; damaged records are counted and named.
+Nothing in a data file is executed; damaged records are counted and named. Token shards hold the
+tokens of all images, so that generators train without a tokenizer.
 Reading order: config, sources, webdataset, token_shards, crops, reader, loader, tokenize_shards.
 """

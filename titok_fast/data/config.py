@@ -7,11 +7,11 @@ from titok_fast.settings import Settings, among, within
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """Where examples come from and how a picture is cut.
+    """Settings of the data.
 
     Attributes:
         kind: what `train` and `eval` are: a folder with Fashion-MNIST's four files ("" is where
-            Debian's package puts them), a pattern of tar shards, a folder of pictures, or a
+            Debian's package puts them), a pattern of tar shards, a folder of images, or a
             folder of token shards (or an official JSONL file).
         train, eval: path or pattern; shards as "name-{0000..0252}.tar".
         crop_size: image side S in pixels.

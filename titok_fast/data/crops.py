@@ -1,7 +1,8 @@
-"""Crops and flips of training pictures, and the fixed views that pre-tokenisation takes.
+"""Crops and flips of training images, and the fixed views that pre-tokenisation takes.
 
 Every random number belongs to a position of the run, not to a process: whichever rank, worker or
-batch a position falls to, its picture is cut and mirrored the same way.
+batch a position falls to, its image is cropped and mirrored the same way. Not torchvision, which
+the core does not install, and whose crops take their numbers from a global stream.
 """
 
 from dataclasses import dataclass
@@ -11,18 +12,17 @@ from PIL import Image
 
 from titok_fast.data.sources import BadRecord
 
-# views of one picture, in the order of their rows
+# views of one image, in the order of their rows
 VIEWS = {
     "center": ("center",),
     "center_flip": ("center", "mirrored center"),
     "ten_crop": tuple(
-        f"{mirror}{place}"
+        f"{mirror}{corner}"
         for mirror in ("", "mirrored ")
-        for place in ("top left", "top right", "bottom left", "bottom right", "center")
+        for corner in ("top left", "top right", "bottom left", "bottom right", "center")
     ),
 }
-_WORD = 2**64
-_DRAWS = 4  # 64-bit words of one Philox counter value, which is what a position gets
+_WORDS = 4  # 64-bit words of one Philox counter value, which is what a position gets
 _MAX_ASPECT = 100  # as in images.py: a thin strip would become gigapixels
 
 
@@ -34,11 +34,11 @@ def philox(seed: int, stream: int, counter: int = 0) -> np.random.Philox:
         stream: what the words are for, 0 or more.
         counter: where to start; each step is four words.
     """
-    return np.random.Philox(key=np.array([seed % _WORD, stream], np.uint64), counter=counter)
+    return np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64), counter=counter)
 
 
-def uniforms(seed: int, first: int, count: int) -> np.ndarray:
-    """The random numbers of positions first..first+count-1.
+def crop_draws(seed: int, first: int, count: int) -> np.ndarray:
+    """The random numbers that crop positions first..first+count-1 of a run.
 
     Args:
         seed: of the run, any integer.
@@ -46,23 +46,23 @@ def uniforms(seed: int, first: int, count: int) -> np.ndarray:
         count: positions.
 
     Returns:
-        (count, 3) float64 in [0, 1): top, left and flip of each.
+        (count, 3) float64 in [0, 1): one each for top, left and flip.
     """
-    words = np.asarray(philox(seed, 0, first).random_raw(count * _DRAWS), np.uint64)
-    return (words.reshape(count, _DRAWS)[:, :3] >> np.uint64(11)) * 2.0**-53
+    words = np.asarray(philox(seed, 0, first).random_raw(count * _WORDS), np.uint64)
+    return (words.reshape(count, _WORDS)[:, :3] >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True)
-class Cut:
+class Crop:
     """Resize of the shorter edge (bicubic, antialiased), square crop, mirroring.
 
-    Evaluation is `Cut(S, S, False, False)`. Source: spec of the official data reader.
+    Evaluation is `Crop(S, S, False, False)`. Source: the official data reader.
 
     Attributes:
         size: S, side of the result in pixels.
         shorter_edge: pixels of the shorter edge before the crop, S or more.
-        random_crop: anywhere, each place alike; else the center.
-        random_flip: mirror half of the pictures.
+        random_crop: anywhere in the image; else the center.
+        random_flip: mirror half of the images.
     """
 
     size: int
@@ -76,19 +76,10 @@ class Cut:
                 f"resize_shorter_edge wants crop_size {self.size} or more; got {self.shorter_edge}"
             )
 
-    def place(
+    def offsets(
         self, draws: np.ndarray, height: int, width: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where to cut pictures of one size.
-
-        Args:
-            draws: (B, 3) as `uniforms` gives them.
-            height: of the resized pictures.
-            width: the same.
-
-        Returns:
-            Top and left, (B,) int64 in pixels, and which to mirror, (B,) bool.
-        """
+        """Top and left, (B,) int64 in pixels, and which to mirror, (B,) bool, by (B, 3) draws."""
         room = np.array([height, width]) - self.size
         if self.random_crop:
             corner = np.floor(draws[:, :2] * (room + 1)).astype(np.int64)
@@ -97,36 +88,29 @@ class Cut:
         return corner[:, 0], corner[:, 1], (draws[:, 2] < 0.5) & self.random_flip
 
     def one(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Resize and cut a picture of any size.
-
-        Args:
-            image: (H, W, 3) uint8.
-            draws: (3,), a row of `uniforms`.
-
-        Returns:
-            (S, S, 3) uint8.
+        """Resize and crop an image (H, W, 3) uint8 of any size, by a row of `crop_draws`.
 
         Raises:
             BadRecord: no pixels, or one side over 100 times the other.
         """
         resized = resize_shorter_edge(image, self.shorter_edge)
-        top, left, flip = (int(x[0]) for x in self.place(draws[None], *resized.shape[:2]))
+        top, left, flip = (int(x[0]) for x in self.offsets(draws[None], *resized.shape[:2]))
         crop = resized[top : top + self.size, left : left + self.size]
         return crop[:, ::-1] if flip else crop
 
     def many(self, images: np.ndarray, indices: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Cut pictures of an array whose shorter edge needs no resize; as `one` for each.
+        """Crop images of an array whose shorter edge needs no resize; as `one` for each.
 
         Args:
             images: (M, H, W) or (M, H, W, 3) uint8.
             indices: (B,) which of them.
-            draws: (B, 3).
+            draws: (B, 3) as `crop_draws`.
 
         Returns:
             (B, S, S) or (B, S, S, 3) uint8, in new memory.
         """
         S, (H, W) = self.size, images.shape[1:3]
-        top, left, flip = self.place(draws, H, W)
+        top, left, flip = self.offsets(draws, H, W)
         if (H, W) == (S, S):
             crops = images[indices]
         else:
@@ -137,14 +121,7 @@ class Cut:
 
 
 def resize_shorter_edge(image: np.ndarray, edge: int) -> np.ndarray:
-    """Resize so that the shorter edge has `edge` pixels; pixel for pixel as torchvision.
-
-    Args:
-        image: (H, W, 3) uint8.
-        edge: pixels.
-
-    Returns:
-        (H', W', 3) uint8; the same array if it fits already.
+    """Resize (H, W, 3) uint8 so that the shorter edge has `edge` pixels, exactly as torchvision.
 
     Raises:
         BadRecord: no pixels, or one side over 100 times the other.
@@ -166,14 +143,7 @@ def _check_sides(height: int, width: int) -> None:
 
 
 def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """ADM's square: halved by boxes while twice too large, bicubic to the size, center.
-
-    Args:
-        image: (H, W, 3) uint8.
-        size: side S of the result in pixels.
-
-    Returns:
-        (S, S, 3) uint8.
+    """ADM's square of side `size`: halved by boxes while twice too large, bicubic, center.
 
     Raises:
         BadRecord: no pixels, or one side over 100 times the other.
@@ -191,7 +161,7 @@ def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def views(image: np.ndarray, size: int, augmentation: str) -> np.ndarray:
-    """The fixed views of a picture that are tokenised.
+    """The fixed views of an image that are tokenised.
 
     Args:
         image: (H, W, 3) uint8 of any size.

@@ -1,6 +1,6 @@
 """Batches whose content is a function of source, seed and step alone.
 
-Position p = step * batch_size + j of a run lies in epoch p // usable; the record there is entry
+Position p = step * batch_size + j of a run is in epoch p // usable; the record there is entry
 p % usable of that epoch's order. Ranks take contiguous parts of each global batch, so a run can
 stop at any step, and go on with any number of ranks and workers.
 """
@@ -15,22 +15,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from titok_fast.data.config import DataConfig
-from titok_fast.data.crops import Cut
-from titok_fast.data.reader import BadRecords, Order, Part, Reader
+from titok_fast.data.crops import Crop
+from titok_fast.data.reader import MAX_TRIES, BadRecords, Order, RawBatch, Reader
 from titok_fast.data.sources import FolderSource, Source, fashion_mnist
 from titok_fast.data.token_shards import TokenSource
 from titok_fast.data.webdataset import WebDatasetSource
 from titok_fast.io.images import to_tensor
 
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # launchers send them to all processes of a run
-_GRACE_S = 30  # torchrun and Slurm kill for good after as long
+_GRACE_S = 30  # seconds after which torchrun and Slurm send SIGKILL
 
 
 def open_source(data: DataConfig, split: str, classes: int | None = None) -> Source:
     """The records of one split.
 
     Args:
-        data: kind and places.
+        data: kind and paths.
         split: "train" or "eval".
         classes: number of classes of the model; None takes any label.
 
@@ -61,12 +61,12 @@ class Batches:
 
     Iterating yields dictionaries of CPU tensors: `labels` (b,) int64 with `images` (b, 3, S, S)
     float32 in [0, 1], or with `tokens` (b, K) int64. In training b = batch_size / world, for ever.
-    In evaluation every record comes once, in the order of the source, uncut by chance: damaged
-    records are left out, the last batch is smaller, and ranks may get none of it.
+    In evaluation every record comes once, in the order of the source, cropped at the center:
+    damaged records are left out, the last batch is smaller, and ranks may get none of it.
 
     Args:
         source: of the records.
-        data: how pictures are cut, how many workers read, and how many records may be damaged.
+        data: crop, workers, and the share of records that may be damaged.
         batch_size: of all ranks together.
         seed: of the run, any integer.
         train: see above.
@@ -80,7 +80,7 @@ class Batches:
 
     Raises:
         ValueError: batch_size, rank and world do not fit each other or the source, or the crop is
-            larger than the picture.
+            larger than the image.
     """
 
     def __init__(
@@ -104,35 +104,35 @@ class Batches:
                 f"wants rank in 0..{world - 1}, start_step of 0 or more; got {rank}, {start_step}"
             )
         S, edge = data.crop_size, data.resize_shorter_edge or data.crop_size
-        cut = Cut(S, edge, data.random_crop, data.random_flip) if train else Cut(S, S, False, False)
+        settings = (edge, data.random_crop, data.random_flip) if train else (S, False, False)
         order = Order(len(source), batch_size, seed, shuffle=train)
-        self._reader = Reader(source, cut, order, seed, replace=train)
+        self._reader = Reader(source, Crop(S, *settings), order, seed, replace=train)
         self._workers, self._train, self._batch_size = data.workers, train, batch_size
         self._rank, self._world, self._start_step = rank, world, start_step
         self.steps = -(-order.usable // batch_size)
         self.bad = BadRecords(data.max_bad_share, len(source))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for part in self._parts():
-            self.bad.add(part.seen, part.bad)
-            if self._train and len(part.labels) < self._batch_size // self._world:
-                name, reason = part.bad[-1]
-                raise ValueError(f"no readable record in a row of them, up to {name}: {reason}")
-            if len(part.labels):
-                yield self._batch(part)
+        for raw in self._raw_batches():
+            self.bad.add(raw.seen, raw.bad)
+            if self._train and len(raw.labels) < self._batch_size // self._world:
+                name, reason = raw.bad[-1]
+                raise ValueError(f"{MAX_TRIES} damaged records in a row, up to {name}: {reason}")
+            if len(raw.labels):
+                yield self._to_tensors(raw)
 
-    def _parts(self) -> Iterator[Part]:
+    def _raw_batches(self) -> Iterator[RawBatch]:
         if not self._workers or self._reader.in_memory:
             return map(self._reader.__getitems__, self._spans())
         loader: Any = DataLoader(
             self._reader,  # type: ignore[arg-type]  # of a data set only __getitems__ is called
             batch_sampler=self._spans(),  # type: ignore[arg-type]  # a range for a list
             num_workers=self._workers,
-            collate_fn=_as_is,
-            worker_init_fn=_outlive_signals,
-            generator=torch.Generator(),  # else it takes a number from the run's own generator
+            collate_fn=_identity,
+            worker_init_fn=_survive_signals,
+            generator=torch.Generator(),  # else it draws from the global generator
         )
-        # held back until a worker has its own handlers: one that is told to end before would
+        # block signals until workers install their handlers; an earlier one would kill them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
         try:
             return iter(loader)
@@ -149,26 +149,25 @@ class Batches:
             if start < stop:
                 yield range(start, stop)
 
-    def _batch(self, part: Part) -> dict[str, Tensor]:
-        labels, values = torch.from_numpy(part.labels), torch.from_numpy(part.values)
+    def _to_tensors(self, raw: RawBatch) -> dict[str, Tensor]:
+        labels, values = torch.from_numpy(raw.labels), torch.from_numpy(raw.values)
         if values.ndim == 2:
             return {"tokens": values, "labels": labels}
         if values.ndim == 3:  # grey: a third of the divisions
             grey = values[:, None].to(torch.float32).div_(255)
             return {"images": grey.expand(-1, 3, -1, -1).contiguous(), "labels": labels}
-        images = to_tensor(values.permute(0, 3, 1, 2), self._reader.cut.size)
+        images = to_tensor(values.permute(0, 3, 1, 2), self._reader.crop.size)
         return {"images": images, "labels": labels}
 
 
-def _as_is(part: Any) -> Any:
-    """What `__getitems__` returns is a batch already."""
-    return part
+def _identity(batch: Any) -> Any:
+    return batch  # `__getitems__` returns a whole one
 
 
-def _outlive_signals(worker: int) -> None:
-    """Launchers and terminals signal a whole process group, and the parent still wants batches.
+def _survive_signals(worker: int) -> None:
+    """Read on after a signal to the whole process group: the parent saves at the end of its step.
 
-    It saves at the end of its step; workers end when it does.
+    Workers end when the parent does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
@@ -176,6 +175,6 @@ def _outlive_signals(worker: int) -> None:
 
 
 def _end_later(number: int, frame: object) -> None:
-    """Not never: the parent, too, ends a worker by this signal, should all else fail."""
+    """Restore the default SIGTERM, by which the parent ends a stuck worker; end after a grace."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.alarm(_GRACE_S)

@@ -5,23 +5,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from titok_fast.data.crops import Cut, philox, uniforms
-from titok_fast.data.sources import ArraySource, BadRecord, Record, Source
+from titok_fast.data.crops import Crop, crop_draws, philox
+from titok_fast.data.sources import ArraySource, BadRecord, Source
 from titok_fast.data.token_shards import TokenSource
 
 _log = logging.getLogger(__name__)
-_MAX_TRIES = 16  # in a row: by then it is the disk that is gone, not a record
-_EARLY = 1000  # records before which a share says little
+MAX_TRIES = 16  # damaged in a row: the disk is gone, not a record
+_EARLY = 1000  # below as many records, a share of them is no estimate
 
 
 class Order:
-    """Which record a position of the run reads.
+    """Which record each position of the run reads.
 
     Args:
         records: number of records.
         batch_size: of all ranks together; an epoch drops the records that fill no batch.
         seed: of the run.
-        shuffle: another order each epoch; else the records as they lie.
+        shuffle: another order each epoch; else the order of the source.
 
     Raises:
         ValueError: no batch can be filled.
@@ -34,28 +34,24 @@ class Order:
             raise ValueError(
                 f"{records} records fill no batch of {batch_size}: make the batch smaller"
             )
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._epoch, self._order = -1, np.arange(records)
 
     def index(self, position: int, ahead: int = 0) -> int:
-        """Record at a position, or `ahead` places further in the order of its epoch."""
-        epoch, place = divmod(position, self.usable)
-        return int(self.of_epoch(epoch)[(place + ahead) % self.records])
+        """Record of a position, or the one `ahead` further in the order of its epoch."""
+        epoch, start = divmod(position, self.usable)
+        return int(self.of_epoch(epoch)[(start + ahead) % self.records])
 
     def indices(self, positions: range) -> np.ndarray:
         """(B,) records of consecutive positions inside one epoch."""
-        epoch, place = divmod(positions.start, self.usable)
-        return self.of_epoch(epoch)[place : place + len(positions)]
+        epoch, start = divmod(positions.start, self.usable)
+        return self.of_epoch(epoch)[start : start + len(positions)]
 
     def of_epoch(self, epoch: int) -> np.ndarray:
         """(M,) all records in the order of an epoch."""
-        if not self.shuffle:
-            epoch = 0
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.arange(self.records)
-            if self.shuffle:
-                # raw words, as numpy may change what its shuffle makes of them
-                words = philox(self.seed, 1 + epoch).random_raw(self.records)
-                self._order = np.argsort(words, kind="stable")
+        if self.shuffle and epoch != self._epoch:
+            # raw words, as numpy may change what its shuffle makes of them
+            words = philox(self.seed, 1 + epoch).random_raw(self.records)
+            self._epoch, self._order = epoch, np.argsort(words, kind="stable")
         return self._order
 
 
@@ -70,10 +66,10 @@ class BadRecords:
     def __init__(self, max_share: float, records: int) -> None:
         self.max_share, self._least = max_share, min(_EARLY, records)
         self.seen, self.count = 0, 0
-        self.names: dict[str, str] = {}  # with the reason
+        self.names: dict[str, str] = {}  # to reasons
 
     def add(self, seen: int, bad: list[tuple[str, str]]) -> None:
-        """Take note of `seen` more records, among them `bad` with names and reasons.
+        """Count `seen` more records, among them `bad` with names and reasons.
 
         Raises:
             ValueError: too many are damaged.
@@ -92,10 +88,10 @@ class BadRecords:
             )
 
 
-class Part(NamedTuple):
-    """What one rank reads for one step, as it leaves a worker.
+class RawBatch(NamedTuple):
+    """What one rank reads for one step.
 
-    Arrays and not tensors: those travel through /dev/shm, which containers keep small.
+    Arrays: workers hand tensors over through /dev/shm, which is small in containers.
 
     Attributes:
         values: (b, S, S, 3) uint8 pixels, (b, S, S) if all are grey, or (b, K) int64 tokens.
@@ -111,32 +107,32 @@ class Part(NamedTuple):
 
 
 class Reader:
-    """Positions to records; the data set of a DataLoader, which calls it in its workers.
+    """Reads the records of positions; a DataLoader calls it in its workers.
 
     Args:
         source: of the records.
-        cut: of pictures.
+        crop: of images.
         order: of the run.
         seed: of the run.
-        replace: read the next record in the order for a damaged one; else leave a gap.
+        replace: read the next record of the order for a damaged one; else leave it out.
     """
 
-    def __init__(self, source: Source, cut: Cut, order: Order, seed: int, replace: bool) -> None:
-        self.source, self.cut, self.order = source, cut, order
+    def __init__(self, source: Source, crop: Crop, order: Order, seed: int, replace: bool) -> None:
+        self.source, self.crop, self.order = source, crop, order
         self.seed, self.replace = seed, replace
 
     @property
     def in_memory(self) -> bool:
-        """Whether a batch is a few array operations, with no work for other processes."""
+        """Whether a batch is a few array operations, not worth a worker."""
         if isinstance(self.source, ArraySource):
-            return min(self.source.images.shape[1:3]) == self.cut.shorter_edge
+            return min(self.source.images.shape[1:3]) == self.crop.shorter_edge
         return isinstance(self.source, TokenSource)
 
-    def __getitems__(self, positions: range) -> Part:
+    def __getitems__(self, positions: range) -> RawBatch:
         """Read consecutive positions of one epoch.
 
-        Where 16 records in a row are damaged the part ends. An error raised here would have to
-        leave a worker, and its traceback would keep the loader's processes alive.
+        The batch ends early where 16 records in a row are damaged. Not by an error: raised in a
+        worker, its traceback would keep the loader's processes alive.
         """
         if not self.in_memory:
             return self._one_by_one(positions)
@@ -145,22 +141,21 @@ class Reader:
             values = source.tokens[indices].astype(np.int64)
         else:
             assert isinstance(source, ArraySource)
-            draws = uniforms(self.seed, positions.start, len(positions))
-            values = self.cut.many(source.images, indices, draws)
+            draws = crop_draws(self.seed, positions.start, len(positions))
+            values = self.crop.many(source.images, indices, draws)
         labels = source.labels[indices].astype(np.int64)
-        return Part(values, labels, len(indices), [])
+        return RawBatch(values, labels, len(indices), [])
 
-    def _one_by_one(self, positions: range) -> Part:
-        draws = uniforms(self.seed, positions.start, len(positions))
-        S, bad = self.cut.size, list[tuple[str, str]]()
+    def _one_by_one(self, positions: range) -> RawBatch:
+        draws = crop_draws(self.seed, positions.start, len(positions))
+        S, bad = self.crop.size, list[tuple[str, str]]()
         pixels, labels = np.empty((len(positions), S, S, 3), np.uint8), list[int]()
         for position, row in zip(positions, draws, strict=True):
-            for ahead in range(_MAX_TRIES if self.replace else 1):
+            for ahead in range(MAX_TRIES if self.replace else 1):
                 index = self.order.index(position, ahead)
                 try:
                     record = self.source.read(index)
-                    assert isinstance(record, Record)
-                    pixels[len(labels)] = self.cut.one(record.image, row)
+                    pixels[len(labels)] = self.crop.one(record.values, row)
                 except (BadRecord, OSError) as error:
                     bad.append((self.source.name(index), str(error)))
                     continue
@@ -170,4 +165,4 @@ class Reader:
                 if self.replace:
                     break
         kept, seen = len(labels), len(labels) + len(bad)
-        return Part(pixels[:kept], np.array(labels, np.int64), seen, bad)
+        return RawBatch(pixels[:kept], np.array(labels, np.int64), seen, bad)

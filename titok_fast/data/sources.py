@@ -1,18 +1,19 @@
-"""Where training records come from: sources that can be read at any index.
+"""Sources of training records, which can be read at any index.
 
 The order of a run is then a function of its seed and step alone, whatever the number of ranks and
-workers. Files are only ever parsed as pictures and numbers; nothing in them is executed.
+workers. Files are parsed as images and numbers; nothing in them is executed. Not torchvision's
+data sets: it is no dependency of the core, and reads damaged files without a refusal.
 """
 
 import gzip
 import hashlib
 import io
+import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -32,19 +33,15 @@ class BadRecord(ValueError):  # noqa: N818 - a record, not an error of the progr
     """One record is damaged; the others may be sound."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """A picture and its class: (H, W, 3) uint8 of any size, and a number of 0 or more."""
+class Record(NamedTuple):
+    """One training example.
 
-    image: np.ndarray
-    label: int
+    Attributes:
+        values: pixels (H, W, 3) uint8 of an image of any size, or (K,) int64 token ids.
+        label: class, 0 or more.
+    """
 
-
-@dataclass(frozen=True)
-class TokenRecord:
-    """The tokens of a picture and its class: (K,) int64, and a number of 0 or more."""
-
-    tokens: np.ndarray
+    values: np.ndarray
     label: int
 
 
@@ -54,7 +51,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of records, damaged ones included."""
 
-    def read(self, index: int) -> Record | TokenRecord:
+    def read(self, index: int) -> Record:
         """One record.
 
         Raises:
@@ -63,14 +60,14 @@ class Source(Protocol):
         """
 
     def name(self, index: int) -> str:
-        """Where a record lies, for messages."""
+        """Name of a record, for messages."""
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the data, as plain JSON values; the same wherever the files lie."""
+        """What identifies the data, as plain JSON values; independent of the folder."""
 
 
 def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """See that a run goes on with the data it began with.
+    """Refuse to continue a run with other data than it began with.
 
     Args:
         saved: `describe()` of the source then.
@@ -81,7 +78,7 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     phrases = differences(dict(saved), dict(now))
     before, after = saved.get("shards"), now.get("shards")
-    # how many there are says more than the first names
+    # the number of shards says more than the first names
     if isinstance(before, dict) and isinstance(after, dict) and len(before) != len(after):
         phrases.insert(0, f"there were {len(before)} shards, now {len(after)}")
     if phrases:
@@ -93,8 +90,8 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def decode_picture(content: bytes) -> np.ndarray:
-    """Bytes of a jpg, png or webp file -> (H, W, 3) uint8, upright, as `images.load_image`.
+def decode_image(content: bytes) -> np.ndarray:
+    """Content of a jpg, png or webp file -> (H, W, 3) uint8, upright, as `images.load_image`.
 
     Raises:
         BadRecord: empty, truncated, too large, or not such a file.
@@ -106,23 +103,11 @@ def decode_picture(content: bytes) -> np.ndarray:
         raise  # this says nothing about the file
     except Exception as error:  # damaged files make Pillow raise a dozen types
         reason = f"{type(error).__name__}: {error}" if content else "it is empty"
-        raise BadRecord(f"not readable as a jpg, png or webp picture: {reason}") from error
-
-
-def check_label(label: int, classes: int | None) -> int:
-    """The label, if it is one of `classes` (None: any number of 0 or more).
-
-    Raises:
-        BadRecord: it is not.
-    """
-    if label < 0 or (classes is not None and label >= classes):
-        wanted = "a class of 0 or more" if classes is None else f"a class in 0..{classes - 1}"
-        raise BadRecord(f"wants {wanted}; got {label}")
-    return label
+        raise BadRecord(f"not readable as a jpg, png or webp image: {reason}") from error
 
 
 class ArraySource:
-    """Pictures of one size in memory.
+    """Images of one size in memory.
 
     Args:
         images: (M, H, W) grey or (M, H, W, 3) uint8; not copied.
@@ -130,7 +115,7 @@ class ArraySource:
         kind: name of the data in `describe`.
 
     Raises:
-        ValueError: other shapes or types, no picture at all, or a negative label.
+        ValueError: other shapes or types, no image, or a negative label.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, kind: str = "array") -> None:
@@ -142,7 +127,7 @@ class ArraySource:
             wanted = f"({len(images)},) integers"
             raise ValueError(f"{kind}: wants labels {wanted}; got {labels.shape} {labels.dtype}")
         if not images.size:
-            raise ValueError(f"{kind}: wants at least one picture; got {images.shape}")
+            raise ValueError(f"{kind}: wants at least one image; got {images.shape}")
         if int(labels.min()) < 0:
             raise ValueError(f"{kind}: wants labels of 0 or more; got {int(labels.min())}")
         self.images, self.labels, self.kind = images, labels.astype(np.int64), kind
@@ -151,7 +136,7 @@ class ArraySource:
         return len(self.images)
 
     def read(self, index: int) -> Record:
-        """One picture and its label."""
+        """One image and its label."""
         image = self.images[index]
         rgb = image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
         return Record(rgb, int(self.labels[index]))
@@ -180,11 +165,11 @@ def fashion_mnist(split: str, folder: str | Path | None = None) -> ArraySource:
     """Fashion-MNIST from its four idx files, padded to 32 x 32 with two black pixels on each side.
 
     Args:
-        split: "train" (60,000 pictures) or "eval" (10,000, the files named t10k).
-        folder: where the .gz files lie; None takes the place of Debian's package.
+        split: "train" (60,000 images) or "eval" (10,000, the files named t10k).
+        folder: holds the .gz files; None is where Debian's package puts them.
 
     Returns:
-        Grey pictures (M, 32, 32), labels 0..9.
+        Grey images (M, 32, 32), labels 0..9.
 
     Raises:
         FileNotFoundError: a file is missing; the message says how to get it.
@@ -198,7 +183,7 @@ def fashion_mnist(split: str, folder: str | Path | None = None) -> ArraySource:
     labels = _read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", dims=1)
     if images.shape[1:] != (_FASHION_SIDE, _FASHION_SIDE) or len(images) != len(labels):
         raise ValueError(
-            f"{folder} wants pictures of {_FASHION_SIDE} x {_FASHION_SIDE} and a label for each; "
+            f"{folder} wants images of {_FASHION_SIDE} x {_FASHION_SIDE} and a label for each; "
             f"got {images.shape} and {len(labels)} labels"
         )
     if labels.size and labels.max() >= _FASHION_CLASSES:
@@ -224,9 +209,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
         got = content[:4].hex(" ") or "nothing"
         raise ValueError(f"{path} wants an idx file that starts {magic.hex(' ')}; got {got}")
     shape = [int(n) for n in np.frombuffer(content, ">u4", dims, offset=4)]
-    count = 1
-    for n in shape:
-        count *= n
+    count = math.prod(shape)
     if len(content) - start != count:
         got = f"{len(content) - start} bytes"
         raise ValueError(f"{path} wants {count} values, as its header says; got {got}")
@@ -234,7 +217,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
 
 
 class FolderSource:
-    """A folder of folders of pictures: the sub-folders, sorted by name, are classes 0, 1, ...
+    """A folder of folders of images: the sub-folders, sorted by name, are classes 0, 1, ...
 
     Args:
         folder: holds sub-folders with jpg, jpeg, png or webp files at any depth.
@@ -242,17 +225,19 @@ class FolderSource:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no sub-folder, too many, or one without pictures.
+        ValueError: no sub-folder, too many, or one without images.
     """
 
     def __init__(self, folder: str | Path, classes: int | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"no folder of pictures at {folder}; check the path")
+            raise FileNotFoundError(f"no folder of images at {folder}; check the path")
         found = [p.name for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
         if not found or (classes is not None and len(found) > classes):
             wanted = "one or more" if classes is None else f"1 to {classes}"
-            raise ValueError(f"{folder} wants {wanted} sub-folders, one a class; got {len(found)}")
+            raise ValueError(
+                f"{folder} wants {wanted} sub-folders, one per class; got {len(found)}"
+            )
         self._names: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(sorted(found)):
@@ -265,16 +250,16 @@ class FolderSource:
         return len(self._names)
 
     def read(self, index: int) -> Record:
-        """One picture and the class of its folder."""
+        """One image and the class of its folder."""
         content = (self.folder / self._names[index]).read_bytes()
-        return Record(decode_picture(content), int(self._labels[index]))
+        return Record(decode_image(content), int(self._labels[index]))
 
     def name(self, index: int) -> str:
         """Path inside the folder."""
         return self._names[index]
 
     def describe(self) -> dict[str, Any]:
-        """Number, classes, and a digest of all names and sizes, as they are at the first call."""
+        """Number, classes, and a digest of all names and sizes at the first call."""
         return {
             "kind": "folder",
             "count": len(self),

@@ -1,8 +1,8 @@
 """Token files: compact shards of ids and labels, and the official JSONL.
 
 A shard is a safetensors file with `tokens` (M, K), uint16 or for codebooks above 65536 uint32, and
-`labels` (M,) int32. Its one metadata entry says what made it, which shard of how many it is, and
-the digest of its content, so a folder of shards needs no list beside it.
+`labels` (M,) int32. Its one metadata entry holds the settings that made it, its number, the number
+of shards, and the digest of its content, so a folder of shards needs no index.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from titok_fast.data.sources import TokenRecord
+from titok_fast.data.sources import Record
 from titok_fast.io.files import write_atomic
 from titok_fast.io.sample_folder import make_writable
 
@@ -43,11 +43,11 @@ def write_shard(path: Path, tokens: np.ndarray, labels: np.ndarray, about: dict[
     """Write one shard atomically; equal input gives equal bytes.
 
     Args:
-        path: as `shard_path` names it, in a folder that exists.
+        path: of `shard_path`, in a folder that exists.
         tokens: (M, K) integers in [0, N); M may be 0.
         labels: (M,) integers from 0 to 2**31 - 1.
-        about: plain JSON values, among them `codebook_size` (N), `shard` and `shards`: its number
-            and how many there are.
+        about: plain JSON values, among them `codebook_size` (N), `shard` (its number) and `shards`
+            (how many there are).
 
     Raises:
         ValueError: shapes, or ids or labels out of range.
@@ -57,8 +57,7 @@ def write_shard(path: Path, tokens: np.ndarray, labels: np.ndarray, about: dict[
     if tokens.ndim != 2 or labels.shape != tokens.shape[:1]:
         got = f"{tokens.shape} and {labels.shape}"
         raise ValueError(f"{path} wants tokens (M, K) and labels (M,); got {got}")
-    _check_range(path, "ids", tokens, N - 1)
-    _check_range(path, "labels", labels, _MAX_LABEL)
+    _check_ranges(path, tokens, N, labels)
     arrays = {
         "tokens": np.ascontiguousarray(tokens, np.uint16 if N <= 2**16 else np.uint32),
         "labels": np.ascontiguousarray(labels, np.int32),
@@ -71,7 +70,7 @@ def read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Read and check one shard.
 
     Returns:
-        Tokens (M, K) uint16 or uint32, labels (M,) int32, and what it says about itself.
+        Tokens (M, K) uint16 or uint32, labels (M,) int32, and `about`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -94,8 +93,7 @@ def read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         raise ValueError(f"{path} wants (M, K) uint16 or uint32 and (M,) int32; got {got}")
     if _digest(arrays) != sha256:
         raise ValueError(f"{path} is damaged: its content has another digest; make it again")
-    _check_range(path, "ids", tokens, N - 1)
-    _check_range(path, "labels", labels, _MAX_LABEL)
+    _check_ranges(path, tokens, N, labels)
     return tokens, labels, about
 
 
@@ -108,10 +106,11 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _check_range(path: Path, what: str, values: np.ndarray, largest: int) -> None:
-    if values.size and not 0 <= int(values.min()) <= int(values.max()) <= largest:
-        got = f"{int(values.min())}..{int(values.max())}"
-        raise ValueError(f"{path} wants {what} in 0..{largest}; got {got}")
+def _check_ranges(path: Path, tokens: np.ndarray, N: int, labels: np.ndarray) -> None:
+    for what, values, largest in (("ids", tokens, N - 1), ("labels", labels, _MAX_LABEL)):
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) <= largest:
+            got = f"{int(values.min())}..{int(values.max())}"
+            raise ValueError(f"{path} wants {what} in 0..{largest}; got {got}")
 
 
 def read_folder(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
@@ -152,7 +151,7 @@ class TokenSource:
     Attributes:
         tokens: (M, K) uint16 or uint32.
         labels: (M,) int32.
-        about: what the shards say about themselves; empty for JSONL.
+        about: as `write_shard`, less what is of one shard; empty for JSONL.
 
     Raises:
         FileNotFoundError: nothing there, or shards are missing.
@@ -179,16 +178,16 @@ class TokenSource:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def read(self, index: int) -> TokenRecord:
+    def read(self, index: int) -> Record:
         """One row."""
-        return TokenRecord(self.tokens[index].astype(np.int64), int(self.labels[index]))
+        return Record(self.tokens[index].astype(np.int64), int(self.labels[index]))
 
     def name(self, index: int) -> str:
         """Such as `tokens[7]`."""
         return f"{self.path.name}[{index}]"
 
     def describe(self) -> dict[str, Any]:
-        """Shape and digest of the ids and labels, and what made them."""
+        """Shape and digest of ids and labels, and `about`."""
         return {
             "kind": "tokens",
             "count": len(self),
@@ -242,7 +241,7 @@ def jsonl_to_shards(
 
     Args:
         path: file of lines {"class_id": int, "tokens": [int, ...]}.
-        folder: for the shards; made if need be, and wants to be without shards.
+        folder: for the shards; is made, and must not hold shards yet.
         codebook_size: N of the tokenizer that made the ids.
         shard_size: rows of a shard.
 

@@ -1,4 +1,9 @@
-"""Making one shard of tokens: read pictures, cut their views, encode, write."""
+"""Images to shards of tokens, once, by any number of processes.
+
+A shard holds the views of a fixed run of records, encoded in fixed batches, so its bytes do not
+depend on which rank makes it. The shards themselves are the only record of progress: a run that is
+started again in their folder makes the missing ones, with any number of ranks.
+"""
 
 import hashlib
 import json
@@ -9,15 +14,113 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from titok_fast.data.crops import views
+from titok_fast.data.crops import VIEWS, views
 from titok_fast.data.reader import BadRecords
-from titok_fast.data.sources import BadRecord, Record, Source
-from titok_fast.data.token_shards import read_shard, shard_numbers, shard_path, write_shard
+from titok_fast.data.sources import BadRecord, Source
+from titok_fast.data.token_shards import (
+    TokenSource,
+    read_shard,
+    shard_numbers,
+    shard_path,
+    write_shard,
+)
+from titok_fast.distributed import RankLostError, Ranks
 from titok_fast.io.images import to_tensor
+from titok_fast.io.sample_folder import claim_folder, differences, make_writable
 from titok_fast.models.tokenizer import TiTok
+from titok_fast.settings import __version__
 
 _log = logging.getLogger(__name__)
+
+
+def pretokenize(
+    tokenizer: TiTok,
+    source: Source,
+    out_dir: str | Path,
+    *,
+    augmentation: str = "center_flip",
+    batch_size: int = 128,
+    shard_size: int = 4000,
+    dtype: torch.dtype = torch.float32,
+    workers: int = 4,
+    max_bad_share: float = 0.01,
+    ranks: Ranks | None = None,
+    quiet: bool = True,
+) -> int:
+    """Encode every view of every image; call it on all ranks with the same arguments.
+
+    Args:
+        tokenizer: of kind "vq"; is moved to the rank's device and to `dtype`.
+        source: of images.
+        out_dir: folder for the shards: empty, or of an earlier run with the same arguments.
+        augmentation: "center" (1 view), "center_flip" (2) or "ten_crop" (10), see `crops.views`.
+        batch_size: views encoded at once; it takes part in deciding the bytes, as does the next.
+        shard_size: images per shard.
+        dtype: of the weights while encoding.
+        workers: threads that read images.
+        max_bad_share: the run stops when a larger share of the records is damaged. Damaged records
+            are left out.
+        ranks: the ranks that share the work; None is this process alone, on the tokenizer's device.
+        quiet: show no progress bar.
+
+    Returns:
+        Rows in the folder, on every rank: images times views, less the damaged.
+
+    Raises:
+        ValueError: an argument out of range, settings other than those of the earlier run or of
+            rank 0, or too many damaged records.
+        FileExistsError: the folder holds other files.
+        RankLostError: another rank is gone; the shards made so far stay.
+        OSError: the folder cannot be made or written to.
+    """
+    sizes = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"pretokenize wants {name} of 1 or more; got {size}")
+    if augmentation not in VIEWS:
+        raise ValueError(f"augmentation wants one of {', '.join(VIEWS)}; got {augmentation!r}")
+    if tokenizer.config.quantize_mode != "vq":
+        raise ValueError("a VAE tokenizer has no token ids: pretokenize wants one of kind vq")
+    if isinstance(source, TokenSource):
+        raise ValueError("pretokenize wants images; these data are tokens already")
+    ranks = ranks or Ranks(0, 1, tokenizer.latent_tokens.device)
+    manifest: dict[str, Any] = {
+        "kind": "tokens",
+        "titok_fast": __version__,
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        "codebook_size": tokenizer.config.codebook_size,
+        "augmentation": augmentation,
+        "views": list(VIEWS[augmentation]),
+        "source": source.describe(),
+        "shard_size": shard_size,
+        "shards": -(-len(source) // shard_size),
+        "batch_size": batch_size,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    shards = _Shards(tokenizer.to(ranks.device, dtype).eval(), source, Path(out_dir), manifest)
+    wanted, todo = ranks.agree(shards.plan)
+    changed = differences(wanted, shards.manifest)
+    if changed:
+        raise ValueError(f"rank {ranks.rank} differs from rank 0: {'; '.join(changed)}")
+    mine = todo[ranks.rank :: ranks.size]
+    images = sum(len(shards.records(number)) for number in mine)
+    bad = BadRecords(max_bad_share, len(source))
+    bar = tqdm(total=images, desc="pretokenize", unit="image", disable=quiet or ranks.rank > 0)
+    with ThreadPoolExecutor(workers) as pool, bar:  # the share of rank 0 stands for all
+        for number in mine:
+            shards.make(number, pool, bad)
+            bar.update(len(shards.records(number)))
+    try:
+        ranks.any(False)  # wait until all ranks are done
+    except RuntimeError as error:  # how gloo says that a rank is gone
+        missing = manifest["shards"] - len(shard_numbers(shards.folder))
+        raise RankLostError(
+            f"another rank is gone, or too slow: {missing} of {manifest['shards']} shards are "
+            "missing. Run the same command again to make them, with any number of ranks"
+        ) from error
+    return ranks.agree(lambda: shards.count_rows(max_bad_share))
 
 
 def tokenizer_fingerprint(tokenizer: TiTok) -> str:
@@ -34,15 +137,8 @@ def tokenizer_fingerprint(tokenizer: TiTok) -> str:
     return digest.hexdigest()
 
 
-class ShardMaker:
-    """Makes any shard of a run.
-
-    Args:
-        tokenizer: on its device.
-        source: of pictures.
-        folder: for the shards.
-        manifest: settings that decide the bytes, plain JSON values.
-    """
+class _Shards:
+    """Finds the missing shards of a run, makes one, and checks all."""
 
     def __init__(
         self, tokenizer: TiTok, source: Source, folder: Path, manifest: dict[str, Any]
@@ -52,28 +148,33 @@ class ShardMaker:
         digest = hashlib.sha256(json.dumps(manifest["source"], sort_keys=True).encode())
         self._about = {**self.manifest, "source": digest.hexdigest()}
 
+    def plan(self) -> tuple[dict[str, Any], list[int]]:
+        """Claim the folder; the manifest, and the numbers of the shards to make."""
+        make_writable(self.folder)
+        claim_folder(self.folder, self.manifest)
+        return self.manifest, [n for n in range(self.manifest["shards"]) if not self._is_done(n)]
+
     def records(self, number: int) -> range:
         """The records of a shard."""
         size = self.manifest["shard_size"]
         return range(number * size, min((number + 1) * size, len(self.source)))
 
-    def is_done(self, number: int) -> bool:
-        """Whether a shard is there, whole, and of this run."""
+    def _is_done(self, number: int) -> bool:
         try:
             about = read_shard(shard_path(self.folder, number))[2]
         except FileNotFoundError:
             return False
         except ValueError as error:
-            _log.warning("made again: %s", error)
+            _log.warning("this shard is made again: %s", error)
             return False
         about.pop("skipped", None)
         if about != {**self._about, "shard": number}:
-            _log.warning("made again: shard %d is of another run", number)
+            _log.warning("shard %d is of another run and is made again", number)
             return False
         return True
 
     def make(self, number: int, pool: ThreadPoolExecutor, bad: BadRecords) -> None:
-        """Read, encode and write one shard; the next batch is read meanwhile."""
+        """Read, encode and write one shard; the next batch is read while one is encoded."""
         A, K = len(self.manifest["views"]), self.tokenizer.config.num_latent_tokens
         records = self.records(number)
         step = max(1, self.manifest["batch_size"] // A)
@@ -95,7 +196,7 @@ class ShardMaker:
             bad.add(len(results), damaged)
             skipped += [name for name, _ in damaged]
             if good:
-                tokens.append(self._encode(np.concatenate([pictures for pictures, _ in good])))
+                tokens.append(self._encode(np.concatenate([pixels for pixels, _ in good])))
                 labels += [label for _, label in good for _ in range(A)]
         about = {**self._about, "shard": number, "skipped": skipped}
         path = shard_path(self.folder, number)
@@ -105,9 +206,8 @@ class ShardMaker:
         """The views (A, S, S, 3) and label of a record, or what is wrong with it."""
         try:
             record = self.source.read(index)
-            assert isinstance(record, Record)
-            S = self.tokenizer.config.crop_size
-            return views(record.image, S, self.manifest["augmentation"]), record.label
+            size = self.tokenizer.config.crop_size
+            return views(record.values, size, self.manifest["augmentation"]), record.label
         except (BadRecord, OSError) as error:
             return str(error)
 
@@ -119,15 +219,7 @@ class ShardMaker:
         return result["min_encoding_indices"].squeeze(1).cpu().numpy()
 
     def count_rows(self, max_bad_share: float) -> int:
-        """Look over the finished folder.
-
-        Returns:
-            Rows of all shards.
-
-        Raises:
-            FileNotFoundError: a shard is not there.
-            ValueError: a damaged shard, or too many records were left out.
-        """
+        """Check the finished folder; rows of all shards."""
         numbers = range(self.manifest["shards"])
         missing = sorted(set(numbers) - set(shard_numbers(self.folder)))
         if missing:

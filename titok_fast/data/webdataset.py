@@ -1,24 +1,24 @@
-"""WebDataset shards read at any index: tar headers are scanned once, records fetched by offset.
+"""WebDataset shards read at any index: tar headers are scanned once, records read by offset.
 
-Of a shard only the picture and the `cls` of each record are ever read. Nothing is extracted or
+Of a shard only the image and the `cls` of each record are ever read. Nothing is extracted or
 unpickled, and there are no URLs and no pipes.
 """
 
 import hashlib
+import math
 import os
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from titok_fast.data.sources import BadRecord, Record, check_label, decode_picture
+from titok_fast.data.sources import BadRecord, Record, decode_image
 
-_PICTURES = ("jpg", "png", "jpeg", "webp")  # the first of them that a record has
+_SUFFIXES = ("jpg", "png", "jpeg", "webp")  # the first of these that a record has
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _MAX_SHARDS = 1_000_000
@@ -34,8 +34,8 @@ def expand(pattern: str) -> list[Path]:
         pattern: local path with any number of braces, or none.
 
     Raises:
-        ValueError: a URL or pipe, a brace that is no range, a range that runs backwards, or more
-            than a million names.
+        ValueError: a URL or pipe, a brace that is no range, a range that runs backwards, or over a
+            million names.
     """
     scheme = _SCHEME.match(pattern)
     if scheme:
@@ -43,22 +43,19 @@ def expand(pattern: str) -> list[Path]:
             f"{pattern}: shards are read from local files, not through {scheme[0]!r}; copy them, "
             "and give their path"
         )
-    parts = _RANGE.split(pattern)  # text, first, last, text, first, last, ..., text
-    texts, ranges, total = parts[::3], [], 1
-    for first, last in zip(parts[1::3], parts[2::3], strict=True):
-        if int(first) > int(last):
+    ranges = [(int(first), int(last), len(first)) for first, last in _RANGE.findall(pattern)]
+    for first, last, _ in ranges:
+        if first > last:
             raise ValueError(f"{pattern}: the range {first}..{last} runs backwards")
-        total *= int(last) - int(first) + 1
-        if total > _MAX_SHARDS:
-            raise ValueError(f"{pattern} names more than {_MAX_SHARDS} shards")
-        ranges.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
-    if any(c in text for text in texts for c in "{}"):
+    if math.prod(last - first + 1 for first, last, _ in ranges) > _MAX_SHARDS:
+        raise ValueError(f"{pattern} names more than {_MAX_SHARDS} shards")
+    if set("{}") & set(_RANGE.sub("", pattern)):
         raise ValueError(f"{pattern}: braces want two numbers, such as {{0000..0252}}")
-    names = []
-    for numbers in product(*ranges):
-        pairs = zip(texts, (*numbers, ""), strict=True)
-        names.append(Path("".join(text + number for text, number in pairs)))
-    return names
+    names = [pattern]
+    for first, last, digits in ranges:
+        numbers = [f"{i:0{digits}d}" for i in range(first, last + 1)]
+        names = [_RANGE.sub(number, name, count=1) for name in names for number in numbers]
+    return [Path(name) for name in names]
 
 
 class Shard(NamedTuple):
@@ -66,7 +63,7 @@ class Shard(NamedTuple):
 
     Attributes:
         keys: (n,) bytes, the records' names.
-        spans: (n, 4) int64: offset and length of the picture, then of the label; -1 if absent.
+        spans: (n, 4) int64: offset and length of the image, then of the label; -1 if absent.
         size: of the file in bytes.
     """
 
@@ -91,7 +88,7 @@ def index_shard(path: Path) -> Shard:
                 folder, name = os.path.split(member.name)
                 stem, _, suffix = name.partition(".")
                 suffix = suffix.lower()
-                if not member.isreg() or suffix not in (*_PICTURES, "cls"):
+                if not member.isreg() or suffix not in (*_SUFFIXES, "cls"):
                     continue
                 record = records.setdefault(f"{folder}/{stem}" if folder else stem, {})
                 if suffix in record:
@@ -104,18 +101,18 @@ def index_shard(path: Path) -> Shard:
             "if it was compressed, or leave it out of the pattern"
         ) from error
     if not records:
-        wanted = f"records with {', '.join(_PICTURES)} and cls"
+        wanted = f"records with {', '.join(_SUFFIXES)} and cls"
         raise ValueError(f"shard {path} wants {wanted}; got none")
     spans = np.full((len(records), 4), -1, np.int64)
     for row, record in zip(spans, records.values(), strict=True):
-        picture = next((record[s] for s in _PICTURES if s in record), (-1, -1))
-        row[:] = *picture, *record.get("cls", (-1, -1))
+        image = next((record[s] for s in _SUFFIXES if s in record), (-1, -1))
+        row[:] = *image, *record.get("cls", (-1, -1))
     keys = np.array([key.encode("utf-8", "surrogateescape") for key in records])
     return Shard(keys, spans, path.stat().st_size)
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """Python takes a damaged header, or the end of the file, for the end of the archive."""
+    """Refuse an archive without its end mark, which tarfile itself reads without an error."""
     with open(path, "rb") as file:
         file.seek(offset)
         mark = file.read(_BLOCK)
@@ -124,7 +121,7 @@ def _check_end(path: Path, offset: int) -> None:
 
 
 class WebDatasetSource:
-    """Local WebDataset shards of pictures and class numbers.
+    """Local WebDataset shards of images and class numbers.
 
     Opening reads every header, which takes about 10 s for each hundred thousand records.
 
@@ -156,13 +153,13 @@ class WebDatasetSource:
         """One record.
 
         Raises:
-            BadRecord: picture or label is absent or damaged, or its class does not exist.
+            BadRecord: image or label is absent or damaged, or its class does not exist.
             OSError: the shard cannot be read.
         """
         shard, row = self._find(index)
         at, size, label_at, label_size = (int(n) for n in self._shards[shard].spans[row])
         if at < 0 or label_at < 0:
-            raise BadRecord("it has no picture" if at < 0 else "it has no cls")
+            raise BadRecord("it has no image" if at < 0 else "it has no cls")
         if label_size > _MAX_LABEL_BYTES:
             raise BadRecord(f"cls wants a class number; got {label_size} bytes")
         with open(self.paths[shard], "rb") as file:
@@ -172,7 +169,9 @@ class WebDatasetSource:
             text = file.read(label_size).decode("latin-1").strip()
         if not (text.isascii() and text.isdigit()):
             raise BadRecord(f"cls wants a class number; got {text!r}")
-        return Record(decode_picture(content), check_label(int(text), self.classes))
+        if self.classes is not None and int(text) >= self.classes:
+            raise BadRecord(f"wants a class in 0..{self.classes - 1}; got {text}")
+        return Record(decode_image(content), int(text))
 
     def name(self, index: int) -> str:
         """Such as `imagenet-train-0003.tar:00012345`."""
@@ -181,7 +180,7 @@ class WebDatasetSource:
         return f"{self.paths[shard].name}:{key}"
 
     def describe(self) -> dict[str, Any]:
-        """Number of records, name and size of each shard, and a digest of what lies where."""
+        """Number of records, name and size of each shard, and a digest of names and offsets."""
         above = os.path.commonpath([path.absolute().parent for path in self.paths])
         names = [path.absolute().relative_to(above).as_posix() for path in self.paths]
         return {

@@ -1,5 +1,5 @@
 """Figures of images: reconstruction, generation and linear probing, each naming its network.
 
-Ranks of a process group share one evaluation.
-Reading order: pictures, networks, statistics, measure, reconstruction, generation, probe, places.
+Ranks of a process group share one evaluation. Nothing is downloaded: weights are local files.
+Reading order: pictures, networks, statistics, measure, reconstruction, generation, probe.
 """

@@ -1,28 +1,28 @@
-"""How good drawn pictures are: gFID, class scores, precision and recall, agreement with labels.
+"""How good drawn images are: gFID, class scores, precision and recall, agreement with labels.
 
 Protocol of openai/guided-diffusion's evaluator ("ADM"): statistics of the whole training set come
-from a file, or from pictures; samples are truncated to bytes, as the published script does it.
+from a file, or from images; samples are truncated to bytes, as the published script does it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from titok_fast.distributed import sum_over_ranks
-from titok_fast.evaluation.measure import (
-    Figures,
-    Measurement,
-    named,
-    plain_name,
-    scores,
-    warn_if_sorted,
-)
+from titok_fast.evaluation.measure import Figures, Measurement, labelled, warn_if_sorted
 from titok_fast.evaluation.networks import INCEPTION, FeatureNetwork
-from titok_fast.evaluation.pictures import Pictures, batches
-from titok_fast.evaluation.statistics import Gaussian, frechet_distance, precision_recall
+from titok_fast.evaluation.pictures import Pictures, batches, open_pictures
+from titok_fast.evaluation.statistics import (
+    Gaussian,
+    frechet_distance,
+    precision_recall,
+    read_statistics,
+)
+from titok_fast.io.npz import NpzPictures, open_npz
 
-# real pictures among which neighbours are sought, as many as ADM's reference files hold
+# real images among which neighbours are sought, as many as ADM's reference files hold
 NEIGHBOURHOOD = 10_000
 
 
@@ -32,13 +32,33 @@ class Reference:
 
     Attributes:
         pictures: real ones, or None.
-        statistics: of their features, or None; they go before those of `pictures`.
+        statistics: of their features, or None; used instead of those of `pictures`.
         network: name of the network that `statistics` are of.
     """
 
     pictures: Pictures | None = None
     statistics: Gaussian | None = None
     network: str = INCEPTION
+
+
+def read_reference(location: str, size: int | None = None) -> Reference:
+    """What samples are compared with.
+
+    Args:
+        location: an .npz file with `mu` and `sigma`, images as `arr_0`, or both, as ADM's; or
+            another of `pictures.LOCATIONS`.
+        size: as in `open_pictures`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a damaged file, or neither statistics nor images in it.
+    """
+    found = read_statistics(location) if location.lower().endswith(".npz") else None
+    if found is None:
+        return Reference(open_pictures(location, size))
+    with open_npz(location) as archive:
+        has_images = "arr_0.npy" in archive.namelist()
+    return Reference(NpzPictures(location) if has_images else None, *found)
 
 
 @torch.no_grad()
@@ -52,16 +72,16 @@ def measure_pictures(
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> list[Measurement]:
-    """Let networks look at pictures. Ranks of a process group share them; all get the result.
+    """Features of images by some networks. Ranks of a process group share the images.
 
     Args:
         pictures: in the order that splits are taken in.
-        networks: that look.
-        keep: number of pictures whose features are kept, as in Measurement.
-        halves: keep two halves apart, as in Measurement.
-        check_order: warn when pictures with known classes lie sorted by class.
-        batch_size: pictures at once.
-        progress: called with the number of pictures done since the last call, on this rank.
+        networks: of the features.
+        keep: number of images whose features are stored, as in Measurement.
+        halves: sum two halves apart, as in Measurement.
+        check_order: warn when images with known classes lie sorted by class.
+        batch_size: images at once.
+        progress: called with the number of images done since the last call, on this rank.
 
     Returns:
         A measurement for each network, of all ranks together.
@@ -95,17 +115,17 @@ def evaluate_generation(
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> Figures:
-    """Measure drawn pictures against real ones.
+    """Measure drawn images against real ones.
 
     Args:
-        samples: drawn pictures, classes interleaved.
-        reference: real pictures or their statistics.
+        samples: drawn images, classes interleaved.
+        reference: real images or their statistics.
         networks: feature networks, at least one.
         neighbours: also precision and recall with 3 neighbours, all samples against at most 10,000
-            evenly spaced real pictures; left out without real pictures.
-        floor: also the Frechet distance of two halves of the real pictures.
-        batch_size: pictures at once.
-        progress: called with the number of pictures done since the last call, on this rank.
+            evenly spaced real images; left out without real images.
+        floor: also the Frechet distance of two halves of the real images.
+        batch_size: images at once.
+        progress: called with the number of images done since the last call, on this rank.
 
     Returns:
         `images`, and for each network `fid[name]`, `is[name]` (one split), `is10[name]` (ten splits
@@ -114,51 +134,45 @@ def evaluate_generation(
         for. `gFID` for Inception alone.
 
     Raises:
-        ValueError: no network, too few pictures, a floor without pictures, or a reference that is
+        ValueError: no network, too few images, a floor without images, or a reference that is
             of another network.
     """
     real = reference.pictures
-    _check(networks, reference, floor)
-    keep = len(samples) if neighbours and real is not None else 0
-    common = {"batch_size": batch_size, "progress": progress}
-    drawn = measure_pictures(samples, networks, keep=keep, check_order=True, **common)  # type: ignore[arg-type]
-    known: list[Measurement] | list[None] = [None] * len(networks)
-    if real is not None and (neighbours or floor or _unknown(networks, reference)):
-        keep = min(NEIGHBOURHOOD, len(real)) if neighbours else 0
-        known = measure_pictures(real, networks, keep=keep, halves=floor, **common)  # type: ignore[arg-type]
-    figures: Figures = {"images": float(len(samples))}
-    for network, ours, theirs in zip(networks, drawn, known, strict=True):
-        given = reference.statistics if reference.network == network.name else None
-        if given is None:
-            assert theirs is not None  # _check refused that
-            given = theirs.sums.gaussian()
-        own = {named("fid", network): frechet_distance(ours.sums.gaussian(), given), **scores(ours)}
-        if neighbours and theirs is not None:
-            precision, recall = precision_recall(ours.features(), theirs.features())
-            own |= {named("precision", network): precision, named("recall", network): recall}
-        if floor and theirs is not None:
-            own[named("floor", network)] = theirs.floor()
-        share = ours.label_share()
-        if share is not None:
-            own[named("label_agreement", network)] = share
-        figures.update(plain_name(own, network, "gFID"))
-    return figures
-
-
-def _unknown(networks: Sequence[FeatureNetwork], reference: Reference) -> list[str]:
-    """Networks that the reference has no statistics of."""
-    known = reference.network if reference.statistics is not None else None
-    return [network.name for network in networks if network.name != known]
-
-
-def _check(networks: Sequence[FeatureNetwork], reference: Reference, floor: bool) -> None:
+    compared = reference.network if reference.statistics is not None else None
+    unknown = [network.name for network in networks if network.name != compared]
     if not networks:
         raise ValueError("generation is measured by a network: pass at least one")
-    unknown = _unknown(networks, reference)
-    if reference.pictures is None and unknown:
+    if real is None and unknown:
         raise ValueError(
-            f"the reference has statistics of {reference.network} and no pictures: nothing to "
+            f"the reference has statistics of {reference.network} and no images: nothing to "
             f"compare {', '.join(unknown)} with"
         )
-    if reference.pictures is None and floor:
-        raise ValueError("a floor wants real pictures; this reference has statistics alone")
+    if real is None and floor:
+        raise ValueError("a floor wants real images; this reference has statistics alone")
+
+    def measure(pictures: Pictures, **options: Any) -> list[Measurement]:
+        return measure_pictures(
+            pictures, networks, batch_size=batch_size, progress=progress, **options
+        )
+
+    keep = len(samples) if neighbours and real is not None else 0
+    drawn = measure(samples, keep=keep, check_order=True)
+    known: list[Measurement] | list[None] = [None] * len(networks)
+    if real is not None and (neighbours or floor or unknown):
+        known = measure(real, keep=min(NEIGHBOURHOOD, len(real)) if neighbours else 0, halves=floor)
+    figures: Figures = {"images": float(len(samples))}
+    for network, ours, theirs in zip(networks, drawn, known, strict=True):
+        wanted = reference.statistics if network.name == compared else None
+        if wanted is None:
+            assert theirs is not None  # else refused above
+            wanted = theirs.sums.gaussian()
+        own = {"fid": frechet_distance(ours.sums.gaussian(), wanted), **ours.scores()}
+        if neighbours and theirs is not None:
+            own["precision"], own["recall"] = precision_recall(ours.features(), theirs.features())
+        if floor and theirs is not None:
+            own["floor"] = theirs.floor()
+        share = ours.label_share()
+        if share is not None:
+            own["label_agreement"] = share
+        figures |= labelled(own, network, "gFID")
+    return figures

@@ -1,4 +1,4 @@
-"""What one network sees of one set of pictures, gathered batch by batch on all ranks."""
+"""Features and scores of one set of images by one network, batch by batch on all ranks."""
 
 import warnings
 
@@ -13,13 +13,13 @@ Figures = dict[str, float]
 
 
 class Measurement:
-    """Sums, scores and, where asked for, features of a set of pictures.
+    """Sums, scores and, on request, features of a set of images.
 
     Args:
-        network: that looks.
-        total: n, number of pictures in the set, of all ranks together.
-        keep: number of pictures whose features are kept, evenly spaced in the set; 0 keeps none.
-        halves: also keep apart the sums of two random halves, for `floor`.
+        network: of the features.
+        total: n, number of images in the set, of all ranks together.
+        keep: number of images whose features are stored, evenly spaced in the set; 0 stores none.
+        halves: also sum two random halves apart, for `floor`.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Measurement:
         self.sums = FeatureSums(dim, device)
         logits = network.num_logits
         self.score = ClassScore(total, logits, device) if logits else None
-        # guessed right, with a class known
+        # images put into their class, images whose class is known
         self.guesses = torch.zeros(2, dtype=torch.float64, device=device)
         self._step = -(-total // keep) if keep else 0
         self._kept: list[Tensor] = []
@@ -66,7 +66,7 @@ class Measurement:
             self.guesses += torch.stack([right, torch.full_like(right, len(labels))])
 
     def merge_ranks(self) -> None:
-        """Bring the parts of all ranks together; call it once, after the last batch."""
+        """Combine the parts of all ranks; call it once, after the last batch."""
         for sums in (self.sums, *(self._halves or ())):
             sums.merge_ranks()
         if self.score is not None:
@@ -78,48 +78,44 @@ class Measurement:
             self._kept = [gather_rows(torch.cat(mine), self._first_kept, kept)]
 
     def features(self) -> Tensor:
-        """(m, d) float32: the features kept, in order."""
+        """(m, d) float32: the features stored, in order."""
         return torch.cat(self._kept)
 
     def label_share(self) -> float | None:
-        """Share of pictures that the network puts into their class; None if that is not known."""
+        """Share of images that the network puts into their class; None where none is known."""
         right, seen = self.guesses.tolist()
         return right / seen if seen else None
 
-    def floor(self) -> float:
-        """Frechet distance of the two halves: what n / 2 more pictures of the same kind would get.
+    def scores(self) -> Figures:
+        """`is` over one split and `is10` over ten, where the network has logits."""
+        if self.score is None:
+            return {}
+        return {"is": self.score.one_split(), "is10": self.score.ten_splits()}
 
-        It is above 0 because samples are finite, and about twice that of n against n pictures.
+    def floor(self) -> float:
+        """Frechet distance of the two halves: the distance of n / 2 equally good images.
+
+        It is above 0 because samples are finite, and about twice that of n against n images.
         """
         assert self._halves is not None  # the constructor was told
         a, b = self._halves
         return frechet_distance(a.gaussian(), b.gaussian())
 
 
-def named(figure: str, network: FeatureNetwork) -> str:
-    """Key of a figure: `fid[inception]`. A figure of one network says nothing about another's."""
-    return f"{figure}[{network.name}]"
+def labelled(figures: Figures, network: FeatureNetwork, plain: str) -> Figures:
+    """Figures under their network's name, `fid[inception]`: those of two cannot be compared.
 
-
-def scores(measured: Measurement) -> Figures:
-    """`is` over one split and `is10` over ten, under the network's name."""
-    if measured.score is None:
-        return {}
-    return {
-        named("is", measured.network): measured.score.one_split(),
-        named("is10", measured.network): measured.score.ten_splits(),
-    }
-
-
-def plain_name(figures: Figures, network: FeatureNetwork, name: str) -> Figures:
-    """Add the literature's name ("rFID", "gFID") for the one network that may bear it."""
-    if network.name == INCEPTION:
-        figures[name] = figures[named("fid", network)]
-    return figures
+    Args:
+        figures: `fid` among them.
+        network: that they come from.
+        plain: the literature's name of `fid`, which Inception alone may bear.
+    """
+    named = {f"{name}[{network.name}]": value for name, value in figures.items()}
+    return named | ({plain: figures["fid"]} if network.name == INCEPTION else {})
 
 
 def warn_if_sorted(labels: Tensor) -> None:
-    """Warn when pictures lie in the order of their classes, which ruins the score in ten splits.
+    """Warn when images lie sorted by class, which makes the score in ten splits far too low.
 
     Args:
         labels: (n,) classes in file order.
@@ -129,7 +125,7 @@ def warn_if_sorted(labels: Tensor) -> None:
         # random and interleaved orders show at least 63 % of what a tenth has room for
         if len(part.unique()) < min(classes, len(part)) / 2:
             warnings.warn(
-                f"the pictures seem sorted by class: a tenth of them shows {len(part.unique())} of "
+                f"the images seem sorted by class: a tenth of them shows {len(part.unique())} of "
                 f"{classes} classes. The class score in ten splits (is10) is far too low then; "
                 "the Frechet distance does not depend on the order",
                 stacklevel=2,

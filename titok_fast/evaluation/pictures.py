@@ -1,4 +1,4 @@
-"""Sets of pictures to measure: in memory, in folders, of data sources, drawn by a pipeline.
+"""Sets of images to measure: in memory, in files, of data sources, drawn by a pipeline.
 
 Each has a fixed order, for the Inception Score in ten splits depends on it.
 """
@@ -13,22 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titok_fast.data.sources import BadRecord, Source
+from titok_fast.data.sources import BadRecord, FolderSource, Source, fashion_mnist
+from titok_fast.data.webdataset import WebDatasetSource
 from titok_fast.distributed import my_share
 from titok_fast.io.images import list_images, load_image, to_tensor, to_uint8
+from titok_fast.io.npz import Batch, NpzPictures, as_batch, check_pixels
 from titok_fast.io.sample_folder import MANIFEST
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.sampling.unmask import sample_seeds
 
-Batch = tuple[Tensor, Tensor | None]
+LOCATIONS = (
+    "an .npz file (arr_0), a folder of images, a folder of sub-folders (one per class), "
+    "fashion-mnist:train, fashion-mnist:eval, or webdataset:PATTERN"
+)
 _LABELLED = re.compile(r"\d+_(\d+)\.png")  # what `titok-fast sample` writes
 
 
 class Pictures(Protocol):
-    """Pictures 0..n-1 of one size, perhaps with their classes."""
+    """Images 0..n-1 of one size, perhaps with their classes."""
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
 
     def read(self, part: range) -> Batch:
         """A run of them.
@@ -42,7 +47,7 @@ class Pictures(Protocol):
 
 
 def batches(pictures: Pictures, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """This rank's share, as (index of the first picture, pictures, classes)."""
+    """This rank's share, as (index of the first image, images, classes)."""
     share = my_share(len(pictures))
     for first in range(share.start, share.stop, batch_size):
         images, labels = pictures.read(range(first, min(first + batch_size, share.stop)))
@@ -50,7 +55,7 @@ def batches(pictures: Pictures, batch_size: int) -> Iterator[tuple[int, Tensor, 
 
 
 class ArrayPictures:
-    """Pictures in memory.
+    """Images in memory.
 
     Args:
         images: (n, H, W, 3) uint8.
@@ -71,27 +76,26 @@ class ArrayPictures:
 
     def read(self, part: range) -> Batch:
         """See Pictures."""
-        cut = slice(part.start, part.stop)
-        return as_batch(self.images[cut], None if self.labels is None else self.labels[cut])
+        rows = slice(part.start, part.stop)
+        return as_batch(self.images[rows], None if self.labels is None else self.labels[rows])
 
 
 class FolderPictures:
-    """The picture files of a folder, sorted by name. Classes where `titok_fast` wrote the files.
+    """The image files of a folder, sorted by name. Classes where `titok_fast` wrote the files.
 
     Args:
         folder: holds jpg, jpeg, png or webp files, at any depth.
-        size: side in pixels to resize and crop to; None takes the pictures as they are, which must
+        size: side in pixels to resize and crop to; None takes the images as they are, which must
             then all be of one size.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no picture there.
+        ValueError: no image there.
     """
 
     def __init__(self, folder: str | Path, size: int | None = None) -> None:
-        self.folder, self.size = Path(folder), size
-        self.paths = list_images(folder)
-        self._labels = _folder_labels(self.folder, self.paths)
+        self.size, self.paths = size, list_images(folder)
+        self._labels = _folder_labels(Path(folder), self.paths)
         self._first = load_image(self.paths[0]).size
 
     def __len__(self) -> int:
@@ -101,28 +105,41 @@ class FolderPictures:
         """See Pictures.
 
         Raises:
-            ValueError: an unreadable picture, or one of another size.
+            ValueError: an unreadable image, or one of another size.
         """
-        cut = slice(part.start, part.stop)
-        labels = None if self._labels is None else self._labels[cut]
+        rows = slice(part.start, part.stop)
+        labels = None if self._labels is None else self._labels[rows]
         if self.size is not None:
-            images = to_uint8(to_tensor(self.paths[cut], self.size), rounding="round")
+            images = to_uint8(to_tensor(self.paths[rows], self.size), rounding="round")
             return as_batch(images.numpy(), labels)
-        pixels = [np.asarray(self._load(path)) for path in self.paths[cut]]
-        return as_batch(np.stack(pixels), labels)
+        return as_batch(np.stack([self._load(path) for path in self.paths[rows]]), labels)
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path) -> np.ndarray:
         image = load_image(path)
         if image.size != self._first:
-            raise ValueError(f"{path} is {image.size}, the first picture {self._first}: one size")
-        return image
+            raise ValueError(
+                f"{path} is {image.size}, the first image {self._first}: resize them, or say the "
+                "size to bring them to"
+            )
+        return np.asarray(image)
+
+
+def _folder_labels(folder: Path, paths: list[Path]) -> np.ndarray | None:
+    matches = [_LABELLED.fullmatch(path.name) for path in paths]
+    if all(matches):
+        return np.array([int(match[1]) for match in matches if match])
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return np.array([int(path.stem) for path in paths]) % int(manifest["classes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # images from elsewhere
 
 
 class SourcePictures:
     """Records of a training source through the evaluation's resize and crop.
 
     Args:
-        source: of pictures.
+        source: of images.
         size: side S in pixels.
     """
 
@@ -138,20 +155,19 @@ class SourcePictures:
         Raises:
             ValueError: a damaged record. None is skipped: that would be another set.
         """
-        images, labels = [], []
+        records = []
         for index in part:
             try:
-                record: Any = self.source.read(index)
+                records.append(self.source.read(index))
             except BadRecord as error:
                 raise ValueError(f"{self.source.name(index)}: {error}") from error
-            images.append(record.image)
-            labels.append(record.label)
-        pixels = to_uint8(to_tensor(images, self.size), rounding="round")
-        return pixels, torch.tensor(labels, dtype=torch.int64)
+        images = to_tensor([record.values for record in records], self.size)
+        labels = torch.tensor([record.label for record in records], dtype=torch.int64)
+        return to_uint8(images, rounding="round"), labels
 
 
 class DrawnPictures:
-    """What a pipeline draws, as `sample_many`: picture i shows class i % classes.
+    """What a pipeline draws, as `titok-fast sample`: image i shows class i % classes.
 
     Args:
         pipe: with a generator.
@@ -186,24 +202,53 @@ class DrawnPictures:
         return pixels, labels
 
 
-def _folder_labels(folder: Path, paths: list[Path]) -> np.ndarray | None:
-    matches = [_LABELLED.fullmatch(path.name) for path in paths]
-    if all(matches):
-        return np.array([int(match[1]) for match in matches if match])
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return np.array([int(path.stem) for path in paths]) % int(manifest["classes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # pictures from elsewhere
+def find_source(location: str) -> tuple[Source, int | None] | None:
+    """A source of labelled images, and its number of classes if that is known.
+
+    Args:
+        location: one of the last four `LOCATIONS`; None comes back for the others.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: damaged files.
+    """
+    kind, _, rest = location.partition(":")
+    if kind == "fashion-mnist":
+        split, _, folder = rest.partition(":")
+        return fashion_mnist(split or "eval", folder or None), 10
+    if kind == "webdataset":
+        return WebDatasetSource(rest), None
+    path = Path(location)
+    entries = [p for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else []
+    if not entries or not all(entry.is_dir() for entry in entries):
+        return None
+    source = FolderSource(path)
+    return source, source.num_classes
 
 
-def check_pixels(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """ValueError unless an array holds pictures (n, H, W, 3) uint8."""
-    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not shape[0]:
-        raise ValueError(f"{name} wants pictures (n, H, W, 3) uint8; got {shape} {dtype}")
+def open_pictures(location: str, size: int | None = None) -> Pictures:
+    """Images in a fixed order.
 
+    Args:
+        location: one of `LOCATIONS`.
+        size: side in pixels to resize and crop to. None takes a flat folder's images as they are,
+            and is an error where images may be of any size.
 
-def as_batch(images: np.ndarray, labels: np.ndarray | None) -> Batch:
-    """Arrays as `Pictures.read` gives them, in new memory."""
-    pixels = torch.from_numpy(np.array(images))  # a copy: torch wants memory it may write
-    return pixels, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no images there, or an archive of another size.
+    """
+    if location.lower().endswith(".npz"):
+        archive = NpzPictures(location)
+        if size is not None and archive.shape[1:3] != (size, size):
+            got = archive.shape[1:3]
+            raise ValueError(f"{location} holds {got} pixels; wanted {size} x {size}")
+        return archive
+    found = find_source(location)
+    if found is None:
+        return FolderPictures(location, size)
+    if location.startswith("fashion-mnist"):
+        size = size or 32
+    if size is None:
+        raise ValueError(f"{location} holds images of any size: say which with --size")
+    return SourcePictures(found[0], size)

@@ -1,13 +1,12 @@
-"""Linear probing: how much a frozen encoder's latents say about the class.
+"""Linear probing: how well a linear classifier on a frozen encoder's latents finds the class.
 
 Spec: the paper names MAE's recipe (arXiv:2111.06377, code facebookresearch/mae): BatchNorm without
-affine, a linear layer, LARS. What it does not say is which features go in: that is an argument.
+affine, a linear layer, LARS. Which features go in it does not say: that is an argument.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from titok_fast.distributed import gather_rows, my_share, sum_over_ranks
 from titok_fast.evaluation.measure import Figures
 from titok_fast.evaluation.pictures import Pictures, batches
 from titok_fast.io.images import to_tensor
+from titok_fast.models.packages import package
 from titok_fast.models.tokenizer import TiTok
 
 LAYERS = ("latents", "codes")
@@ -30,8 +30,8 @@ _TRUST = 0.001  # LARS: step length as a share of the weights' length, MAE's val
 class ProbeConfig:
     """Settings; the defaults are MAE's for ImageNet. Small data want a smaller batch.
 
-    BatchNorm's running mean follows the features with a memory of ten steps, and the weights turn
-    by a share of their length each step: fewer than some fifty steps in all tell little.
+    Fewer than about fifty steps say little: BatchNorm's running mean averages over ten steps, and
+    LARS moves the weights by a fixed share of their length each step.
 
     Attributes:
         layer: "latents", the D-wide latents after the encoder's last norm, or "codes", the C-wide
@@ -39,12 +39,12 @@ class ProbeConfig:
             tokens. The paper does not say which it used.
         epochs: passes over the training data.
         warmup_epochs: linear, from 0; then half a cosine down to 0.
-        base_learning_rate: per 256 pictures of a batch.
-        batch_size: pictures per step, of all ranks together; at most the training set.
+        base_learning_rate: per 256 images of a batch.
+        batch_size: images per step, of all ranks together; at most the training set.
         weight_decay, momentum: of LARS.
-        augment: random resized crop and flip, drawn anew each epoch, so that each picture is
+        augment: random resized crop and flip, drawn anew each epoch, so that each image is
             encoded in each epoch; else the evaluation's crop, encoded once.
-        encode_batch_size: pictures in the encoder at once.
+        encode_batch_size: images in the encoder at once.
         seed: of order, crops and the head.
     """
 
@@ -70,7 +70,8 @@ class ProbeConfig:
 class LARS(torch.optim.Optimizer):
     """Momentum SGD whose matrices move by a fixed share of their length (arXiv:1708.03888).
 
-    As in MAE's code: vectors get neither that nor weight decay.
+    As in MAE's code: vectors get neither that nor weight decay. Not timm's, which the package does
+    not depend on.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class LARS(torch.optim.Optimizer):
 
 @torch.no_grad()
 def probe_features(tokenizer: TiTok, images: Tensor, layer: str) -> Tensor:
-    """What the linear layer is given.
+    """Inputs of the linear layer.
 
     Args:
         tokenizer: its encoder is used as it is.
@@ -134,8 +135,8 @@ def linear_probe(
 
     Args:
         tokenizer: frozen.
-        train: pictures with classes 0..classes-1, of any size.
-        test: pictures with classes, of the tokenizer's size.
+        train: images with classes 0..classes-1, of any size.
+        test: images with classes, of the tokenizer's size.
         classes: their number.
         config: None for MAE's settings.
         progress: called with 1 after each epoch.
@@ -144,16 +145,15 @@ def linear_probe(
         `probe_top1` and `probe_top5` in [0, 1], and `probe_epochs`.
 
     Raises:
-        ValueError: an unknown layer, or pictures without a class.
+        ValueError: an unknown layer, or images without a class.
         ImportError: torchvision, which draws the crops, is missing.
     """
     config = config or ProbeConfig()
-    size, count = tokenizer.config.crop_size, len(train)
+    device, count = tokenizer.latent_tokens.device, len(train)
     batch = min(config.batch_size, count)
-    crop = _random_crop(size) if config.augment else None
+    crop = _random_crop(tokenizer.config.crop_size) if config.augment else None
     cached = None if crop else _encode(tokenizer, train, range(count), config)
-    head = _Head(_width(tokenizer, config.layer), classes, config.seed)
-    head.to(tokenizer.latent_tokens.device)
+    head = _head(_width(tokenizer, config.layer), classes, config.seed).to(device)
     optimizer = LARS(
         head.parameters(), lr=0.0, weight_decay=config.weight_decay, momentum=config.momentum
     )
@@ -173,13 +173,12 @@ def linear_probe(
     return _test(tokenizer, test, head.eval(), config) | {"probe_epochs": float(config.epochs)}
 
 
-class _Head(nn.Sequential):
-    def __init__(self, width: int, classes: int, seed: int) -> None:
-        linear = nn.Linear(width, classes)
-        drawn = torch.Generator().manual_seed(seed)
-        nn.init.trunc_normal_(linear.weight, std=0.01, generator=drawn)
-        nn.init.zeros_(linear.bias)
-        super().__init__(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
+def _head(width: int, classes: int, seed: int) -> nn.Module:
+    linear = nn.Linear(width, classes)
+    drawn = torch.Generator().manual_seed(seed)
+    nn.init.trunc_normal_(linear.weight, std=0.01, generator=drawn)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
 
 
 def _width(tokenizer: TiTok, layer: str) -> int:
@@ -188,7 +187,7 @@ def _width(tokenizer: TiTok, layer: str) -> int:
 
 
 def _order(count: int, batch: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Batches of an epoch; what does not fill one is left out."""
+    """Whole batches of an epoch."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_seed(seed, epoch)))
     yield from order[: count - count % batch].split(batch)
 
@@ -210,69 +209,57 @@ def _rate(epoch: float, batch: int, config: ProbeConfig) -> float:
 def _encode(
     tokenizer: TiTok,
     source: Source,
-    rows: Any,
+    rows: Sequence[int],
     config: ProbeConfig,
     crop: Callable[[np.ndarray, int], Tensor] | None = None,
     epoch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Features (n, d) and labels (n,) of records; each rank encodes its share of them."""
-    share, size = my_share(len(rows)), tokenizer.config.crop_size
-    features, labels = [], []
+    share, device = my_share(len(rows)), tokenizer.latent_tokens.device
+    width = _width(tokenizer, config.layer)
+    features, labels = [torch.empty(0, width, device=device)], list[int]()
     for first in range(share.start, share.stop, config.encode_batch_size):
-        part = [rows[i] for i in share[first - share.start :][: config.encode_batch_size]]
-        records: list[Any] = [source.read(int(row)) for row in part]
+        part = rows[first : min(first + config.encode_batch_size, share.stop)]
+        records = [source.read(row) for row in part]
         if crop is None:
-            images = to_tensor([record.image for record in records], size)
+            images = to_tensor([record.values for record in records], tokenizer.config.crop_size)
         else:
-            seeds = [_seed(config.seed, epoch, int(row)) for row in part]
-            images = torch.stack([crop(r.image, s) for r, s in zip(records, seeds, strict=True)])
+            seeds = [_seed(config.seed, epoch, row) for row in part]
+            images = torch.stack([crop(r.values, s) for r, s in zip(records, seeds, strict=True)])
         features.append(probe_features(tokenizer, images, config.layer))
         labels += [record.label for record in records]
-    device = tokenizer.latent_tokens.device
-    width = _width(tokenizer, config.layer)
-    mine = torch.cat(features) if features else torch.empty(0, width, device=device)
-    own_labels = torch.tensor(labels, dtype=torch.int64, device=device)
-    total = len(rows)
-    return gather_rows(mine, share.start, total), gather_rows(own_labels, share.start, total)
+    classes = torch.tensor(labels, dtype=torch.int64, device=device)
+    parts = torch.cat(features), classes
+    return tuple(gather_rows(part, share.start, len(rows)) for part in parts)  # type: ignore[return-value]
 
 
 def _random_crop(size: int) -> Callable[[np.ndarray, int], Tensor]:
-    """MAE's training view: a random part, resized (bicubic, antialiased), mirrored half the time.
+    """MAE's training view: random part, bicubic and antialiased resize, mirrored half the time.
 
     Returns:
         (H, W, 3) uint8 and a seed -> (3, S, S) float32 in [0, 1].
-
-    Raises:
-        ImportError: torchvision is missing.
     """
-    try:
-        transforms: Any = import_module("torchvision.transforms.v2")
-    except ImportError as error:
-        raise ImportError("linear probing needs torchvision: install titok_fast[eval]") from error
+    transforms = package("torchvision.transforms.v2")
     bicubic = transforms.InterpolationMode.BICUBIC
-    view = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, interpolation=bicubic, antialias=True),
-            transforms.RandomHorizontalFlip(),
-        ]
-    )
+    crop = transforms.RandomResizedCrop(size, interpolation=bicubic, antialias=True)
+    view = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
 
     def draw(image: np.ndarray, seed: int) -> Tensor:
-        # torchvision draws from the global stream: lend it one of this picture's own
+        # torchvision draws from the global generator: seed a fork of it for this image
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            cut: Tensor = view(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
-        return cut.float() / 255
+            pixels: Tensor = view(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
+        return pixels.float() / 255
 
     return draw
 
 
 @torch.no_grad()
 def _test(tokenizer: TiTok, test: Pictures, head: nn.Module, config: ProbeConfig) -> Figures:
-    right = torch.zeros(3, dtype=torch.float64)  # at rank 1, up to rank 5, pictures
+    right = torch.zeros(3, dtype=torch.float64)  # at rank 1, up to rank 5, images
     for _, images, labels in batches(test, config.encode_batch_size):
         if labels is None:
-            raise ValueError("linear probing wants test pictures with classes; these have none")
+            raise ValueError("linear probing wants test images with classes; these have none")
         pixels = images.permute(0, 3, 1, 2).float() / 255
         logits = head(probe_features(tokenizer, pixels, config.layer))
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()

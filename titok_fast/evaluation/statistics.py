@@ -1,17 +1,23 @@
-"""What is computed from features: Frechet distance, class score, precision and recall, code use.
+"""What is computed from features: Frechet distance, class score, precision and recall.
 
 Sums run in float64 and are added up over batches and ranks, so nothing but precision and recall
 needs all features at once. Sources: arXiv:1706.08500 (Frechet distance), 1606.03498 (Inception
 Score), 1904.06991 (precision, recall); details as in openai/guided-diffusion's evaluator ("ADM").
 """
 
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from titok_fast.distributed import sum_over_ranks
+from titok_fast.io.files import write_atomic
+from titok_fast.io.npz import open_npz, read_array
 
+ADM_NETWORK = "inception"  # what statistics are of where the file does not say
 SPLITS = 10  # ADM's protocol
 NEIGHBOURS = 3  # ADM's k
 
@@ -31,12 +37,72 @@ class Gaussian:
     count: int = 0
 
 
-class FeatureSums:
+def read_statistics(path: str | Path) -> tuple[Gaussian, str] | None:
+    """`mu` and `sigma` of a .npz file, and the name of the network they are of.
+
+    Returns:
+        None for a file without `mu`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, no archive, or arrays of shapes that do not fit.
+    """
+    with open_npz(path) as archive:
+        names = archive.namelist()
+        if "mu.npy" not in names:
+            return None
+        try:
+            mean, covariance = read_array(archive, "mu"), read_array(archive, "sigma")
+            network = read_array(archive, "network") if "network.npy" in names else ADM_NETWORK
+            count = int(read_array(archive, "count")) if "count.npy" in names else 0
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} does not hold readable statistics: {error}") from error
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        got = f"{mean.shape} and {covariance.shape}"
+        raise ValueError(f"{path} wants mu (d,) and sigma (d, d); got {got}")
+    tensors = [torch.from_numpy(x.astype(np.float64)) for x in (mean, covariance)]
+    return Gaussian(tensors[0], tensors[1], count), str(network)
+
+
+def write_statistics(path: str | Path, statistics: Gaussian, network: str) -> None:
+    """Write `mu` and `sigma` as ADM's files have them, with the network's name, atomically.
+
+    Args:
+        path: name ending in .npz, in a folder that exists.
+        statistics: of the features.
+        network: name of the network they are of.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the file cannot be written.
+    """
+    if Path(path).suffix.lower() != ".npz":
+        raise ValueError(f"statistics want a file name ending in .npz; got {path}")
+    arrays = {
+        "mu": statistics.mean.numpy(),
+        "sigma": statistics.covariance.numpy(),
+        "network": np.array(network),
+        "count": np.int64(statistics.count),
+    }
+    write_atomic(path, lambda part: np.savez(part, **arrays))  # type: ignore[arg-type]
+
+
+class _Sums:
+    """Tensors that are added up over batches, then over ranks."""
+
+    def merge_ranks(self) -> None:
+        """Sum over ranks; every rank gets the result."""
+        for sums in vars(self).values():
+            if isinstance(sums, Tensor):
+                sum_over_ranks(sums)
+
+
+class FeatureSums(_Sums):
     """Sums from which the mean and the covariance follow.
 
     Args:
         dim: d, number of features.
-        device: where the sums are kept.
+        device: of the sums.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -50,11 +116,6 @@ class FeatureSums:
         self.count += len(x)
         self.total += x.sum(dim=0)
         self.outer.addmm_(x.T, x)
-
-    def merge_ranks(self) -> None:
-        """Make the sums of all ranks everybody's."""
-        for sums in (self.count, self.total, self.outer):
-            sum_over_ranks(sums)
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance of what was added.
@@ -76,9 +137,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance of two Gaussians; 0 where they are equal.
 
     The trace of the square root of A B is taken as the sum of the roots of the eigenvalues of
-    A^1/2 B A^1/2, which are the same. That matrix is symmetric and has no negative eigenvalue but
-    by rounding, so a singular covariance needs neither the eps on the diagonal that evaluators add
-    where scipy's sqrtm fails, nor a limit on imaginary parts.
+    A^1/2 B A^1/2, which are the same. That matrix is symmetric and has negative
+    eigenvalues only by rounding, so a singular covariance needs neither the eps that evaluators add
+    to the diagonal where scipy's sqrtm fails, nor a limit on imaginary parts.
 
     Raises:
         ValueError: another number of features.
@@ -95,14 +156,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float((a.mean - b.mean).square().sum() + traces - 2 * product.sqrt().sum())
 
 
-class ClassScore:
+class ClassScore(_Sums):
     """The Inception Score of any classifier: exp of the mean KL from the mean prediction.
 
     Args:
         total: number of images in the whole evaluation; the tenths of ten-split scores are tenths
             of it in file order.
         classes: number of logits.
-        device: where the sums are kept.
+        device: of the sums.
     """
 
     def __init__(self, total: int, classes: int, device: torch.device | str = "cpu") -> None:
@@ -115,16 +176,11 @@ class ClassScore:
         """Add (B, classes) logits of the images `first`, `first` + 1, ... in file order."""
         log_p = logits.to(self.probability).log_softmax(dim=1)
         index = torch.arange(first, first + len(logits), device=log_p.device)
-        # image i lies in the split whose borders are floor(s * total / 10)
+        # splits begin at floor(s * total / 10)
         split = ((index + 1) * SPLITS - 1) // self.total
         self.count.index_add_(0, split, torch.ones_like(log_p[:, 0]))
         self.probability.index_add_(0, split, log_p.exp())
         self.negentropy.index_add_(0, split, (log_p.exp() * log_p).sum(dim=1))
-
-    def merge_ranks(self) -> None:
-        """Make the sums of all ranks everybody's."""
-        for sums in (self.count, self.probability, self.negentropy):
-            sum_over_ranks(sums)
 
     def one_split(self) -> float:
         """Over all images, as in the published reconstruction evaluation."""

@@ -7,8 +7,7 @@ write the same file, so any number of them may share a folder, on network file s
 import json
 import re
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -204,63 +203,3 @@ def clean(folder: Path) -> None:
     for path in folder.iterdir():
         if _PART.fullmatch(path.name):
             path.unlink(missing_ok=True)
-
-
-def archive_exists(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the archive of this very run is there already.
-
-    Args:
-        path: of the archive.
-        manifest: as `write_archive` was given.
-
-    Raises:
-        FileExistsError: another file is there.
-    """
-    if not path.exists():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = json.loads(archive.comment)
-    except (OSError, ValueError, zipfile.BadZipFile):
-        found = None
-    if found != manifest:
-        raise FileExistsError(f"{path} exists and is not of this run: choose another name")
-    return True
-
-
-def write_archive(
-    path: Path,
-    pictures: Iterable[np.ndarray],
-    size: int,
-    manifest: dict[str, Any],
-    progress: Callable[[int], object],
-) -> None:
-    """Write an `.npz` with one array `arr_0`, a picture in memory at a time, atomically.
-
-    The manifest is the archive's comment, which readers of arrays do not see: it tells a later run
-    that its work is done.
-
-    Args:
-        path: name ending in .npz, in a folder that exists.
-        pictures: arrays (S, S, 3) uint8 in index order, as many as the manifest's `num`.
-        size: S.
-        manifest: plain JSON values, under 65536 bytes in all.
-        progress: called with the number of pictures written since the last call.
-
-    Raises:
-        OSError: it cannot be written; nothing is left.
-    """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (manifest["num"], size, size, 3)}
-
-    def fill(part: Path) -> None:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-            archive.comment = json.dumps(manifest).encode()
-            # a ZipInfo carries no clock time, so equal pictures give equal bytes
-            entry = zipfile.ZipInfo("arr_0.npy")
-            with archive.open(entry, "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for picture in pictures:
-                    member.write(np.ascontiguousarray(picture).data)
-                    progress(1)
-
-    write_atomic(path, fill)
