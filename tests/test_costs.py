@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
 from titok_fast.costs import (
     DEVICES,
+    Cost,
     decoding_costs,
     generation_costs,
     generator_cost,
@@ -22,7 +23,6 @@ from titok_fast.costs import (
     speed_of_light,
     tokenizer_costs,
 )
-from titok_fast.layer_costs import Cost
 from titok_fast.models import tokenizer
 from titok_fast.models import vqgan as maskgit_vqgan
 from titok_fast.models.generator import generator_class

@@ -30,7 +30,8 @@ from titok_fast.backends.cpu_packed import (
 )
 from titok_fast.backends.techniques import TECHNIQUES
 from titok_fast.config import VQGANConfig
-from titok_fast.models.attention import attend, drop_mask
+from titok_fast.models.attention import attend
+from titok_fast.models.attention_cpu import dropout_mask
 from titok_fast.models.blocks import Mlp
 from titok_fast.models.vqgan import NormSiLU, PixelDecoder, _channels_last, upsample_conv
 
@@ -79,7 +80,7 @@ def test_products_drop_weights(B: int) -> None:
     torch.manual_seed(7)
     got = attend(qkv, "products", dropout)
     torch.manual_seed(7)
-    kept, factor = drop_mask((B, H, L, L), dropout, qkv.device)
+    kept, factor = dropout_mask((B, H, L, L), dropout, qkv.device)
     assert kept is not None
     assert factor == 1 / (1 - dropout)
     assert abs(float(kept.float().mean()) - 0.7) < 0.01
@@ -94,21 +95,21 @@ def test_products_drop_weights(B: int) -> None:
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 1e-9])
 def test_what_dropout_keeps(dropout: float) -> None:
     torch.manual_seed(1)
-    mask, _ = drop_mask((997, 101, 11), dropout, torch.device("cpu"))
+    mask, _ = dropout_mask((997, 101, 11), dropout, torch.device("cpu"))
     assert mask is not None
     kept = mask.double()
     n, p = kept.numel(), 1 - dropout
     assert abs(float(kept.mean()) - p) <= 4 * (p * dropout / n) ** 0.5 + 2**-17
     a, b = kept.flatten()[:-1], kept.flatten()[1:]  # neighbours come from the same number
     assert abs(float((a * b).mean() - a.mean() * b.mean())) < 4 * p * dropout / n**0.5 + 1e-12
-    other, _ = drop_mask((997, 101, 11), dropout, torch.device("cpu"))
+    other, _ = dropout_mask((997, 101, 11), dropout, torch.device("cpu"))
     torch.manual_seed(1)
-    again, _ = drop_mask((997, 101, 11), dropout, torch.device("cpu"))
+    again, _ = dropout_mask((997, 101, 11), dropout, torch.device("cpu"))
     assert other is not None
     assert again is not None
     assert torch.equal(mask, again)
     assert torch.equal(mask, other) == (dropout < 1e-6)  # torch's generator goes on
-    none, _ = drop_mask((0, 3), dropout, torch.device("cpu"))
+    none, _ = dropout_mask((0, 3), dropout, torch.device("cpu"))
     assert none is not None
     assert none.shape == (0, 3)
 

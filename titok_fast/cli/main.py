@@ -17,7 +17,7 @@ from titok_fast.cli import images as cli_commands
 from titok_fast.cli.info import info
 from titok_fast.cli.options import add_running, add_sampling, add_weights, labels, positive
 from titok_fast.config import __version__
-from titok_fast.layer_costs import DTYPE_BYTES
+from titok_fast.costs import DTYPE_BYTES
 from titok_fast.models.attention import BackendError
 from titok_fast.presets import PRESETS
 
