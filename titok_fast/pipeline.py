@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titok_fast.backends.compile_cache import keep_compiled
+from titok_fast.backends.compile_cache import use_cache_dir
 from titok_fast.backends.cuda_graph import GraphDraw
 from titok_fast.backends.techniques import (
     apply_techniques,
@@ -168,7 +168,7 @@ class TiTokPipeline(Coder):
                 "int8", the fastest on a CPU with VNNI, loses a little precision.
             cache_dir: where "inductor" and "int8" keep compiled code for later processes; by
                 default titok_fast/inductor in the user's cache folder. TORCHINDUCTOR_CACHE_DIR
-                wins, and so does a folder that this process has used before: see warm.py.
+                wins, and so does a folder that this process has used before: see backends/compile_cache.py.
             **options: of torch.compile, for "inductor"; the first call of each shape is slow.
 
         Raises:
@@ -180,7 +180,7 @@ class TiTokPipeline(Coder):
             raise ValueError(f"this pipeline is compiled already: {', '.join(self.techniques)}")
         check_techniques(techniques, self.device.type, self.tokenizer.dtype, options)
         if "inductor" in techniques or "int8" in techniques:
-            keep_compiled(cache_dir)
+            use_cache_dir(cache_dir)
         networks = [self.tokenizer, *([] if self.generator is None else [self.generator])]
         apply_techniques(networks, techniques)
         if "inductor" in techniques:

@@ -240,7 +240,8 @@ def plain_decoder(decoder: PixelDecoder, codes: Tensor) -> Tensor:
         for block in decoder.up[i].block:
             x = plain_block(block, x)
         if i > 0:
-            x = decoder.up[i].upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            conv, x = decoder.up[i].upsample_conv, F.interpolate(x, scale_factor=2.0)
+            x = F.conv2d(x, conv.weight, conv.bias, padding=1)
     norm = decoder.norm_out
     return decoder.conv_out(F.silu(F.group_norm(x, 32, norm.weight, norm.bias, 1e-6)))
 

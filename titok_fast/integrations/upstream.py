@@ -77,7 +77,14 @@ class FastWideningBlock(Fast, nn.Module):
 class FastLevel(Fast, nn.Module):
     """A resolution that upsamples at its end: four small convolutions for one large."""
 
-    forward = vqgan.Level.forward
+    block: nn.ModuleList
+    upsample_conv: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, 2H, 2W)."""
+        for block in self.block:
+            x = block(x)
+        return vqgan.upsample_conv(x, self.upsample_conv.weight, self.upsample_conv.bias)
 
 
 class FastLastLevel(Fast, nn.Module):

@@ -127,7 +127,7 @@ class PretrainedModel(nn.Module):
 
     config_class: ClassVar[type]
     config: Any
-    packed = False  # the fast mode has replaced layers by ones without parameters
+    inference_only = False  # `pack` has replaced layers by ones without parameters
 
     @property
     def kind(self) -> str:
@@ -197,10 +197,10 @@ class PretrainedModel(nn.Module):
         """Write `config.json` and `model.safetensors` (upstream's names, float32), each atomically.
 
         Raises:
-            ValueError: the model is packed for inference.
+            ValueError: the fast mode has replaced layers.
             OSError: the directory cannot be written; files already there stay as they were.
         """
-        if self.packed:
+        if self.inference_only:
             raise ValueError(
                 "a compiled model has no weights to save: save it before compile, or load it again"
             )
