@@ -234,7 +234,7 @@ def _channels_last(x: Tensor) -> Tensor:
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest x2 upsampling, then a 3x3 convolution with zero padding 1.
 
-    Of the 9 products of an output pixel, some meet the same input pixel: adding their weights first
+    Of an output pixel's 9 weights some meet the same input pixel: adding those weights first
     leaves a 2x2 convolution for each of the four output phases, 4/9 of the multiplications.
 
     Args:
