@@ -1,4 +1,4 @@
-"""The passes between two products: against their definitions, and how their library is made."""
+"""The fused ops between int8 matmuls: against their definitions, and how they are compiled."""
 
 import subprocess
 import sys

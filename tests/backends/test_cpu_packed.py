@@ -36,7 +36,7 @@ from titok_fast.models.blocks import Mlp
 from titok_fast.models.vqgan import NormSiLU, PixelDecoder, _channels_last, upsample_conv
 
 DTYPES = (torch.float32, torch.bfloat16)
-# float32 products in another order; bfloat16: the plain Mlp rounds once more, before GELU
+# float32 sums in another order; bfloat16: the plain Mlp rounds once more, before GELU
 NEAR = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 
 
@@ -57,7 +57,7 @@ def layer(D: int, E: int, dtype: torch.dtype, *, bias: bool = True) -> nn.Linear
     "shape",
     [(1, 1, 2, 8), (2, 33, 4, 48), (3, 289, 2, 64), (13, 257, 4, 16), (2, 1030, 2, 8)],
 )
-def test_products_are_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_matmuls_are_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     B, L, H, d = shape
     qkv = torch.randn(B, L, 3, H, d).to(dtype)
     want = attend(qkv.double())
@@ -243,7 +243,7 @@ def test_int8_draws_nearly_the_same(model_type: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:no C.. compiler")
 @pytest.mark.parametrize("mode", ["default", "int8"])
-def test_compiled_passes_draw_what_the_eager_ones_do(
+def test_compiled_ops_draw_what_the_eager_ones_do(
     monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     assert compiled_ops() is not None
