@@ -5,8 +5,8 @@ folds some of it away), so that rates of different implementations compare. Matm
 and attention count, one multiply-add as 2 FLOPs; the draw, norms, activations and sums (about 1 %)
 do not. All costs are of one image.
 
-Counted by formulas: torch's FlopCounterMode finds the same on meta modules (tests/test_costs.py),
-but takes seconds for all presets and does not count activations.
+By formulas: torch's FlopCounterMode on meta modules finds the same FLOPs (tests/test_costs.py), but
+takes seconds for all presets and counts no activations.
 """
 
 from dataclasses import dataclass, replace
@@ -120,8 +120,8 @@ def _vit_decoder(cfg: TokenizerConfig) -> Cost:
         head, out = linear(P, D, 2 * D) + linear(P, 2 * D, logits), P * logits
     else:
         head, out = linear(P, D, 3 * p * p) + conv(pixels, 3, 3, 3), 3 * pixels
-    cost = linear(K, cfg.token_size, D) + _vit(cfg, D, layers, P) + head
-    cost += Cost(parameters=D)  # the mask token
+    mask_token = Cost(parameters=D)
+    cost = linear(K, cfg.token_size, D) + mask_token + _vit(cfg, D, layers, P) + head
     return replace(cost, boundary=K * cfg.token_size + out)
 
 
@@ -229,11 +229,8 @@ def generation_costs(
 
 def parameters(config: TokenizerConfig) -> dict[str, int]:
     """Parameters of a tokenizer by the top-level names of its state dict."""
-    names = {
-        "vit_decoder": "decoder",
-        "code_search": "quantize",
-        "pixel_codebook": "pixel_quantize",
-    }
+    names = {"vit_decoder": "decoder", "code_search": "quantize"}
+    names["pixel_codebook"] = "pixel_quantize"
     costs = tokenizer_costs(config)
     counts = {names.get(stage, stage): cost.parameters for stage, cost in costs.items()}
     return {"latent_tokens": config.num_latent_tokens * config.encoder_size[0], **counts}
@@ -249,7 +246,7 @@ class Device:
 
 # NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU" and
 # the white paper "Ada GPU Architecture", appendix A; half precision with float32 accumulation.
-# The two A100 differ in memory only. Sheets that print sparse rates are halved.
+# Sheets that print sparse rates are halved.
 DEVICES = {
     name: Device({"bfloat16": half, "float16": half, "tf32": tf32, "float32": float32}, gbps)
     for name, half, tf32, float32, gbps in (
