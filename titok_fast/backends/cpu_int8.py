@@ -23,6 +23,8 @@ from titok_fast.backends.cpu_packed import Layers
 from titok_fast.models.blocks import Mlp
 from titok_fast.models.vqgan import NormSiLU
 
+_NO_EPILOGUE: tuple[str, list[float], str] = ("none", [], "")
+
 
 def int8_layers() -> Layers:
     """The layers of this file, for `pack`; warns where their C++ ops cannot be compiled."""
@@ -60,9 +62,8 @@ class _Int8Matmul(nn.Module):
     def forward(self, x: Tensor, zero: int) -> Tensor:
         """(R, D) uint8 whose zero is `zero` -> (R, E)."""
         weight = self._weight, self._scale, self._zeros
-        after = "none", [], ""
         return torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, zero, *weight, None, 1.0, 0, self.dtype, *after
+            x, 1.0, zero, *weight, None, 1.0, 0, self.dtype, *_NO_EPILOGUE
         )
 
 
@@ -121,10 +122,18 @@ class Int8Conv(nn.Module):
             return torch.cat([self(one) for one in x.split(1)])
         quantized = quantize_image(x) if self._norm is None else norm_silu_quantize(x, *self._norm)
         weight = self._weight, self._scale, self._zeros, self._bias
-        stride, padding, dilation, groups = [1, 1], [1, 1], [1, 1], 1
-        after = "none", [], ""
+        geometry = [1, 1], [1, 1], [1, 1], 1  # stride, padding, dilation, groups
         return torch.ops.onednn.qconv2d_pointwise(
-            *quantized, *weight, stride, padding, dilation, groups, 1.0, 0, self.dtype, *after
+            *quantized,
+            *weight,
+            stride,
+            padding,
+            dilation,
+            groups,
+            1.0,
+            0,
+            self.dtype,
+            *_NO_EPILOGUE,
         )
 
 

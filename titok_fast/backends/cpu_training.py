@@ -116,9 +116,11 @@ def _dtype(weight: Tensor) -> torch.dtype:
 class _Op(Protocol):
     """The op before a Linear: (..., D) x and the tensors it needs besides -> (..., D)."""
 
-    def __call__(self, x: Tensor, *rest: Any) -> Tensor: ...
+    def __call__(self, x: Tensor, /, *rest: Any) -> Tensor: ...
 
-    def back(self, grad: Tensor, needs: list[bool], x: Tensor, *rest: Any) -> tuple[Tensor, Grads]:
+    def back(
+        self, grad: Tensor, needs: list[bool], x: Tensor, /, *rest: Any
+    ) -> tuple[Tensor, Grads]:
         """The result, recomputed, and from its gradient those of x and the other tensors."""
 
 
@@ -142,16 +144,17 @@ class _LayerNorm(NamedTuple):
     eps: float
     returned: bool = False  # beside the Linear's result: the residual needs it too
 
-    def __call__(self, x: Tensor, *norm: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], *norm, self.eps)
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
     def back(
-        self, grad: Tensor, needs: list[bool], x: Tensor, *norm: Tensor
+        self, grad: Tensor, needs: list[bool], x: Tensor, weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Grads]:
         D = x.shape[-1:]
-        h, mean, rstd = torch.native_layer_norm(x, D, *norm, self.eps)
-        grad = grad.to(x.dtype)
-        return h, torch.ops.aten.native_layer_norm_backward(grad, x, D, mean, rstd, *norm, needs)
+        h, mean, rstd = torch.native_layer_norm(x, D, weight, bias, self.eps)
+        return h, torch.ops.aten.native_layer_norm_backward(
+            grad.to(x.dtype), x, D, mean, rstd, weight, bias, needs
+        )
 
 
 class _NormLinearGelu(NamedTuple):
