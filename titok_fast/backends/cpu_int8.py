@@ -124,16 +124,7 @@ class Int8Conv(nn.Module):
         weight = self._weight, self._scale, self._zeros, self._bias
         geometry = [1, 1], [1, 1], [1, 1], 1  # stride, padding, dilation, groups
         return torch.ops.onednn.qconv2d_pointwise(
-            *quantized,
-            *weight,
-            stride,
-            padding,
-            dilation,
-            groups,
-            1.0,
-            0,
-            self.dtype,
-            *_NO_EPILOGUE,
+            *quantized, *weight, *geometry, 1.0, 0, self.dtype, *_NO_EPILOGUE
         )
 
 

@@ -100,7 +100,8 @@ class TiTok(PretrainedModel):
         B, N, H, W = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(B * H * W, N)
         codes = soft_codes(rows, self.pixel_quantize.embedding.weight)  # expectation, not argmax
-        return self.pixel_decoder(codes.view(B, H, W, -1).permute(0, 3, 1, 2))
+        codes = codes.view(B, H, W, self.config.pixel.z_channels)
+        return self.pixel_decoder(codes.permute(0, 3, 1, 2))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens to pixels.
@@ -139,7 +140,7 @@ class TiTok(PretrainedModel):
     def lookup(self, ids: Tensor) -> Tensor:
         """(B, K) valid int64 ids -> (B, C, 1, K) float32 codes. No check, so no host wait."""
         codes = self.quantize.get_codebook_entry(ids.reshape(-1))
-        return codes.view(*ids.shape, -1).transpose(1, 2).unsqueeze(2)
+        return codes.view(*ids.shape, self.config.token_size).transpose(1, 2).unsqueeze(2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """Reconstruct: `decode` of `encode`, with the second value of `encode`."""
