@@ -168,7 +168,7 @@ class TiTokPipeline(Coder):
                 "int8", the fastest on a CPU with VNNI, loses a little precision.
             cache_dir: where "inductor" and "int8" keep compiled code for later processes; by
                 default titok_fast/inductor in the user's cache folder. TORCHINDUCTOR_CACHE_DIR
-                wins, and so does a folder that this process has used before: see backends/compile_cache.py.
+                wins, and so does a folder that this process has used before (compile_cache.py).
             **options: of torch.compile, for "inductor"; the first call of each shape is slow.
 
         Raises:
