@@ -32,8 +32,7 @@ from torch import Tensor
 from titok_fast import TiTokPipeline, preset
 from titok_fast.evaluation.generation import Reference, evaluate_generation, measure_pictures
 from titok_fast.evaluation.networks import FeatureNetwork, open_network
-from titok_fast.evaluation.pictures import Batch, DrawnPictures, Pictures
-from titok_fast.evaluation.pictures import open_pictures
+from titok_fast.evaluation.pictures import Batch, DrawnPictures, Pictures, open_pictures
 from titok_fast.evaluation.reconstruction import evaluate_reconstruction, reconstructor
 from titok_fast.evaluation.statistics import Gaussian, frechet_distance
 from titok_fast.io.images import grid, save_png, to_pil

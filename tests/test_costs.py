@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
 from titok_fast.costs import (
     DEVICES,
+    Cost,
     decoding_costs,
     generation_costs,
     generator_cost,
@@ -22,7 +23,6 @@ from titok_fast.costs import (
     speed_of_light,
     tokenizer_costs,
 )
-from titok_fast.layer_costs import Cost
 from titok_fast.models import tokenizer
 from titok_fast.models import vqgan as maskgit_vqgan
 from titok_fast.models.generator import generator_class
@@ -76,7 +76,7 @@ def counted(work: Callable[[], object]) -> int:
 
 @pytest.fixture
 def unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The networks as published: every product done, none folded into another kernel."""
+    """The networks as published: every matmul done, none folded into another kernel."""
 
     def forward(self: maskgit_vqgan.ResnetBlock, x: Tensor) -> Tensor:
         h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
@@ -200,7 +200,7 @@ def test_passes(changes: dict[str, Any], passes: int) -> None:
     assert generator_passes(SamplingConfig().updated(**changes)) == passes
 
 
-def test_bytes_of_a_product() -> None:
+def test_bytes_of_a_stage() -> None:
     cost = Cost(parameters=100, float32_parameters=10, lookups=40, boundary=7, activations=70)
     assert cost.weight_bytes() == 400
     assert cost.weight_bytes("bfloat16") == 90 * 2 + 10 * 4
@@ -232,9 +232,14 @@ def test_minimum_lies_below_the_layers() -> None:
 
 def test_one_block_by_hand() -> None:
     cfg = GeneratorConfig(
-        hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        image_seq_len=2, codebook_size=5, condition_num_classes=3,
-    )  # fmt: skip
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_seq_len=2,
+        codebook_size=5,
+        condition_num_classes=3,
+    )
     cost = generator_cost(cfg)
     # L = 3, D = 4: qkv, scores and sums, projection, two of the MLP; then the head on K = 2
     assert cost.flops == 2 * (3 * 4 * 12 + 2 * 3 * 3 * 4 + 3 * 4 * 4 + 2 * 3 * 4 * 8 + 2 * 4 * 5)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from titok_fast.backends.compile_cache import keep_compiled
+from titok_fast.backends.compile_cache import use_cache_dir
 from titok_fast.backends.cuda_graph import GraphDraw
 from titok_fast.backends.techniques import (
     apply_techniques,
@@ -185,7 +185,7 @@ class TiTokPipeline(TokenizerPipeline):
             raise ValueError(f"this pipeline is compiled already: {', '.join(self.techniques)}")
         check_techniques(names, self.device.type, self.tokenizer.dtype, options)
         if "inductor" in names or "int8" in names:
-            keep_compiled(cache_dir)
+            use_cache_dir(cache_dir)
         networks = [self.tokenizer, *([] if self.generator is None else [self.generator])]
         apply_techniques(networks, names)
         if "inductor" in names:

@@ -4,8 +4,7 @@ Counted on the published networks (titok_fast/costs.py), without the passes that
 because their guidance has weight 0.
 """
 
-from titok_fast.costs import generator_cost, tokenizer_costs
-from titok_fast.layer_costs import DTYPE_BYTES, Cost, attention, linear
+from titok_fast.costs import DTYPE_BYTES, Cost, attention, generator_cost, linear, tokenizer_costs
 from titok_fast.presets import Preset
 from titok_fast.sampling.schedules import masked_after, steps
 

@@ -11,9 +11,9 @@ import torch
 from lib import weights
 from torch import Tensor
 
+from titok_fast.backends.cpu_training import keep_freed_memory
 from titok_fast.distributed import Ranks
 from titok_fast.models.weights import PretrainedModel
-from titok_fast.training.memory import keep_freed_memory
 from titok_fast.training.recipe.recipe import Recipe, read_recipe
 from titok_fast.training.tasks.base import Task
 from titok_fast.training.tasks.registry import build_task

@@ -12,9 +12,9 @@ from paper.experiments import CLASSES, VQGAN, Experiment, Settings, recipe
 from torch import Tensor
 
 from titok_fast import ImageBert, MaskGitVQGAN, TiTok
-from titok_fast.data.tokenize_shards import pretokenize
 from titok_fast.data.sources import ArraySource
 from titok_fast.data.token_shards import TokenSource
+from titok_fast.data.tokenize_shards import pretokenize
 from titok_fast.distributed import Ranks
 from titok_fast.evaluation.generation import Reference, evaluate_generation, measure_pictures
 from titok_fast.evaluation.networks import FeatureNetwork

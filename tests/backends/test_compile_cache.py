@@ -12,8 +12,8 @@ from support.tiny_models import tiny_generator, tiny_tokenizer
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from titok_fast import TiTokPipeline
-from titok_fast.backends import compile_cache as warm
-from titok_fast.backends.compile_cache import VARIABLE, keep_compiled
+from titok_fast.backends import compile_cache
+from titok_fast.backends.compile_cache import VARIABLE, use_cache_dir
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = keep_compiled()
+    place = use_cache_dir()
     assert place is not None
     assert place.parent == tmp_path / "home" / ".cache" / "titok_fast" / "inductor"
     assert place.is_dir()
@@ -35,17 +35,17 @@ def test_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert cache_dir() == str(place)  # torch agrees
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert keep_compiled() == tmp_path / "cache" / "titok_fast" / "inductor" / place.name
+    assert use_cache_dir() == tmp_path / "cache" / "titok_fast" / "inductor" / place.name
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert keep_compiled() == place
+    assert use_cache_dir() == place
 
 
 def test_processors_do_not_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = set()
     for name in ("AVX2", "AVX512"):
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda name=name: name)
-        places.add(keep_compiled(tmp_path))
+        places.add(use_cache_dir(tmp_path))
         monkeypatch.delenv(VARIABLE)
     assert len(places) == 2
 
@@ -54,35 +54,35 @@ def test_the_users_own_choice_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(VARIABLE, str(tmp_path / "mine"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert keep_compiled() == tmp_path / "mine"
+        assert use_cache_dir() == tmp_path / "mine"
     with pytest.warns(UserWarning, match=rf"cache_dir .*other has no effect: {VARIABLE} is .*mine"):
-        assert keep_compiled(tmp_path / "other") == tmp_path / "mine"
+        assert use_cache_dir(tmp_path / "other") == tmp_path / "mine"
     assert os.environ[VARIABLE] == str(tmp_path / "mine")
     assert not (tmp_path / "other").exists()
     assert not (tmp_path / "home").exists()
 
 
 def test_a_process_keeps_to_its_first_folder(tmp_path: Path) -> None:
-    first = keep_compiled(tmp_path / "a")
+    first = use_cache_dir(tmp_path / "a")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert keep_compiled(tmp_path / "a") == keep_compiled() == first
+        assert use_cache_dir(tmp_path / "a") == use_cache_dir() == first
     with pytest.warns(UserWarning, match="no effect"):
-        assert keep_compiled(tmp_path / "b") == first
+        assert use_cache_dir(tmp_path / "b") == first
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="torch's temporary folder, which a reboot .* cache_dir"):
-        assert keep_compiled(tmp_path / "file") is None
+        assert use_cache_dir(tmp_path / "file") is None
     assert VARIABLE not in os.environ
 
     def no_room(dir: Path) -> None:
         raise OSError(30, "Read-only file system", str(dir))
 
-    monkeypatch.setattr(warm.tempfile, "TemporaryFile", no_room)
+    monkeypatch.setattr(compile_cache.tempfile, "TemporaryFile", no_room)
     with pytest.warns(UserWarning, match="Read-only file system"):
-        assert keep_compiled() is None
+        assert use_cache_dir() is None
     assert VARIABLE not in os.environ
 
     def no_home() -> Path:
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.warns(UserWarning, match="Could not determine home"):
-        assert keep_compiled() is None
+        assert use_cache_dir() is None
 
 
 def test_only_techniques_that_compile_ask_for_a_folder(

@@ -1,4 +1,4 @@
-"""The passes between two products: against their definitions, and how their library is made."""
+"""The fused ops between int8 matmuls: against their definitions, and how they are compiled."""
 
 import subprocess
 import sys
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok_fast.backends import cpu_int8_ops as passes
+from titok_fast.backends import cpu_int8_ops as ops
 from titok_fast.backends.compile_cache import VARIABLE
-from titok_fast.backends.cpu_int8 import Int8Layers
+from titok_fast.backends.cpu_int8 import int8_layers
 from titok_fast.backends.cpu_int8_ops import (
     GELU_MIN,
     SILU_MIN,
@@ -37,9 +37,9 @@ IMAGES = ((64, 1, 1), (32, 5, 7), (96, 33, 40), (512, 16, 16), (128, 64, 64))
 def _which(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, or as where there is no compiler."""
     if request.param == "eager":
-        monkeypatch.setattr(passes, "passes", lambda: None)
+        monkeypatch.setattr(ops, "compiled_ops", lambda: None)
     else:
-        assert passes.passes() is not None
+        assert ops.compiled_ops() is not None
 
 
 def image(C: int, H: int, W: int, dtype: torch.dtype) -> Tensor:
@@ -130,7 +130,7 @@ def test_a_large_mean_costs_no_digits() -> None:
     x = image(64, 24, 24, torch.float32) + 1000
     w, b = torch.ones(64), torch.zeros(64)
     want = F.silu(torch.group_norm(x.double(), 32, w.double(), b.double(), 1e-6))
-    if passes.passes() is None:
+    if ops.compiled_ops() is None:
         pytest.skip("PyTorch's own normalisation does lose them")
     q, step, zero = norm_silu_quantize(x, w, b, 32, 1e-6)
     # zero is rounded to a whole step
@@ -146,7 +146,7 @@ def test_threads_change_nothing() -> None:
             results.append(norm_silu_quantize(x, w, b, 32, 1e-6)[0])
     finally:
         torch.set_num_threads(before)
-    if passes.passes() is not None:
+    if ops.compiled_ops() is not None:
         assert torch.equal(*results)
 
 
@@ -156,13 +156,13 @@ def test_without_a_compiler_int8_says_so(
     if request.node.callspec.id == "compiled":
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            Int8Layers()
+            int8_layers()
         return
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler .* CXX"):
-        Int8Layers()
+        int8_layers()
     monkeypatch.undo()
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    build = passes.passes.__wrapped__
+    build = ops.compiled_ops.__wrapped__
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build() is None
     monkeypatch.setenv("CXX", "false")  # fails
@@ -178,8 +178,9 @@ def test_without_a_compiler_int8_says_so(
 def test_no_network_of_the_compiler_is_loaded() -> None:
     """Neither Dynamo nor Inductor: they take two seconds to import."""
     code = (
-        "import sys, torch; from titok_fast.backends import cpu_int8_ops as passes;"
-        "passes.quantize_rows(torch.ones(2, 3));"
-        "assert passes.passes(); assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
+        "import sys, torch; from titok_fast.backends import cpu_int8_ops as ops;"
+        "ops.quantize_rows(torch.ones(2, 3));"
+        "assert ops.compiled_ops();"
+        "assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -38,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         return compile_(self, techniques, **options)
 
     monkeypatch.setattr(TiTokPipeline, "compile", spy)
-    monkeypatch.setattr("titok_fast.pipeline.keep_compiled", lambda folder: None)
+    monkeypatch.setattr("titok_fast.pipeline.use_cache_dir", lambda folder: None)
     return given
 
 

@@ -41,11 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _kaiming(like: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        k: torch.randn(t.shape) * (2 / max(1, t[0].numel())) ** 0.5 if t.ndim > 1
-        else 0.1 * torch.randn(t.shape)
-        for k, t in like.items()
-    }  # fmt: skip
+    def scale(t: Tensor) -> float:
+        return (2 / max(1, t[0].numel())) ** 0.5 if t.ndim > 1 else 0.1
+
+    return {k: torch.randn(t.shape) * scale(t) for k, t in like.items()}
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +185,12 @@ def test_lite0_uses_the_features_the_package_computes(distances: Callable[[str],
     x, _ = pair(side=96)
     features = network._features(x)
     assert [tuple(f.shape[1:]) for f in features] == [
-        (16, 48, 48), (24, 24, 24), (40, 12, 12), (112, 6, 6), (320, 3, 3)
-    ]  # fmt: skip
+        (16, 48, 48),
+        (24, 24, 24),
+        (40, 12, 12),
+        (112, 6, 6),
+        (320, 3, 3),
+    ]
     net = network.network
     want = net.extract_features(network.standardise(x))
     torch.testing.assert_close(net._swish(net._bn1(net._conv_head(features[-1]))), want)

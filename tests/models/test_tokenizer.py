@@ -27,7 +27,7 @@ from titok_fast.models.quantizer import DiagonalGaussian, VectorQuantizer
 from titok_fast.models.vqgan import PixelDecoder, ResnetBlock, upsample_conv
 from titok_fast.models.weights import to_official
 
-# parameters, tensors in the published file
+# parameters (by part in tests/test_costs.py), tensors in the published file
 ZOO = {
     "titok-s-128": (83_674_639, 308),
     "titok-b-64": (204_814_095, 404),
@@ -38,18 +38,6 @@ ZOO = {
     "titok-ll-32-vae": (606_879_604, 602),
     "titok-bl-64-vae": (389_418_100, 458),
     "titok-bl-128-vae": (389_581_940, 458),
-}
-# latent_tokens, encoder, decoder, quantize
-PARTS = {
-    "titok-s-128": (65_536, 25_818_636, 27_000_832, 49_152),
-    "titok-b-64": (49_152, 85_904_652, 88_070_656, 49_152),
-    "titok-l-32": (32_768, 303_410_188, 306_822_144, 49_152),
-    "titok-bl-64-vq8k": (49_152, 85_944_640, 303_498_068, 524_288),
-    "titok-bl-128-vq8k": (98_304, 85_993_792, 303_563_604, 524_288),
-    "titok-sl-256-vq8k": (131_072, 25_910_848, 303_694_676, 524_288),
-    "titok-ll-32-vae": (32_768, 303_430_688, 303_416_148, 0),
-    "titok-bl-64-vae": (49_152, 85_920_032, 303_448_916, 0),
-    "titok-bl-128-vae": (98_304, 85_969_184, 303_514_452, 0),
 }
 # what upstream's class has at 512 px, where its head gives a quarter of the proxy codes
 UPSTREAM_512 = {"titok-l-64-512": 643_512_335, "titok-b-128-512": 206_731_023}
@@ -65,9 +53,6 @@ def test_zoo_has_the_published_sizes_and_tensors(name: str) -> None:
     model = on_meta(TiTok, preset(name).tokenizer)
     official = to_official(model.state_dict(), "tokenizer")
     assert (count(model), len(official)) == ZOO[name]
-    quantize = count(model.quantize) if hasattr(model, "quantize") else 0
-    got = (model.latent_tokens.numel(), count(model.encoder), count(model.decoder), quantize)
-    assert got == PARTS[name]
     assert {k: tuple(t.shape) for k, t in official.items()} == tokenizer_shapes(model.config)
 
 
@@ -240,7 +225,8 @@ def plain_decoder(decoder: PixelDecoder, codes: Tensor) -> Tensor:
         for block in decoder.up[i].block:
             x = plain_block(block, x)
         if i > 0:
-            x = decoder.up[i].upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            conv, x = decoder.up[i].upsample_conv, F.interpolate(x, scale_factor=2.0)
+            x = F.conv2d(x, conv.weight, conv.bias, padding=1)
     norm = decoder.norm_out
     return decoder.conv_out(F.silu(F.group_norm(x, 32, norm.weight, norm.bias, 1e-6)))
 

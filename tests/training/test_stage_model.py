@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from support.tiny_models import relative
 from torch import Tensor, nn
 
-from titok_fast.backends.cpu_training import make_lean, packs
-from titok_fast.models.attention import ENVIRONMENT, attend, drop_mask
+from titok_fast.backends.cpu_training import (
+    has_onednn_matmul,
+    keep_freed_memory,
+    recompute_in_backward,
+)
+from titok_fast.models.attention import ENVIRONMENT, attend
+from titok_fast.models.attention_cpu import dropout_mask
 from titok_fast.models.blocks import Attention, PostNormBlock, PreNormBlock, set_attention
-from titok_fast.training.memory import keep_freed_memory
 from titok_fast.training.recipe.sections import TrainingConfig
 from titok_fast.training.stage_model import WIDE, prepare_blocks
 from titok_fast.training.trainer import set_cuda_math
@@ -33,7 +37,7 @@ class Drops(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...)."""
-        kept, factor = drop_mask(x.shape, self.p, x.device)
+        kept, factor = dropout_mask(x.shape, self.p, x.device)
         return x * kept * factor
 
 
@@ -54,7 +58,7 @@ def passed(
         block.dropout = Drops(block.dropout.p)
     if lean:
         assert isinstance(block, PreNormBlock | PostNormBlock)
-        make_lean(block)
+        recompute_in_backward(block)
     x = torch.randn(3, L, D).to(dtype).requires_grad_()
     inputs = (x, torch.randn(3, L, D).to(dtype)) if kind == "long skip" else (x,)
     owned = {p.data_ptr() for p in block.parameters()}
@@ -103,7 +107,7 @@ def test_lean_blocks_in_float32_and_without_gradients() -> None:
     block, lean = (KINDS["pre-norm"]() for _ in range(2))
     assert isinstance(lean, PreNormBlock)
     lean.load_state_dict(block.state_dict())
-    make_lean(lean)
+    recompute_in_backward(lean)
     x = torch.randn(3, L, D)
     with torch.no_grad():
         torch.testing.assert_close(lean(x), block(x))  # oneDNN adds in another order
@@ -113,14 +117,16 @@ def test_lean_blocks_in_float32_and_without_gradients() -> None:
     for mine, theirs in zip(lean.parameters(), block.parameters(), strict=True):
         assert relative(mine.grad, theirs.grad) < 1e-5
     for dtype in (torch.float32, torch.float64):
-        assert packs(dtype) == (dtype == torch.float32 and torch.backends.mkldnn.is_available())
+        assert has_onednn_matmul(dtype) == (
+            dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        )
 
 
 def test_lean_blocks_drop_in_training_alone() -> None:
     block = KINDS["post-norm"]()
     assert isinstance(block, PostNormBlock)
     set_attention(block, "products")
-    make_lean(block)
+    recompute_in_backward(block)
     x = torch.randn(3, L, D)
     assert not torch.equal(block(x), block(x))
     block.eval()
@@ -133,7 +139,7 @@ def test_lean_blocks_drop_in_training_alone() -> None:
 def test_lean_blocks_once_differentiable() -> None:
     block = KINDS["pre-norm"]()
     assert isinstance(block, PreNormBlock)
-    make_lean(block)
+    recompute_in_backward(block)
     x = torch.randn(1, L, D, requires_grad=True)
     (grad,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -173,7 +179,7 @@ def backends(blocks: nn.Module) -> list[str]:
 def lean(blocks: nn.ModuleList) -> list[bool]:
     """Whether each block's forward was replaced, by no checkpoint."""
     forwards = (getattr(block.forward, "func", None) for block in blocks)
-    return [f is not None and f.__module__ == make_lean.__module__ for f in forwards]
+    return [f is not None and f.__module__ == recompute_in_backward.__module__ for f in forwards]
 
 
 def chosen(**settings: object) -> tuple[list[str], list[bool]]:
@@ -212,7 +218,7 @@ def test_cuda_multiplies_as_upstreams_scripts_set_it(tf32: bool) -> None:
 def test_memory_that_is_kept() -> None:
     code = """
 import resource, torch
-from titok_fast.training.memory import keep_freed_memory
+from titok_fast.backends.cpu_training import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     [torch.ones(1 << 20) for _ in range(64)]

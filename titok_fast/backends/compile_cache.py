@@ -1,8 +1,7 @@
-"""Where compiled code is kept between processes, so that only the first one waits for a compiler.
+"""The folder where compiled code outlives the process, so that only the first one compiles.
 
-torch.compile keeps its results in a folder of the system's temporary one, which a reboot empties.
-passes.py keeps its library in the same place as they.
-Triton keeps its own kernels in the user's home already.
+torch.compile uses a folder of the system's temporary one, which a reboot empties. The C++ ops of
+cpu_int8_ops.py go to the same folder. Triton's kernels lie in the user's home already.
 """
 
 import os
@@ -16,68 +15,68 @@ import torch
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def keep_compiled(folder: str | Path | None = None) -> Path | None:
+def use_cache_dir(folder: str | Path | None = None) -> Path | None:
     """Let torch.compile keep its results in a folder that outlives processes and reboots.
 
-    Call it before anything is compiled: torch sets the same variable at its first compilation, and
-    the process then keeps to that. A variable that the user has set always wins. What lies in the
-    folder is run as code, so others must not be able to write there.
+    Call it before anything is compiled: torch sets the same variable at its first compilation and
+    then keeps to it. A variable that the user has set always wins. Files in the folder are run as
+    code, so others must not be able to write there.
 
     Args:
         folder: by default titok_fast/inductor in $XDG_CACHE_HOME or ~/.cache. Each kind of
-            processor gets a folder of its own inside: a home may be shared by several, and torch
-            does not tell them apart.
+            processor gets a folder of its own inside: several may share a home, and torch does not
+            tell them apart.
 
     Returns:
-        The folder in force, or None for torch's own.
+        The folder in use, or None for torch's own.
 
     Warns:
         UserWarning: the folder cannot be written to, or `folder` comes too late to have an effect.
     """
-    given = os.environ.get(VARIABLE)
+    current = os.environ.get(VARIABLE)
     try:
-        place = (_default() if folder is None else Path(folder)).absolute() / _processor()
-        if given is not None:
-            if folder is not None and Path(given) != place:
+        path = (_default() if folder is None else Path(folder)).absolute() / _processor()
+        if current is not None:
+            if folder is not None and Path(current) != path:
                 _warn(
-                    f"cache_dir {folder} has no effect: {VARIABLE} is {given}, by the user or an "
-                    "earlier compilation of this process"
+                    f"cache_dir {folder} has no effect: {VARIABLE} is {current}, set by the user "
+                    "or by an earlier compilation of this process"
                 )
-            return Path(given)
-        _make(place)
+            return Path(current)
+        _make(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         _warn(
             f"compiled code goes to torch's temporary folder, which a reboot empties: {error}; "
             f"pass a writable cache_dir, or set {VARIABLE}"
         )
         return None
-    os.environ[VARIABLE] = str(place)
-    return place
+    os.environ[VARIABLE] = str(path)
+    return path
 
 
-def folder_of_compiled() -> Path | None:
-    """Where this process keeps its compiled code, made if need be; None if that cannot be.
+def cache_dir() -> Path | None:
+    """The folder of `use_cache_dir`, the user's or the default one, created if need be.
 
-    `keep_compiled`'s folder, else the user's, else the default one.
+    None if it cannot be written to.
     """
-    given = os.environ.get(VARIABLE)
+    current = os.environ.get(VARIABLE)
     try:
-        return _make(_default() / _processor() if given is None else Path(given))
+        return _make(_default() / _processor() if current is None else Path(current))
     except (OSError, RuntimeError):
         return None
 
 
-def _make(place: Path) -> Path:
-    """A folder that can be written to; OSError otherwise."""
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=place):
+def _make(path: Path) -> Path:
+    """Create a folder; OSError if it cannot be written to."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
         pass
-    return place
+    return path
 
 
 def _default() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    # a relative one is to be ignored, by the standard that defines the variable
+    # the standard that defines the variable says to ignore a relative path
     cache = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
     return cache / "titok_fast" / "inductor"
 
@@ -87,4 +86,4 @@ def _processor() -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)  # whoever called TiTokPipeline.compile
+    warnings.warn(message, stacklevel=4)  # the caller of TiTokPipeline.compile

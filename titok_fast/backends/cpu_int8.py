@@ -1,10 +1,9 @@
-"""Layers in 8-bit integers for inference on a CPU: oneDNN's VNNI products, twice bfloat16's speed.
+"""Layers in 8-bit integers for inference on a CPU: oneDNN's VNNI matmuls, twice bfloat16's speed.
 
 Weights get one scale per output channel, once; activations one per token (per image in the pixel
-decoder), at every call, so a picture does not depend on its batch. Sums are exact in int32. What
-follows GELU or SiLU is nearly all positive, so its range starts at the smallest value those have.
-Softmax, residual sums and heads stay in the model's dtype. passes.py has what lies between two
-products; a C++ compiler makes it fast.
+decoder), at every call, so an image does not depend on its batch. Sums are exact in int32. Results
+of GELU and SiLU are nearly all positive, so their range starts at the functions' minimum. Softmax,
+residual sums and heads stay in the model's dtype. The steps between matmuls are in cpu_int8_ops.py.
 """
 
 import torch
@@ -20,8 +19,17 @@ from titok_fast.backends.cpu_int8_ops import (
     quantize_rows,
     warn_without_compiler,
 )
+from titok_fast.backends.cpu_packed import Layers
 from titok_fast.models.blocks import Mlp
 from titok_fast.models.vqgan import NormSiLU
+
+_NO_EPILOGUE: tuple[str, list[float], str] = ("none", [], "")
+
+
+def int8_layers() -> Layers:
+    """The layers of this file, for `pack`; warns where their C++ ops cannot be compiled."""
+    warn_without_compiler()
+    return Layers(Int8Linear, Int8Mlp, Int8Conv)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,8 +45,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return ints, scales
 
 
-class _Product(nn.Module):
-    """The bare int8 product of a Linear layer, times the scales of its weights."""
+class _Int8Matmul(nn.Module):
+    """The int8 matmul of a Linear, times the scales of its weights; the caller adds the bias."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -53,10 +61,10 @@ class _Product(nn.Module):
 
     def forward(self, x: Tensor, zero: int) -> Tensor:
         """(R, D) uint8 whose zero is `zero` -> (R, E)."""
+        weight = self._weight, self._scale, self._zeros
         return torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, zero, self._weight, self._scale, self._zeros, None, 1.0, 0, self.dtype,
-            "none", [], "",
-        )  # fmt: skip
+            x, 1.0, zero, *weight, None, 1.0, 0, self.dtype, *_NO_EPILOGUE
+        )
 
 
 class Int8Linear(nn.Module):
@@ -64,44 +72,42 @@ class Int8Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.product = _Product(layer)
+        self.matmul = _Int8Matmul(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)."""
         rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-        y = self.product(rows, SYMMETRIC)
-        return dequantize_rows_(y, scale, self.product.bias).view(*x.shape[:-1], -1)
+        y = self.matmul(rows, SYMMETRIC)
+        return dequantize_rows_(y, scale, self.matmul.bias).view(*x.shape[:-1], -1)
 
 
 class Int8Mlp(nn.Module):
-    """An Mlp: GELU and the quantization after it in one pass."""
+    """An Mlp: GELU and the quantization after it are one op."""
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()
-        self.fc1, self.fc2 = _Product(mlp.fc1), _Product(mlp.fc2)
-        # the second product takes GELU - GELU_MIN; what that adds is the same for every row
+        self.fc1, self.fc2 = _Int8Matmul(mlp.fc1), _Int8Matmul(mlp.fc2)
+        # the second matmul takes GELU - GELU_MIN; what that adds is the same for every row
         self._bias = self.fc2.bias + GELU_MIN * self.fc2.sums
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-        h = self.fc1(rows, SYMMETRIC)
-        rows, scale = gelu_quantize_rows(h, scale, self.fc1.bias)
-        y = self.fc2(rows, 0)
-        return dequantize_rows_(y, scale, self._bias).view(x.shape)
+        rows, scale = gelu_quantize_rows(self.fc1(rows, SYMMETRIC), scale, self.fc1.bias)
+        return dequantize_rows_(self.fc2(rows, 0), scale, self._bias).view(x.shape)
 
 
 class Int8Conv(nn.Module):
-    """A convolution with stride 1, and the NormSiLU before it where one is given."""
+    """A convolution with stride 1 and padding 1, and the NormSiLU before it if there is one."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, padding: int, *, norm: NormSiLU | None = None
+        self, weight: Tensor, bias: Tensor | None = None, norm: NormSiLU | None = None
     ) -> None:
         super().__init__()
-        self.dtype, self.padding = weight.dtype, [padding, padding]
+        self.dtype = weight.dtype
         kernel, self._scale = quantize_weight(weight)
         self._weight = torch.ops.onednn.qconv_prepack(
-            kernel, self._scale, 1.0, 0, [1, 1], self.padding, [1, 1], 1, None
+            kernel, self._scale, 1.0, 0, [1, 1], [1, 1], [1, 1], 1, None
         )
         self._zeros = torch.zeros(len(kernel), dtype=torch.int64)
         self._bias = None if bias is None else bias.detach().float()
@@ -114,31 +120,15 @@ class Int8Conv(nn.Module):
         """(B, C, H, W) -> (B, O, H', W'), channels-last."""
         if len(x) != 1:
             return torch.cat([self(one) for one in x.split(1)])
-        q, step, zero = (
-            quantize_image(x) if self._norm is None else norm_silu_quantize(x, *self._norm)
-        )
+        quantized = quantize_image(x) if self._norm is None else norm_silu_quantize(x, *self._norm)
+        weight = self._weight, self._scale, self._zeros, self._bias
+        geometry = [1, 1], [1, 1], [1, 1], 1  # stride, padding, dilation, groups
         return torch.ops.onednn.qconv2d_pointwise(
-            q, step, zero, self._weight, self._scale, self._zeros, self._bias, [1, 1],
-            self.padding, [1, 1], 1, 1.0, 0, self.dtype, "none", [], "",
-        )  # fmt: skip
+            *quantized, *weight, *geometry, 1.0, 0, self.dtype, *_NO_EPILOGUE
+        )
 
 
 def norm_arguments(norm: NormSiLU) -> tuple[Tensor, Tensor, int, float]:
-    """What norm_silu_quantize wants of a NormSiLU: float32 weight and bias, groups, eps."""
+    """The arguments of norm_silu_quantize: float32 weight and bias, groups, eps."""
     weight, bias = (t.detach().float().clone() for t in (norm.weight, norm.bias))
     return weight, bias, norm.num_groups, norm.eps
-
-
-class Int8Layers:
-    """The layers of this file, for packed.pack.
-
-    Warns:
-        UserWarning: the passes cannot be compiled.
-    """
-
-    def __init__(self) -> None:
-        warn_without_compiler()
-
-    linear = staticmethod(Int8Linear)
-    mlp = staticmethod(Int8Mlp)
-    conv = staticmethod(Int8Conv)

@@ -1,5 +1,5 @@
-// What lies between two 8-bit products on a CPU, each in one pass over memory.
-// passes.py compiles, loads and calls this file, and has the definitions in PyTorch operations.
+// Fused elementwise steps between int8 matmuls on a CPU; each reads and writes memory once.
+// cpu_int8_ops.py compiles, loads and calls this file, and defines each op in PyTorch operations.
 // GCC's and Clang's vector types: 16 numbers at a time whatever the processor; no fast-math.
 
 #include <cmath>
@@ -226,7 +226,7 @@ inline Int in_bytes(Int x) {
   return x > 255 ? 255 - Int{} : x;
 }
 
-// Steps of a range that holds 0, and what stands for 0.
+// The step of a range that holds 0, and the byte that stands for 0.
 inline void span(float low, float high, float* steps) {
   float step = (high - low) / 255.0f;
   steps[0] = step < 1e-12f ? 1e-12f : step;

@@ -1,12 +1,13 @@
-"""Networks prepared for inference on a CPU: weights in oneDNN's own layout, folds made once.
+"""Networks prepared for inference on a CPU: weights in oneDNN's own layout, kernels folded once.
 
-`pack` replaces the layers of a model in place. What it makes has no parameters: it cannot be
-trained, saved or moved. float32 and bfloat16; int8.py has the same layers in 8 bits.
-Why not torch.compile with frozen weights: it packs the same way, but needs half a minute for each
-shape, and measured slower on these networks (README, waterfall).
+`pack` replaces the layers of a model in place. The new ones have no parameters: the model cannot be
+trained, saved or moved. For float32 and bfloat16; cpu_int8.py has the same layers in 8 bits. Why
+not torch.compile with frozen weights: it reorders the same way, but needs half a minute for each
+shape, and measured slower on these networks (waterfall).
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from titok_fast.models.blocks import Attention, Mlp, PostNormBlock, PreNormBlock
 from titok_fast.models.vqgan import (
-    Level,
     NormSiLU,
     PixelDecoder,
     ResnetBlock,
@@ -26,6 +26,14 @@ from titok_fast.models.vqgan import (
 from titok_fast.models.weights import PretrainedModel
 
 _ROWS = 512  # a hint for the choice of layout; every number of rows is right
+
+
+class Layers(NamedTuple):
+    """The layers of one number format."""
+
+    linear: Callable[[nn.Linear], nn.Module]
+    mlp: Callable[[Mlp], nn.Module]
+    conv: Callable[..., nn.Module]  # weight (O, C, k, k), bias (O,) or None, NormSiLU or None
 
 
 class PackedLinear(nn.Module):
@@ -46,7 +54,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedMlp(nn.Module):
-    """An Mlp whose GELU is applied while the product's results are still in registers."""
+    """An Mlp whose GELU is applied while the matmul's results are still in registers."""
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()
@@ -58,33 +66,33 @@ class PackedMlp(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A convolution with stride 1, channels-last, and the NormSiLU before it where one is given."""
+    """A convolution with stride 1 and padding 1, and the NormSiLU before it if there is one."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, padding: int, *, norm: NormSiLU | None = None
+        self, weight: Tensor, bias: Tensor | None = None, norm: NormSiLU | None = None
     ) -> None:
         super().__init__()
         self._weight = weight.detach().contiguous(memory_format=torch.channels_last)
-        self._bias, self.padding = None if bias is None else bias.detach().clone(), padding
+        self._bias = None if bias is None else bias.detach().clone()
         self.packed_bytes = weight.nbytes
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, O, H', W')."""
-        return F.conv2d(self.norm(x), self._weight, self._bias, padding=self.padding)
+        """(B, C, H, W) -> (B, O, H', W'), channels-last."""
+        return F.conv2d(self.norm(x), self._weight, self._bias, padding=1)
 
 
 class PackedResnetBlock(nn.Module):
     """A ResnetBlock whose shortcut is folded into its second kernel once and for all."""
 
-    def __init__(self, block: ResnetBlock, layers: "Layers") -> None:
+    def __init__(self, block: ResnetBlock, layers: Layers) -> None:
         super().__init__()
         self.adds_input = block.nin_shortcut is None
         kernel = block.conv2.weight
         if block.nin_shortcut is not None:
             kernel = fold_shortcut(kernel, block.nin_shortcut.weight)
-        self.conv1 = layers.conv(block.conv1.weight, None, 1, norm=block.norm1)
-        self.conv2 = layers.conv(kernel, None, 1, norm=block.norm2)
+        self.conv1 = layers.conv(block.conv1.weight, norm=block.norm1)
+        self.conv2 = layers.conv(kernel, norm=block.norm2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) -> (B, c_out, H, W)."""
@@ -95,12 +103,12 @@ class PackedResnetBlock(nn.Module):
 class PackedUpsample(nn.Module):
     """Nearest x2 upsampling and its 3x3 convolution; the phase kernels are made once."""
 
-    def __init__(self, conv: nn.Conv2d, layers: "Layers") -> None:
+    def __init__(self, conv: nn.Conv2d, layers: Layers) -> None:
         super().__init__()
         assert conv.bias is not None
-        self.phases = layers.conv(fold_phases(conv.weight), conv.bias.repeat(4), 1)
-        # for small pictures: both are kept, which costs under 1 % of a published model's memory
-        self.whole = layers.conv(conv.weight, conv.bias, 1)
+        self.phases = layers.conv(fold_phases(conv.weight), conv.bias.repeat(4))
+        # for small images: keeping both costs under 1 % of a published model's memory
+        self.whole = layers.conv(conv.weight, conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, 2H, 2W)."""
@@ -109,45 +117,7 @@ class PackedUpsample(nn.Module):
         return self.whole(F.interpolate(x, scale_factor=2.0))
 
 
-class PackedLevel(nn.Module):
-    """A Level of packed blocks."""
-
-    def __init__(self, level: Level, layers: "Layers") -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            PackedResnetBlock(b, layers) for b in level.block if isinstance(b, ResnetBlock)
-        )
-        conv = level.upsample_conv
-        self.upsample = None if conv is None else PackedUpsample(conv, layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, c_in, H, W) -> (B, c_out, H, W), twice the size where the level upsamples."""
-        for block in self.block:
-            x = block(x)
-        return x if self.upsample is None else self.upsample(x)
-
-
-class Layers(Protocol):
-    """What a number format has to offer."""
-
-    def linear(self, layer: nn.Linear) -> nn.Module:
-        """In place of a Linear layer."""
-
-    def mlp(self, mlp: Mlp) -> nn.Module:
-        """In place of an Mlp."""
-
-    def conv(
-        self, weight: Tensor, bias: Tensor | None, padding: int, *, norm: NormSiLU | None = None
-    ) -> nn.Module:
-        """In place of a convolution with stride 1: (O, C, k, k), (O,) or None."""
-
-
-class PackedLayers:
-    """The layers of this file."""
-
-    linear = staticmethod(PackedLinear)
-    mlp = staticmethod(PackedMlp)
-    conv = staticmethod(PackedConv)
+PACKED_LAYERS = Layers(PackedLinear, PackedMlp, PackedConv)
 
 
 @torch.no_grad()
@@ -169,26 +139,19 @@ def pack(model: nn.Module, layers: Layers) -> None:
             "packed layers want a float32 or bfloat16 model on the CPU; got "
             f"{first.dtype} on {first.device}"
         )
-    for part in list(model.modules()):
-        changed: Any = part  # in the types of its layers
-        if isinstance(part, Attention):
-            changed.qkv, changed.proj = layers.linear(part.qkv), layers.linear(part.proj)
-        elif isinstance(part, PreNormBlock | PostNormBlock):
-            changed.mlp = layers.mlp(part.mlp)
-            if isinstance(part, PreNormBlock) and part.skip_linear is not None:
-                changed.skip_linear = layers.linear(part.skip_linear)
-        elif isinstance(part, PixelDecoder):
-            changed.mid = nn.ModuleList(_block(b, layers) for b in part.mid)
-            changed.up = nn.ModuleList(_level(level, layers) for level in part.up)
-        elif isinstance(part, PretrainedModel):
-            part.packed = True
-
-
-def _block(block: nn.Module, layers: Layers) -> PackedResnetBlock:
-    assert isinstance(block, ResnetBlock)
-    return PackedResnetBlock(block, layers)
-
-
-def _level(level: nn.Module, layers: Layers) -> PackedLevel:
-    assert isinstance(level, Level)
-    return PackedLevel(level, layers)
+    for module in list(model.modules()):
+        part: Any = module  # its layers change their types
+        if isinstance(module, Attention):
+            part.qkv, part.proj = layers.linear(module.qkv), layers.linear(module.proj)
+        elif isinstance(module, PreNormBlock | PostNormBlock):
+            part.mlp = layers.mlp(module.mlp)
+            if isinstance(module, PreNormBlock) and module.skip_linear is not None:
+                part.skip_linear = layers.linear(module.skip_linear)
+        elif isinstance(module, PixelDecoder):
+            part.mid = nn.ModuleList(PackedResnetBlock(b, layers) for b in part.mid)
+            for level in part.up:
+                level.block = nn.ModuleList(PackedResnetBlock(b, layers) for b in level.block)
+                if level.upsample_conv is not None:
+                    level.upsample_conv = PackedUpsample(level.upsample_conv, layers)
+        elif isinstance(module, PretrainedModel):
+            module.inference_only = True

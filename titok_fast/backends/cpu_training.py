@@ -1,15 +1,16 @@
-"""Wide transformer blocks in training on a CPU: less memory for activations, faster products.
+"""Wide transformer blocks in training on a CPU: fewer saved activations, faster matmuls.
 
-Each Linear layer is one autograd function together with what comes before it: a LayerNorm, GELU or
-attention by plain products. It keeps that one's input alone, and forms its result again in the
-backward; a norm whose result is the residual as well gives both. An MLP behind a LayerNorm is one
-function as a whole: its inner rows, four times as wide as x, would be a third of all that is kept,
-and forming them again takes a ninth of the products.
+Each Linear and the op before it form one autograd function that saves only that op's input and
+recomputes its output in backward. The op is a LayerNorm, GELU or attention by matmuls; behind a
+LayerNorm it is all of an MLP up to its second Linear, whose wide rows would be a third of all
+saved activations and cost a ninth of the matmuls to recompute.
 
-Products take their weights in oneDNN's own layout, made of the master weights in each pass: oneDNN
-would do the same inside of every plain product, and slower.
+Weights are reordered into oneDNN's own layout in each pass: inside a plain matmul oneDNN does the
+same, but slower.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -19,17 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from titok_fast.models.attention import (
-    attend,
-    attended,
-    attended_backward,
-    drop_mask,
-    dropped,
+from titok_fast.models.attention import attend
+from titok_fast.models.attention_cpu import (
+    apply_dropout,
+    dropout_mask,
+    matmul_attention,
+    matmul_attention_backward,
 )
 from titok_fast.models.blocks import Attention, PostNormBlock, PreNormBlock
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+Grads = Sequence[Tensor | None]
 
-def make_lean(block: PreNormBlock | PostNormBlock) -> None:
+
+def recompute_in_backward(block: PreNormBlock | PostNormBlock) -> None:
     """Replace a block's forward, in place; parameters and results stay as they are.
 
     Args:
@@ -39,50 +43,68 @@ def make_lean(block: PreNormBlock | PostNormBlock) -> None:
     block.forward = partial(forward, block)  # type: ignore[method-assign]
 
 
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it frees for its next update.
+
+    An update allocates and frees gigabytes of gradients and activations. glibc would give them back
+    to the system and take fresh pages of 4 KiB for the next: under a hypervisor a good part of the
+    update's time. Peak memory is the same, give or take fragments.
+
+    Returns:
+        Whether the C library has this setting (glibc).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # musl
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
 def _pre_norm(block: PreNormBlock, x: Tensor, skip: Tensor | None = None) -> Tensor:
     if block.skip_linear is not None:
         assert skip is not None
-        x = _product(torch.cat([x, skip], dim=-1), block.skip_linear)
-    x = x + _mixed(block.attn, _product(x, block.attn.qkv, norm=block.norm1))
+        x = _linear(torch.cat([x, skip], dim=-1), block.skip_linear)
+    norm, qkv = block.norm1, block.attn.qkv
+    x = x + _attention(block.attn, _op_linear(_LayerNorm(norm.eps), x, qkv, *norm.parameters()))
     norm, fc1, fc2 = block.norm2, block.mlp.fc1, block.mlp.fc2
-    own = (norm.weight, norm.bias, fc1.weight, fc1.bias)
-    return x + _Product.apply(_Widened(norm.eps, _dtype(fc1.weight)), x, fc2.weight, fc2.bias, *own)
+    op = _NormLinearGelu(norm.eps, _dtype(fc1.weight))
+    return x + _op_linear(op, x, fc2, *norm.parameters(), *fc1.parameters())
 
 
 def _post_norm(block: PostNormBlock, x: Tensor) -> Tensor:
-    h = _mixed(block.attn, _product(x, block.attn.qkv))
-    norm, fc1, x = block.norm1, block.mlp.fc1, _dropped(h, block.dropout) + x
-    own = (norm.weight, norm.bias)
-    x, h = _Product.apply(_NormedToo(norm.eps), x, fc1.weight, fc1.bias, *own)
-    h = _product(h, block.mlp.fc2, gelu=True)
-    return block.norm2(_dropped(h, block.dropout) + x)
+    h = _attention(block.attn, _linear(x, block.attn.qkv))
+    x = _dropout(h, block.dropout) + x
+    op = _LayerNorm(block.norm1.eps, returned=True)
+    x, h = _op_linear(op, x, block.mlp.fc1, *block.norm1.parameters())
+    h = _op_linear(_Gelu(), h, block.mlp.fc2)
+    return block.norm2(_dropout(h, block.dropout) + x)
 
 
-def _dropped(x: Tensor, dropout: nn.Dropout) -> Tensor:
-    return dropped(x, *drop_mask(x.shape, dropout.p if dropout.training else 0.0, x.device))
+def _dropout(x: Tensor, dropout: nn.Dropout) -> Tensor:
+    p = dropout.p if dropout.training else 0.0
+    return apply_dropout(x, *dropout_mask(x.shape, p, x.device))
 
 
-def _mixed(attn: Attention, qkv: Tensor) -> Tensor:
+def _attention(attn: Attention, qkv: Tensor) -> Tensor:
+    """Attention and its output projection."""
     B, L, _ = qkv.shape
     qkv = qkv.unflatten(-1, (3, attn.heads, -1))
-    dropout = attn.dropout if attn.training else 0.0
+    p = attn.dropout if attn.training else 0.0
     if attn.backend != "products":
-        return _product(attend(qkv, attn.backend, dropout), attn.proj)
-    kept, factor = drop_mask((B, attn.heads, L, L), dropout, qkv.device)
-    return _Product.apply(_Attended(factor), qkv, attn.proj.weight, attn.proj.bias, kept)
+        return _linear(attend(qkv, attn.backend, p), attn.proj)
+    mask, scale = dropout_mask((B, attn.heads, L, L), p, qkv.device)
+    return _op_linear(_Attention(scale), qkv, attn.proj, mask)
 
 
-def _product(
-    x: Tensor, linear: nn.Linear, *, norm: nn.LayerNorm | None = None, gelu: bool = False
-) -> Tensor:
-    """(..., D) -> (..., E): the linear layer of x, of norm(x) or of GELU(x)."""
-    if norm is not None:
-        own = (norm.weight, norm.bias)
-        return _Product.apply(_Normed(norm.eps), x, linear.weight, linear.bias, *own)
-    if gelu:
-        return _Product.apply(_Gelu(), x, linear.weight, linear.bias)
-    # cast here: what is kept is the narrower
-    return _Product.apply(_Same(), x.to(_dtype(linear.weight)), linear.weight, linear.bias)
+def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    # cast here, so that the narrower tensor is saved
+    return _op_linear(_Identity(), x.to(_dtype(linear.weight)), linear)
+
+
+def _op_linear(op: "_Op", x: Tensor, linear: nn.Linear, *rest: Tensor | None) -> Any:
+    return _OpLinear.apply(op, x, linear.weight, linear.bias, *rest)
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
@@ -91,23 +113,22 @@ def _dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-class _Before(Protocol):
-    """What is done to x before a product, with parameters of its own."""
+class _Op(Protocol):
+    """The op before a Linear: (..., D) x and the tensors it needs besides -> (..., D)."""
 
-    def __call__(self, x: Tensor, *own: Any) -> Tensor:
-        """(..., D), the product's input."""
+    def __call__(self, x: Tensor, /, *rest: Any) -> Tensor: ...
 
     def back(
-        self, grad: Tensor, needs: list[bool], x: Tensor, *own: Any
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """The same again, and from its gradient those of x and of the parameters."""
+        self, grad: Tensor, needs: list[bool], x: Tensor, /, *rest: Any
+    ) -> tuple[Tensor, Grads]:
+        """The result, recomputed, and from its gradient those of x and the other tensors."""
 
 
-class _Same:
+class _Identity:
     def __call__(self, x: Tensor) -> Tensor:
         return x
 
-    def back(self, grad: Tensor, needs: list[bool], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def back(self, grad: Tensor, needs: list[bool], x: Tensor) -> tuple[Tensor, Grads]:
         return x, [grad]
 
 
@@ -115,19 +136,20 @@ class _Gelu:
     def __call__(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
-    def back(self, grad: Tensor, needs: list[bool], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def back(self, grad: Tensor, needs: list[bool], x: Tensor) -> tuple[Tensor, Grads]:
         return F.gelu(x), [torch.ops.aten.gelu_backward(grad, x)]
 
 
-class _Normed(NamedTuple):
+class _LayerNorm(NamedTuple):
     eps: float
+    returned: bool = False  # beside the Linear's result: the residual needs it too
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
     def back(
         self, grad: Tensor, needs: list[bool], x: Tensor, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+    ) -> tuple[Tensor, Grads]:
         D = x.shape[-1:]
         h, mean, rstd = torch.native_layer_norm(x, D, weight, bias, self.eps)
         return h, torch.ops.aten.native_layer_norm_backward(
@@ -135,111 +157,99 @@ class _Normed(NamedTuple):
         )
 
 
-class _NormedToo(_Normed):
-    """A norm whose result is wanted beside the product."""
-
-
-class _Widened(NamedTuple):
-    """GELU of a linear layer of a LayerNorm."""
-
+class _NormLinearGelu(NamedTuple):
     eps: float
-    dtype: torch.dtype  # of the product
+    dtype: torch.dtype  # of the matmul
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor, wide: Tensor, wide_bias: Tensor
     ) -> Tensor:
         h = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps).to(self.dtype)
-        return F.gelu(_times(h, wide.to(self.dtype), wide_bias.to(self.dtype)))
+        return F.gelu(_matmul(h, wide.to(self.dtype), wide_bias.to(self.dtype)))
 
     def back(
-        self,
-        grad: Tensor,
-        needs: list[bool],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        wide: Tensor,
-        wide_bias: Tensor,
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        self, grad: Tensor, needs: list[bool], x: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, Grads]:
+        weight, bias, wide, wide_bias = rest
         D, low = x.shape[-1:], wide.to(self.dtype)
         h, mean, rstd = torch.native_layer_norm(x, D, weight, bias, self.eps)
         h = h.to(self.dtype)
-        a = _times(h, low, wide_bias.to(self.dtype))
-        to_a = torch.ops.aten.gelu_backward(grad, a)
-        to_h = _times(to_a, low.t(), None).to(x.dtype)
-        of_norm = torch.ops.aten.native_layer_norm_backward(
-            to_h, x, D, mean, rstd, weight, bias, needs[:3]
+        a = _matmul(h, low, wide_bias.to(self.dtype))
+        grad_a = torch.ops.aten.gelu_backward(grad, a)
+        grad_h = _matmul(grad_a, low.t(), None).to(x.dtype)
+        norm_grads = torch.ops.aten.native_layer_norm_backward(
+            grad_h, x, D, mean, rstd, weight, bias, needs[:3]
         )
-        return F.gelu(a), [*of_norm, *_of_linear(to_a, h, wide, needs[3:])]
+        return F.gelu(a), [*norm_grads, *_linear_grads(grad_a, h, wide, needs[3:])]
 
 
-class _Attended(NamedTuple):
-    factor: float
+class _Attention(NamedTuple):
+    scale: float
 
-    def __call__(self, qkv: Tensor, kept: Tensor | None) -> Tensor:
-        return attended(qkv, kept, self.factor).flatten(2)
+    def __call__(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        return matmul_attention(qkv, mask, self.scale).flatten(2)
 
     def back(
-        self, grad: Tensor, needs: list[bool], qkv: Tensor, kept: Tensor | None
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        self, grad: Tensor, needs: list[bool], qkv: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Grads]:
         heads = grad.unflatten(-1, qkv.shape[-2:])
-        out, made = attended_backward(heads, qkv, kept, self.factor)
-        return out.flatten(2), [made, None]
+        out, grad_qkv = matmul_attention_backward(heads, qkv, mask, self.scale)
+        return out.flatten(2), [grad_qkv, None]
 
 
-class _Product(torch.autograd.Function):
+class _OpLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, before: _Before, x: Tensor, weight: Tensor, bias: Tensor | None, *own: Any
+        ctx: Any, op: _Op, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight, *own)
-        ctx.before, ctx.dtype = before, _dtype(weight)
-        h, low = before(x, *own), None if bias is None else bias.to(ctx.dtype)
-        y = _times(h.to(ctx.dtype), weight.to(ctx.dtype), low)
-        return (h, y) if isinstance(before, _NormedToo) else y
+        ctx.save_for_backward(x, weight, *rest)
+        ctx.op, ctx.dtype = op, _dtype(weight)
+        h, low = op(x, *rest), None if bias is None else bias.to(ctx.dtype)
+        y = _matmul(h.to(ctx.dtype), weight.to(ctx.dtype), low)
+        return (h, y) if isinstance(op, _LayerNorm) and op.returned else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *of_h, grad = grads  # of_h: where h was returned as well
-        x, weight, *own = ctx.saved_tensors
-        _, to_x, to_weight, to_bias, *to_own = ctx.needs_input_grad
-        given: Sequence[Tensor | None] = [None] * (1 + len(own))
+        *grads_h, grad = grads  # grads_h: where h was returned as well
+        x, weight, *rest = ctx.saved_tensors
+        _, needs_x, needs_weight, needs_bias, *needs_rest = ctx.needs_input_grad
+        op_grads: Grads = [None] * (1 + len(rest))
         h = None
-        if to_x or any(to_own):
-            g = sum(of_h, start=_times(grad, weight.to(ctx.dtype).t(), None))
-            h, given = ctx.before.back(g, [to_x, *to_own], x, *own)
-        elif to_weight:
-            h = ctx.before(x, *own)
-        of_linear = _of_linear(grad, h, weight, [to_weight, to_bias])
-        return None, given[0], *of_linear, *given[1:]
+        if needs_x or any(needs_rest):
+            grad_h = sum(grads_h, start=_matmul(grad, weight.to(ctx.dtype).t(), None))
+            h, op_grads = ctx.op.back(grad_h, [needs_x, *needs_rest], x, *rest)
+        elif needs_weight:
+            h = ctx.op(x, *rest)
+        linear_grads = _linear_grads(grad, h, weight, [needs_weight, needs_bias])
+        return None, op_grads[0], *linear_grads, *op_grads[1:]
 
 
-def _of_linear(
+def _linear_grads(
     grad: Tensor, x: Tensor | None, weight: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
-    """The gradients of a linear layer's weight and bias, from its result's and its input."""
-    to_weight = to_bias = None
+    """Gradients of a Linear's weight and bias, from that of its result and from its input."""
+    grad_weight = grad_bias = None
     grad = grad.flatten(0, -2)
     if needs[0]:
         assert x is not None
-        to_weight = (grad.t() @ x.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
+        grad_weight = (grad.t() @ x.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
     if needs[1]:
-        to_bias = grad.sum(0).to(weight.dtype)
-    return [to_weight, to_bias]
+        grad_bias = grad.sum(0).to(weight.dtype)
+    return [grad_weight, grad_bias]
 
 
-def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., D), (E, D), (E,) -> x @ weight.T + bias, all of one dtype."""
-    if not packs(x.dtype):
+    if not has_onednn_matmul(x.dtype):
         return F.linear(x, weight, bias)
     rows = x.numel() // weight.shape[1]
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), reordered, bias, "none", [], "")
 
 
-def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this dtype on this processor."""
+def has_onednn_matmul(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this dtype on this processor."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:

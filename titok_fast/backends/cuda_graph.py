@@ -1,8 +1,8 @@
-"""Drawing as one CUDA graph for each batch size: labels and seeds in, bytes of pictures out.
+"""Drawing as one CUDA graph for each batch size: labels and seeds in, bytes of images out.
 
-A draw is some thousands of small kernels, and launching them one by one costs more than most of
-them take. Recorded once and replayed with one call, the host is out of the way: the sampling loop
-and the decoder have static shapes and never wait for the device (tests/test_fast_graphs.py).
+A draw is thousands of small kernels, and most take less time than their launch. One call replays
+them all: the sampling loop and the decoder have static shapes and never wait for the device
+(tests/backends/test_cuda_graph.py).
 
 Not yet run on a GPU. Without one the tests prove that what is recorded asks the device for nothing,
 and, with a stand-in for the recorder, that the pictures are those of the plain pipeline; the tests
@@ -27,7 +27,7 @@ _WARMUPS = 3  # compile and tune at the first call, settle the libraries' choice
 
 
 class Capture(Protocol):
-    """What records work on tensors that stay where they are."""
+    """Records work on tensors whose memory stays the same."""
 
     def __call__(
         self, work: Callable[..., Tensor], inputs: Sequence[Tensor]
@@ -78,7 +78,7 @@ class CudaCapture:
                 ):
                     result = work(*inputs)
             except RuntimeError as error:
-                # what went wrong first is the context of what ending the capture complains of
+                # the first error is the context of the one that ending the capture raises
                 cause = error.__context__ or error
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None
@@ -157,8 +157,12 @@ class GraphDraw:
         if key not in self._recordings:
             while len(self._recordings) >= MAX_GRAPHS:
                 self._recordings.popitem(last=False)
+
+            def draw(ids: Tensor, class_ids: Tensor, seeds: Tensor) -> Tensor:
+                return self._pictures(unmask(self._generator, ids, class_ids, seeds, config))
+
             inputs = self._buffers(size)
-            self._recordings[key] = _Recording(inputs, self._capture(self._work(config), inputs))
+            self._recordings[key] = _Recording(inputs, self._capture(draw, inputs))
         self._recordings.move_to_end(key)
         return self._recordings[key]
 
@@ -170,12 +174,6 @@ class GraphDraw:
             torch.full((size,), cfg.no_class_id, device=self._device),
             torch.zeros(size, dtype=torch.int64, device=self._device),
         )
-
-    def _work(self, config: SamplingConfig) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def draw(ids: Tensor, class_ids: Tensor, seeds: Tensor) -> Tensor:
-            return self._pictures(unmask(self._generator, ids, class_ids, seeds, config))
-
-        return draw
 
 
 def bucket(count: int, batch_size: int) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from titok_fast.backends.cpu_int8 import Int8Layers
-from titok_fast.backends.cpu_packed import PackedLayers, pack
+from titok_fast.backends.cpu_int8 import int8_layers
+from titok_fast.backends.cpu_packed import PACKED_LAYERS, pack
 from titok_fast.models.blocks import set_attention
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.tokenizer import TiTok
@@ -102,9 +102,9 @@ def apply_techniques(networks: Collection[nn.Module], techniques: Collection[str
         if "products" in techniques:
             set_attention(network, "products")
         if "int8" in techniques:
-            pack(network, Int8Layers())
+            pack(network, int8_layers())
         elif "packed" in techniques:
-            pack(network, PackedLayers())
+            pack(network, PACKED_LAYERS)
 
 
 def compile_networks(

@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 from titok_fast.cli.options import positive
 from titok_fast.costs import (
     DEVICES,
+    DTYPE_BYTES,
+    Cost,
     decoding_costs,
-    generation_costs,
+    dtype_size,
     generator_cost,
     generator_passes,
     parameters,
+    preset_costs,
     speed_of_light,
-    tokenizer_costs,
 )
-from titok_fast.layer_costs import DTYPE_BYTES, Cost, dtype_size
 from titok_fast.presets import PRESETS, Preset, preset
 
 _MIB = 2**20
@@ -73,7 +74,7 @@ def info(names: Sequence[str], *, dtype: str, batch: int) -> str:
     Args:
         names: presets; none means all, in one table.
         dtype: of weights and activations, a key of DTYPE_BYTES.
-        batch: pictures at once, for the speed of light.
+        batch: images at once, for the speed of light.
 
     Raises:
         ValueError: unknown preset or dtype, or a batch below 1.
@@ -87,23 +88,16 @@ def info(names: Sequence[str], *, dtype: str, batch: int) -> str:
     return "\n\n".join(_details(name, one, dtype, batch) for name, one in known.items())
 
 
-def _stages(known: Preset) -> dict[str, Cost]:
-    if known.generator is None or known.sampling is None:
-        return tokenizer_costs(known.tokenizer)
-    drawing = generation_costs(known.tokenizer, known.generator, known.sampling)
-    return tokenizer_costs(known.tokenizer) | drawing
-
-
 def _weight_bytes(known: Preset, dtype: str) -> int:
     latents = Cost(parameters=parameters(known.tokenizer)["latent_tokens"])
-    return sum(cost.weight_bytes(dtype) for cost in [latents, *_stages(known).values()])
+    return sum(cost.weight_bytes(dtype) for cost in [latents, *preset_costs(known).values()])
 
 
 def _giga(costs: dict[str, Cost], *stages: str) -> str:
     return f"{sum(costs[s].flops for s in stages if s in costs) / 1e9:,.1f}"
 
 
-def _drawing(known: Preset) -> list[str]:
+def _drawing_stages(known: Preset) -> list[str]:
     return ["generator", *decoding_costs(known.tokenizer)]
 
 
@@ -112,7 +106,7 @@ def _overview(dtype: str, batch: int) -> str:
     units = ["", "per image", "M param.", "M param.", "MiB", *["GFLOP/image"] * 3]
     rows = [[*heading, *DEVICES], [*units, *["images/s"] * len(DEVICES)]]
     for name, known in PRESETS.items():
-        costs, draws = _stages(known), known.generator is not None
+        costs, draws = preset_costs(known), known.generator is not None
         row = [
             name,
             str(known.tokenizer.num_latent_tokens),
@@ -121,11 +115,11 @@ def _overview(dtype: str, batch: int) -> str:
             f"{_weight_bytes(known, dtype) / _MIB:,.0f}",
             _giga(costs, "encoder", "code_search"),
             _giga(costs, *decoding_costs(known.tokenizer)),
-            _giga(costs, *_drawing(known)) if draws else _NONE,
+            _giga(costs, *_drawing_stages(known)) if draws else _NONE,
         ]
         for device in DEVICES:
             seconds = speed_of_light(known, device, dtype, batch)
-            stages = _drawing(known) if draws else list(costs)
+            stages = _drawing_stages(known) if draws else list(costs)
             row.append(f"{batch / sum(seconds[s] for s in stages):,.0f}")
         rows.append(row)
     first, second, *rest = table(rows).splitlines()
@@ -139,7 +133,7 @@ def _overview(dtype: str, batch: int) -> str:
 
 
 def _details(name: str, known: Preset, dtype: str, batch: int) -> str:
-    costs = _stages(known)
+    costs = preset_costs(known)
     seconds = {device: speed_of_light(known, device, dtype, batch) for device in DEVICES}
     heading = ["stage", "parameters", "weights MiB", "GFLOP/image", "least MiB", "by layer MiB"]
     rows = [[*heading, *(f"{device} us" for device in DEVICES)]]

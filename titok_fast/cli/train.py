@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         ValueError, OSError: see `titok_fast.training.loop.train`.
     """
     # here: torch's distributed parts take seconds to import, which --help does not need
+    from titok_fast.backends.cpu_training import keep_freed_memory
     from titok_fast.distributed import join
     from titok_fast.training.loop import train
-    from titok_fast.training.memory import keep_freed_memory
     from titok_fast.training.recipe.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, args.overrides)

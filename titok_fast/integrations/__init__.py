@@ -17,6 +17,7 @@ A call outside the table (training mode where only evaluation is listed, autocas
 a mask or top-k) runs the object's own code, as if it had not been accelerated.
 
 Objects are recognised by the name of their class and of its module: nothing is imported for it.
+Reading order: _swap, upstream, vector_quantize, diffusers.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""How an object is made fast in place, and given back: its class is exchanged for a subclass.
+"""Makes an object fast in place, and undoes it: its class is exchanged for a subclass.
 
 The subclass overrides a method or two and adds no state, so parameters, hooks, configuration and
 `isinstance` are untouched, the object's own code stays within reach as `super()`, and restoring is

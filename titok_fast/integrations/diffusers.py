@@ -71,11 +71,11 @@ class FastAmused(Fast):
             noise_temperature=1.0,
             rule="probability",
         )
-        kept = drawn
+        ids = drawn
         if timestep != 0:
             index = (self.timesteps == timestep).nonzero()  # (1, 1)
             noise = self.temperatures[index] * _gumbel(scores, generator)
-            kept = remask(
+            ids = remask(
                 drawn,
                 scores.clamp(min=_LEAST_SCORE).masked_fill(~mask, _KNOWN_SCORE),
                 self._num_masked(mask, index, starting_mask_ratio),
@@ -84,11 +84,11 @@ class FastAmused(Fast):
                 noise_temperature=1.0,
                 rule="probability",
             )
-        kept, drawn = kept.view(shape), drawn.view(shape)
+        ids, drawn = ids.view(shape), drawn.view(shape)
         if not return_dict:
-            return kept, drawn
+            return ids, drawn
         module = sys.modules[type(self).accelerated_from.__module__]
-        return module.AmusedSchedulerOutput(kept, drawn)
+        return module.AmusedSchedulerOutput(ids, drawn)
 
     def _num_masked(self, mask: Tensor, index: Tensor, starting_mask_ratio: float) -> Tensor:
         """(B,) int64; in float32, whose rounding decides a count here and there."""

@@ -77,7 +77,14 @@ class FastWideningBlock(Fast, nn.Module):
 class FastLevel(Fast, nn.Module):
     """A resolution that upsamples at its end: four small convolutions for one large."""
 
-    forward = vqgan.Level.forward
+    block: nn.ModuleList
+    upsample_conv: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, 2H, 2W)."""
+        for block in self.block:
+            x = block(x)
+        return vqgan.upsample_conv(x, self.upsample_conv.weight, self.upsample_conv.bias)
 
 
 class FastLastLevel(Fast, nn.Module):
@@ -116,18 +123,13 @@ class FastImageBert(Fast, nn.Module):
         num_sample_steps: int = 8,
     ) -> Tensor:
         """(B,) labels -> (B, K) int64 ids, by the random stream of the replaced method."""
-        settings = (
-            guidance_scale,
-            guidance_decay,
-            guidance_scale_pow,
-            randomize_temperature,
-            softmax_temperature_annealing,
-        )
+        guidance = guidance_scale, guidance_decay, guidance_scale_pow
+        settings = *guidance, randomize_temperature, softmax_temperature_annealing
         # in half precision the replaced code rounds its noise, and the rounding decides
         half = self._head().weight.dtype != torch.float32
         if self.training or half or torch.is_autocast_enabled(condition.device.type):
             return super().generate(condition, *settings, num_sample_steps)  # type: ignore[misc]
-        config = SamplingConfig(num_sample_steps, *settings)
+        config = SamplingConfig(num_sample_steps, *settings)  # in the same order
         B, K = condition.shape[0], self.image_seq_len
         ids = torch.full((B, K), self.mask_token_id, device=condition.device)
         for step in steps(config):

@@ -39,7 +39,7 @@ class FastVectorQuantize(Fast, nn.Module):
             name for name, value in options.items() if value is not None and value is not False
         }
         single = x.ndim == 2 and not maps
-        # rounding to half precision changes the codes' lengths, which a dot product feels
+        # rounding to half precision changes the codes' lengths, and so their dot products
         rounded = self.use_cosine_sim and self._codebook.embed.dtype != torch.float32
         unusual = bool(args) or bool(asked - _TRAINING_ARGUMENTS) or not (single or x.ndim == rank)
         if self.training or rounded or unusual:

@@ -1,6 +1,6 @@
 """Transformer blocks: one attention and one MLP, arranged in the two ways the published models use.
 
-Parameter names here are the project's own; checkpoint.py knows upstream's.
+Parameter names here are the project's own; weights.py knows upstream's.
 """
 
 import torch
@@ -85,7 +85,7 @@ def set_attention(module: nn.Module, backend: str | None) -> None:
 
     Args:
         module: a model.
-        backend: "sdpa", "flash", "xformers", "auto"; None reads TITOK_FAST_ATTENTION, else "sdpa".
+        backend: of attention.BACKENDS, or "auto"; None reads TITOK_FAST_ATTENTION, else "sdpa".
 
     Raises:
         ValueError: unknown name.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titok_fast.io.files import fetch, read_tensors, write_atomic, write_tensors
-from titok_fast.models.weights import check_tensors
+from titok_fast.io.files import fetch, read_tensors
+from titok_fast.models.weights import check_tensors, write_model
 
 NAME = "fashion-classifier"
 CLASSES = 10
@@ -72,13 +72,8 @@ class FashionClassifier(nn.Module):
         Raises:
             OSError: the directory cannot be written; files already there stay as they were.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict()
-        tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
-        write_tensors(directory / "model.safetensors", tensors)
         config = {"model_type": NAME, "classes": CLASSES, "image_size": SIDE, "widths": _WIDTHS}
-        write_atomic(directory / "config.json", (json.dumps(config, indent=4) + "\n").encode())
+        write_model(directory, self.state_dict(), config)
 
     @classmethod
     def from_pretrained(

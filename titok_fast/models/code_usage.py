@@ -11,19 +11,12 @@ from titok_fast.kernels.nearest_code_stats import count_codes
 
 @dataclass(frozen=True)
 class UsageReport:
-    """Use of a codebook over the ids seen.
+    """Use of a codebook over the ids seen."""
 
-    Attributes:
-        tokens: ids seen.
-        dead: codes never used.
-        usage: share of codes used at least once, 0..1.
-        entropy_bits: of the codes' frequencies; log2(N) if all are used alike.
-    """
-
-    tokens: int
-    dead: int
-    usage: float
-    entropy_bits: float
+    tokens: int  # ids seen
+    dead: int  # codes never used
+    usage: float  # share of codes used at least once, 0..1
+    entropy_bits: float  # of the codes' frequencies; log2(N) if all are used alike
 
 
 class CodeUsage:

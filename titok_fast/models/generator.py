@@ -17,6 +17,8 @@ from titok_fast.sampling.masking import Noise, mask_tokens
 from titok_fast.sampling.reference import generate
 from titok_fast.sampling.unmask import sample
 
+Config = GeneratorConfig | Mapping[str, Any] | DictConfig  # the last two in the official form
+
 
 class MaskedGenerator(PretrainedModel):
     """What both generators share: token space, official `forward` and `generate`."""
@@ -25,7 +27,7 @@ class MaskedGenerator(PretrainedModel):
     model_type: str
     lm_head: nn.Linear
 
-    def __init__(self, config: GeneratorConfig | Mapping[str, Any] | DictConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config: GeneratorConfig = self._as_config(config)
         if self.config.model_type != self.model_type:
@@ -111,12 +113,12 @@ class MaskedGenerator(PretrainedModel):
 
         Args:
             condition: (B,) int64 labels.
-            guidance_scale: see schedules.py.
-            guidance_decay: "constant", "linear" or "power-cosine".
-            guidance_scale_pow: exponent of "power-cosine".
-            randomize_temperature: noise at the first step.
-            softmax_temperature_annealing: sharpen towards the end.
-            num_sample_steps: 1..1024.
+            guidance_scale: this and the next five are fields of SamplingConfig.
+            guidance_decay: see there.
+            guidance_scale_pow: see there.
+            randomize_temperature: see there.
+            softmax_temperature_annealing: see there.
+            num_sample_steps: see there.
             seeds: (B,) int64, one per sample.
 
         Returns:
@@ -126,12 +128,12 @@ class MaskedGenerator(PretrainedModel):
             ValueError: a label or setting out of range.
         """
         config = SamplingConfig(
-            num_sample_steps,
-            guidance_scale,
-            guidance_decay,
-            guidance_scale_pow,
-            randomize_temperature,
-            softmax_temperature_annealing,
+            num_sample_steps=num_sample_steps,
+            guidance_scale=guidance_scale,
+            guidance_decay=guidance_decay,
+            guidance_scale_pow=guidance_scale_pow,
+            randomize_temperature=randomize_temperature,
+            softmax_temperature_annealing=softmax_temperature_annealing,
         )
         if seeds is None:
             return generate(self, condition, config)
@@ -157,12 +159,7 @@ class ImageBert(MaskedGenerator):
 
     model_type = "ViT"
 
-    def __init__(
-        self,
-        config: GeneratorConfig | Mapping[str, Any] | DictConfig,
-        *,
-        attention: str | None = None,
-    ) -> None:
+    def __init__(self, config: Config, *, attention: str | None = None) -> None:
         super().__init__(config)
         cfg, D = self.config, self.config.hidden_size
         self.embeddings = nn.Embedding(cfg.vocab_size, D)
@@ -170,14 +167,9 @@ class ImageBert(MaskedGenerator):
         self.type_embed = nn.Parameter(torch.empty(2, D))  # BERT's sentence types: row 0 alone acts
         self.norm_in = nn.LayerNorm(D, eps=1e-12)
         self.dropout = nn.Dropout(cfg.dropout)
+        size = D, cfg.num_attention_heads, cfg.intermediate_size
         self.blocks = nn.ModuleList(
-            PostNormBlock(
-                D,
-                cfg.num_attention_heads,
-                cfg.intermediate_size,
-                dropout=cfg.dropout,
-                attention_dropout=cfg.attn_drop,
-            )
+            PostNormBlock(*size, dropout=cfg.dropout, attention_dropout=cfg.attn_drop)
             for _ in range(cfg.num_hidden_layers)
         )
         self.lm_head = nn.Linear(D, cfg.codebook_size)
@@ -200,12 +192,7 @@ class UViTBert(MaskedGenerator):
 
     model_type = "UViT"
 
-    def __init__(
-        self,
-        config: GeneratorConfig | Mapping[str, Any] | DictConfig,
-        *,
-        attention: str | None = None,
-    ) -> None:
+    def __init__(self, config: Config, *, attention: str | None = None) -> None:
         super().__init__(config)
         cfg, D = self.config, self.config.hidden_size
         half = cfg.num_hidden_layers // 2

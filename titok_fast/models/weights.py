@@ -4,7 +4,6 @@ Only this file knows upstream's parameter names. Nothing here executes code from
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,12 +122,23 @@ def check_tensors(
         )
 
 
+def write_model(
+    directory: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write `config.json` and `model.safetensors` (float32), each atomically."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
+    write_tensors(directory / "model.safetensors", tensors)
+    write_atomic(directory / "config.json", (json.dumps(config, indent=4) + "\n").encode())
+
+
 class PretrainedModel(nn.Module):
     """A model that loads published weights and writes what upstream's classes load."""
 
     config_class: ClassVar[type]
     config: Any
-    packed = False  # the fast mode has replaced layers by ones without parameters
+    inference_only = False  # `pack` has replaced layers by ones without parameters
 
     @property
     def kind(self) -> str:
@@ -198,25 +208,18 @@ class PretrainedModel(nn.Module):
         """Write `config.json` and `model.safetensors` (upstream's names, float32), each atomically.
 
         Raises:
-            ValueError: the model is packed for inference.
+            ValueError: the fast mode has replaced layers.
             OSError: the directory cannot be written; files already there stay as they were.
         """
-        if self.packed:
+        if self.inference_only:
             raise ValueError(
                 "a compiled model has no weights to save: save it before compile, or load it again"
             )
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        official = to_official(self.state_dict(), self.kind)
-        tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in official.items()}
-        config = (
-            {"model": {"pixel": dict(vars(self.config))}}
-            if isinstance(self.config, VQGANConfig)
-            else self.config.to_official()
-        )
-        write_tensors(directory / "model.safetensors", tensors)
-        text = json.dumps(config, indent=4) + os.linesep
-        write_atomic(directory / "config.json", text.encode())
+        if isinstance(self.config, VQGANConfig):
+            config = {"model": {"pixel": dict(vars(self.config))}}
+        else:
+            config = self.config.to_official()
+        write_model(directory, to_official(self.state_dict(), self.kind), config)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

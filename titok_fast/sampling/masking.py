@@ -1,4 +1,4 @@
-"""Training the generator: which tokens are hidden, which labels dropped, and the loss on the rest.
+"""Training the generator: which tokens are masked, which labels dropped, and the loss.
 
 Upstream: ImageBert.masking_input_tokens and MLMLoss; the schedules beside arccos are those of
 google-research/maskgit. Every uniform is an argument, so that one rank and many draw the same.
@@ -17,17 +17,11 @@ _ACCURACY_ELEMENTS = 1 << 22  # logits held at once where only their largest is 
 
 
 class Noise(NamedTuple):
-    """Uniforms in [0, 1) of a batch, float32.
+    """Float32 uniforms in [0, 1) of a batch."""
 
-    Attributes:
-        ratio: (B,) decides how many tokens of a sample are masked.
-        order: (B, K) decides which.
-        drop: (B,) decides whether the label is dropped.
-    """
-
-    ratio: Tensor
-    order: Tensor
-    drop: Tensor
+    ratio: Tensor  # (B,) decides how many tokens of a sample are masked
+    order: Tensor  # (B, K) decides which
+    drop: Tensor  # (B,) decides whether the label is dropped
 
 
 def draw_noise(B: int, K: int, generator: torch.Generator) -> Noise:
@@ -57,12 +51,12 @@ def mask_counts(uniforms: Tensor, K: int, schedule: str = "arccos") -> Tensor:
 def mask_tokens(
     ids: Tensor, noise: Noise, mask_token_id: int, schedule: str = "arccos"
 ) -> tuple[Tensor, Tensor]:
-    """Hide a random share of every sample's tokens.
+    """Mask a random share of every sample's tokens.
 
     Args:
         ids: (B, K) int64 image tokens.
         noise: on the same device.
-        mask_token_id: stands for a hidden token, N.
+        mask_token_id: N.
         schedule: see `mask_counts`.
 
     Returns:
@@ -142,7 +136,7 @@ def masked_token_loss(
 def masked_accuracy(hidden: Tensor, head: nn.Linear, targets: Tensor, mask: Tensor) -> Tensor:
     """Share of masked tokens whose likeliest code is the right one.
 
-    Costs another product with the head, so it is for the steps that are logged.
+    Costs another matmul with the head, so it is for the steps that are logged.
 
     Args:
         hidden: (B, K, D), any float dtype.

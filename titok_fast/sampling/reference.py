@@ -2,7 +2,7 @@
 
 After the same torch.manual_seed it gives upstream's ids (modeling/maskgit.py), with one repair:
 each sample masks by its own count, where upstream applies sample 0's to all. They agree when all
-samples start with the same number of masked tokens. sampling.py is the fast sampler.
+samples start with the same number of masked tokens. unmask.py is the fast sampler.
 """
 
 from math import acos, cos, floor, pi
@@ -44,8 +44,7 @@ def generate(model: Generator, labels: Tensor, config: SamplingConfig) -> Tensor
         )
     check_labels(labels, model.config.condition_num_classes)
     K, mask_id = model.config.image_seq_len, model.config.mask_token_id
-    T = config.num_sample_steps
-    g, decay = config.guidance_scale, config.guidance_decay
+    T, g, decay = config.num_sample_steps, config.guidance_scale, config.guidance_decay
     low, high = config.guidance_interval  # upstream has none: all steps
     ids = torch.full((labels.shape[0], K), mask_id, device=labels.device)
     cfg = g if decay == "constant" else 0.0

@@ -18,25 +18,15 @@ from titok_fast.config import SamplingConfig
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run.
+    """One step of a run."""
 
-    Attributes:
-        index: 0..T-1; also the step counter of the noise.
-        mask_ratio: share of the maskable tokens that stay masked after this step; 0 at the last.
-        guidance: w in logits = cond + w * (cond - uncond); 0 means no unconditional pass.
-        softmax_temperature: divides the logits.
-        token_noise: scale of the Gumbel noise that draws tokens; 0 is greedy.
-        remask_noise: scale of the Gumbel noise on confidences.
-        last: nothing is masked again.
-    """
-
-    index: int
-    mask_ratio: float
-    guidance: float
-    softmax_temperature: float
-    token_noise: float
-    remask_noise: float
-    last: bool
+    index: int  # 0..T-1; also the step counter of the noise
+    mask_ratio: float  # share of the maskable tokens that stay masked after the step; 0 at the last
+    guidance: float  # w in cond + w * (cond - uncond); 0 means no unconditional pass
+    softmax_temperature: float  # divides the logits
+    token_noise: float  # scale of the Gumbel noise that draws tokens; 0 is greedy
+    remask_noise: float  # scale of the Gumbel noise on confidences
+    last: bool  # nothing is masked again
 
 
 # by schedule, with the functions of math or of torch
@@ -56,10 +46,7 @@ def mask_ratio(schedule: str, r: Share) -> Share:
     Args:
         schedule: "arccos", "cosine", "linear" or "sqrt".
         r: in sampling the share (0..1] of the steps that are done; in training uniforms in [0, 1),
-            float32 of any shape.
-
-    Returns:
-        As `r`: a number of [0, 1], or a tensor of its shape and dtype.
+            a tensor of any shape.
 
     Raises:
         ValueError: an unknown schedule.
@@ -95,20 +82,18 @@ def steps(config: SamplingConfig) -> list[Step]:
     for s in range(T):
         r = (s + 1) / T
         noise = config.randomize_temperature * (1.0 - r)
-        plan.append(
-            Step(
-                index=s,
-                mask_ratio=mask_ratio(config.schedule, r),
-                guidance=guidance_weight(config, s),
-                softmax_temperature=0.5 + 0.8 * (1 - r)
-                if config.softmax_temperature_annealing
-                else 1.0,
-                # MaskGIT draws tokens at temperature 1 throughout; TiTok's draw turns greedy
-                token_noise=noise if config.confidence == "logit" else 1.0,
-                remask_noise=noise,
-                last=s == T - 1,
-            )
+        anneals = config.softmax_temperature_annealing
+        step = Step(
+            index=s,
+            mask_ratio=mask_ratio(config.schedule, r),
+            guidance=guidance_weight(config, s),
+            softmax_temperature=0.5 + 0.8 * (1 - r) if anneals else 1.0,
+            # MaskGIT draws tokens at temperature 1 throughout; TiTok's draw turns greedy
+            token_noise=noise if config.confidence == "logit" else 1.0,
+            remask_noise=noise,
+            last=s == T - 1,
         )
+        plan.append(step)
     return plan
 
 

@@ -1,4 +1,4 @@
-"""Labels to tokens, fast: the loop of iterative unmasking without a host wait.
+"""Labels to tokens, fast: iterative unmasking without a host wait.
 
 The distribution is the reference sampler's (reference.py). What differs: guidance is one doubled
 batch, and none where its weight is 0; the two halves are mixed in the last hidden state, which is
@@ -22,18 +22,10 @@ _MASK64 = (1 << 64) - 1
 
 
 def sample_seeds(seed: int, count: int, first: int = 0) -> Tensor:
-    """Seeds of samples first .. first+count-1 of the run called `seed`.
+    """Seeds of samples first .. first+count-1 of a run, whose seed is any integer: (count,) int64.
 
     SplitMix64 of (seed, index), so neighbouring runs share nothing, and sample i has the same seed
     whatever batch or rank draws it.
-
-    Args:
-        seed: any integer.
-        count: number of samples.
-        first: index of the first one in the whole run.
-
-    Returns:
-        (count,) int64.
     """
     start = _mix(seed & _MASK64)
     values = [
@@ -74,16 +66,17 @@ def sample(
     Raises:
         ValueError: a label, seed or token of wrong shape, type or range.
     """
-    given = draw_inputs(generator, torch.as_tensor(labels), seeds, tokens)
-    return unmask(generator, *given, config or SamplingConfig(), on_step)
+    inputs = draw_inputs(generator, torch.as_tensor(labels), seeds, tokens)
+    return unmask(generator, *inputs, config or SamplingConfig(), on_step)
 
 
 def draw_inputs(
     generator: Generator, labels: Tensor, seeds: Tensor, tokens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `unmask` takes, on the generator's device: (B, K) ids, (B,) class ids, (B,) seeds.
+    """Check the arguments of `sample`, and move those of `unmask` to the generator's device.
 
-    Arguments and errors as in `sample`.
+    Returns:
+        (B, K) ids, (B,) class ids and (B,) seeds, all int64.
     """
     cfg, device = generator.config, generator.lm_head.weight.device
     labels = labels.long() if labels.numel() == 0 else labels
@@ -123,7 +116,7 @@ def unmask(
     config: SamplingConfig,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """The loop. Shapes are static and nothing waits for the device: one graph can hold it.
+    """Draw the masked tokens. No host wait and static shapes, so that a CUDA graph can record it.
 
     Args:
         generator: a generator in eval mode.
@@ -136,26 +129,26 @@ def unmask(
     Returns:
         (B, K) int64 ids in [0, N).
     """
-    cfg = generator.config
-    no_class = torch.full_like(class_ids, cfg.no_class_id)
-    both = torch.cat([class_ids, no_class])
     B, K = ids.shape
-    row_seeds = seeds.repeat_interleave(K)
-    row_positions = torch.arange(K, device=ids.device).repeat(B)
-    base = maskable(ids, config, cfg.mask_token_id)
+    mask_id, no_class_id = generator.config.mask_token_id, generator.config.no_class_id
+    both_classes = torch.cat([class_ids, torch.full_like(class_ids, no_class_id)])  # (2B,)
+    row_seeds = seeds.repeat_interleave(K)  # (B*K,)
+    positions = torch.arange(K, device=ids.device).repeat(B)  # (B*K,)
+    base = maskable(ids, config, mask_id)
 
     for step in steps(config):
         if step.guidance == 0:
-            cond, uncond = generator.hidden(ids, class_ids).flatten(0, 1), None
+            cond, uncond = generator.hidden(ids, class_ids).flatten(0, 1), None  # (B*K, D)
         else:
-            cond, uncond = generator.hidden(ids.repeat(2, 1), both).flatten(0, 1).chunk(2)
+            hidden = generator.hidden(ids.repeat(2, 1), both_classes)  # (2B, K, D)
+            cond, uncond = hidden.flatten(0, 1).chunk(2)
         candidates, scores = lm_head_sample(
-            cond,  # (B*K, D)
+            cond,
             uncond,
             generator.lm_head.weight,
             generator.lm_head.bias,
             seeds=row_seeds,
-            positions=row_positions,
+            positions=positions,
             step=step.index,
             guidance=step.guidance,
             softmax_temperature=step.softmax_temperature,
@@ -168,7 +161,7 @@ def unmask(
             scores.view(B, K),
             step,
             base,
-            mask_id=cfg.mask_token_id,
+            mask_id=mask_id,
             seeds=seeds,
             rule=config.confidence,
         )
@@ -178,15 +171,12 @@ def unmask(
 
 
 def maskable(ids: Tensor, config: SamplingConfig, mask_id: int) -> int | Tensor:
-    """What the mask ratio counts from: all K tokens by TiTok's rule, by MaskGIT's the unknown.
+    """Tokens that the mask ratio counts from: all K by TiTok's rule, by MaskGIT's the masked (B,).
 
     Args:
-        ids: (B, K) int64, mask id where a token is to be drawn.
+        ids: (B, K) int64 at the start of the run.
         config: settings.
         mask_id: N.
-
-    Returns:
-        K, or (B,) int64.
     """
     return ids.shape[1] if config.confidence == "logit" else (ids == mask_id).sum(dim=1)
 
@@ -202,14 +192,14 @@ def end_step(
     seeds: Tensor,
     rule: str,
 ) -> Tensor:
-    """Tokens after a step: known ones stay, and of the drawn the least confident are masked again.
+    """Tokens after a step: known ones stay, the least confident of the others are masked again.
 
     Args:
         ids: (B, K) int64 before the step.
         candidates: (B, K) int64 in [0, N), drawn for all positions.
         scores: (B, K) float32, their confidence.
         step: this step; the last masks nothing again.
-        base: of `maskable`, at the start of the run.
+        base: from `maskable`.
         mask_id: N.
         seeds: (B,) int64.
         rule: "logit" or "probability".
@@ -238,7 +228,7 @@ def num_masked(mask: Tensor, base: int | Tensor, mask_ratio: float) -> Tensor:
 
     Args:
         mask: (B, K) bool, masked before the step.
-        base: tokens that the ratio counts from, of `maskable`.
+        base: tokens that the ratio counts from (`maskable`).
         mask_ratio: share of them that the schedule leaves masked.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from titok_fast.backends.cpu_training import make_lean
+from titok_fast.backends.cpu_training import recompute_in_backward
 from titok_fast.models.attention import ENVIRONMENT
 from titok_fast.models.blocks import PostNormBlock, PreNormBlock, set_attention
 from titok_fast.training.engine import BLOCKS, Engine, local, whole
@@ -93,7 +93,7 @@ def prepare_blocks(model: nn.Module, config: TrainingConfig) -> None:
             continue
         if block.norm1.weight.shape[0] >= WIDE:
             if plain:
-                make_lean(block)
+                recompute_in_backward(block)
             if config.mixed_precision == "bf16":
                 set_attention(block, os.environ.get(ENVIRONMENT) or "products")
     for block in [part for part in model.modules() if isinstance(part, BLOCKS)]:
