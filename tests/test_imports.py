@@ -1,10 +1,13 @@
 """What an import costs and drags in, and which way imports point."""
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torchvision", "transformers", "einops", "flash_attn", "xformers", "matplotlib", "skimage")
@@ -79,3 +82,24 @@ def test_bare_kernels_is_refused() -> None:
     done = python("import kernels", ROOT)
     assert done.returncode != 0
     assert "ImportError: this folder is the package titok_fast.kernels: install" in done.stderr
+
+
+def packages() -> list[Path]:
+    found = sorted(path.parent for path in (ROOT / "titok_fast").rglob("__init__.py"))
+    assert len(found) > 10
+    return found
+
+
+@pytest.mark.parametrize("package", packages(), ids=lambda path: path.name)
+def test_a_package_names_its_files_in_reading_order(package: Path) -> None:
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
+    assert text is not None
+    _, order, listed = text.partition("Reading order:")
+    assert order
+    names = re.findall(r"[a-z_0-9]+", listed.partition(".")[0])
+    parts = [p for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    assert sorted(names) == sorted(p.stem for p in parts if not p.stem.startswith("__"))
+
+
+def test_the_root_stays_small() -> None:
+    assert len(list((ROOT / "titok_fast").glob("*.py"))) <= 12

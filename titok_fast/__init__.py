@@ -1,8 +1,8 @@
 """titok_fast: TiTok (arXiv 2406.07550) and its MaskGIT generator, weight-compatible and fast.
 
-Reading order: config, presets, io, distributed, sampling, models, backends, data, loading,
-pipeline, costs, training, evaluation, integrations, cli. Imports point up this list only;
-`docs/design.md` says why.
+Imports point up this list only; `docs/design.md` says why.
+Reading order: settings, config, presets, io, distributed, sampling, models, backends, data,
+loading, tokenizer_pipeline, pipeline, costs, training, evaluation, integrations, cli.
 """
 
 from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig

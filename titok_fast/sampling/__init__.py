@@ -1,5 +1,6 @@
 """Labels to tokens: schedules, the reference sampler and the fast loop of iterative unmasking.
 
 A sampler sees a generator through the Protocol in `network`, so models may import samplers.
-Reading order: network, schedules, reference, unmask, masking (the same in training).
+`masking` holds the same steps for training.
+Reading order: network, schedules, reference, unmask, masking.
 """
