@@ -82,8 +82,3 @@ def one_thread_for_all() -> Iterator[None]:
     """`one_thread` for a whole file, whose module-scoped fixtures compute as well."""
     with _single_thread():
         yield
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

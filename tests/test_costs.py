@@ -54,14 +54,7 @@ PARTS = {
     "titok-bl-64-vae": (49_152, 85_920_032, 303_448_916),
     "titok-bl-128-vae": (98_304, 85_969_184, 303_514_452),
 }
-PART_NAMES = (
-    "latent_tokens",
-    "encoder",
-    "decoder",
-    "quantize",
-    "pixel_quantize",
-    "pixel_decoder",
-)
+PART_NAMES = ("latent_tokens", "encoder", "decoder", "quantize", "pixel_quantize", "pixel_decoder")
 
 
 def giga(flops: float) -> str:

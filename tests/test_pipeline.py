@@ -16,12 +16,7 @@ from support.tiny_models import (
     tiny_tokenizer_config,
 )
 
-from titok_fast import (
-    SamplingConfig,
-    TiTok,
-    TiTokPipeline,
-    preset,
-)
+from titok_fast import SamplingConfig, TiTok, TiTokPipeline, preset
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.presets import PRESETS, Preset
 from titok_fast.sampling.unmask import sample, sample_seeds

@@ -55,10 +55,7 @@ def upstream() -> Iterator[SimpleNamespace]:
         from modeling.titok import TiTok as OfficialTiTok
 
         yield SimpleNamespace(
-            TiTok=OfficialTiTok,
-            ViT=OfficialBert,
-            UViT=OfficialUViT,
-            VQGAN=PretrainedTokenizer,
+            TiTok=OfficialTiTok, ViT=OfficialBert, UViT=OfficialUViT, VQGAN=PretrainedTokenizer
         )
     finally:
         sys.path[:] = before

@@ -97,10 +97,7 @@ def test_a_missing_package_is_named(backend: str, package: str) -> None:
     message = (
         rf"'{backend}' needs the package {package} \(pip install 'titok_fast\[{backend}\]'\): "
     )
-    for call in (
-        lambda: backend_name(backend),
-        lambda: set_attention(tiny_tokenizer(), backend),
-    ):
+    for call in (lambda: backend_name(backend), lambda: set_attention(tiny_tokenizer(), backend)):
         with pytest.raises(BackendError, match=message):
             call()
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
@@ -23,10 +25,12 @@ from titok_fast.kernels import (
     soft_codes,
 )
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-quick = settings(
+_QUICK = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+Test = Callable[..., None]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -192,6 +196,17 @@ def check_operator(op: Any, args: Sequence[Any]) -> None:
         # torch adds all outputs to the first one, which fails for integers: so no gradients
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     opcheck(op, args, test_utils="test_aot_dispatch_dynamic")
+
+
+def cases(**strategies: st.SearchStrategy[Any]) -> Callable[[Test], Test]:
+    """Run a test on 30 draws of `case`, a namespace of these; torch is seeded before each."""
+    case = st.builds(_case, seed=st.integers(0, 2**16), **strategies)
+    return lambda test: _QUICK(given(case=case)(test))
+
+
+def _case(seed: int, **values: Any) -> SimpleNamespace:
+    torch.manual_seed(seed)
+    return SimpleNamespace(**values)
 
 
 def any_seeds(count: int, device: torch.device | str = "cpu") -> Tensor:

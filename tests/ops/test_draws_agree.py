@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import any_seeds, arguments_of
+from calls import DEVICE, any_seeds, arguments_of
 from torch import Tensor
 
 from titok_fast import kernels
@@ -56,7 +56,6 @@ def draw(
 @pytest.mark.parametrize("numbers", ["whole", "real"])
 def test_kernels_and_cpu_draw_the_same(
     request: pytest.FixtureRequest,
-    device: torch.device,
     numbers: str,
     known: float,
     guidance: float | None,
@@ -66,7 +65,7 @@ def test_kernels_and_cpu_draw_the_same(
     inputs, mask = inputs_of(numbers), torch.rand(B, K) >= known
     settings = guidance, noise_temperature, rule
     on_cpu = draw(inputs, mask, *settings)
-    request.getfixturevalue("interpreted")  # from here on the kernels
+    device = request.getfixturevalue("device")  # from here on the kernels
     assert runs_triton(mask.to(device))
     in_kernels = draw({k: x.to(device) for k, x in inputs.items()}, mask.to(device), *settings)
     ids, scores = on_cpu[0]
@@ -137,18 +136,16 @@ def test_lm_head_sample_follows_the_softmax(
 
 
 @pytest.mark.parametrize("noise_temperature", [0.25, 1.5, 4.75])
-def test_token_that_remask_keeps_follows_the_softmax(
-    device: torch.device, noise_temperature: float
-) -> None:
+def test_token_that_remask_keeps_follows_the_softmax(noise_temperature: float) -> None:
     """With all but one masked, the one kept is a draw from softmax(score / temperature)."""
     images, tokens = 100_000, 6
-    scores = (torch.arange(tokens, device=device) / 3 * noise_temperature).expand(images, tokens)
+    scores = (torch.arange(tokens, device=DEVICE) / 3 * noise_temperature).expand(images, tokens)
     ids = remask(
         torch.zeros_like(scores, dtype=torch.int64),
         scores,
-        torch.full((images,), tokens - 1, device=device),
+        torch.full((images,), tokens - 1, device=DEVICE),
         mask_id=1,
-        seeds=any_seeds(images, device),
+        seeds=any_seeds(images, DEVICE),
         step=2,
         noise_temperature=noise_temperature,
     )

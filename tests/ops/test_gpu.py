@@ -258,6 +258,6 @@ TABLE: dict[Check, tuple[tuple[Shape, ...], Sequence[torch.dtype]]] = {
     ],
 )
 def test_kernel_against_definition(
-    interpreted: None, device: torch.device, check: Check, shape: Shape, dtype: torch.dtype
+    device: torch.device, check: Check, shape: Shape, dtype: torch.dtype
 ) -> None:
     check(shape, dtype, device)

@@ -1,11 +1,11 @@
 """remask: both rules with their ties, the kernel against them, and a whole official run."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from calls import any_seeds, quick
-from hypothesis import given
+from calls import any_seeds, cases
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,8 +38,7 @@ def plain_remask(
     return out
 
 
-@quick
-@given(
+@cases(
     B=st.integers(0, 3),
     K=st.one_of(st.integers(1, 9), st.sampled_from((31, 32, 33, 127))),
     known=st.sampled_from((0.0, 0.4, 1.0)),
@@ -47,20 +46,9 @@ def plain_remask(
     source=st.sampled_from(("counter", "given", "none")),
     rule=st.sampled_from(RULES),
     strided=st.booleans(),
-    seed=st.integers(0, 2**16),
 )
-def test_follows_the_definition(
-    op_device: torch.device,
-    B: int,
-    K: int,
-    known: float,
-    values: str,
-    source: str,
-    rule: str,
-    strided: bool,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
+def test_follows_the_definition(op_device: torch.device, case: SimpleNamespace) -> None:
+    B, K, values, source, rule = case.B, case.K, case.values, case.source, case.rule
     scores = torch.randn(B, K) * 3
     if values == "ties":
         scores = scores.round()
@@ -70,7 +58,7 @@ def test_follows_the_definition(
         scores[torch.rand(B, K) < 0.3] = -INF
     elif values == "subnormal":
         scores *= 1e-39
-    scores[torch.rand(B, K) < known] = INF
+    scores[torch.rand(B, K) < case.known] = INF
     candidates = torch.randint(MASK_ID, (B, K))
     num_masked = torch.randint(K + 2, (B,))
     seeds = any_seeds(B)
@@ -78,7 +66,7 @@ def test_follows_the_definition(
     given = None
     if source == "given":
         given = noise = noise.round()  # keeps ties
-    if strided:
+    if case.strided:
         scores, candidates = (x.T.contiguous().T for x in (scores, candidates))
         seeds, num_masked = (x.repeat_interleave(2)[::2] for x in (seeds, num_masked))
     t = 0.0 if source == "none" else 2.0
@@ -146,9 +134,7 @@ def test_ties_and_ends(
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_negative_count_masks_none_in_the_kernel(
-    interpreted: None, device: torch.device, rule: str
-) -> None:
+def test_negative_count_masks_none_in_the_kernel(device: torch.device, rule: str) -> None:
     scores, candidates = torch.randn(1, 6, device=device), torch.arange(6, device=device)[None]
     n = torch.tensor([-3], device=device)
     ids = remask(candidates, scores, n, mask_id=MASK_ID, noise_temperature=0.0, rule=rule)

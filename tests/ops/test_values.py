@@ -92,7 +92,6 @@ def test_every_op_looks_when_asked_before_its_launch(
     name: str,
     value: Tensor,
     message: str,
-    interpreted: None,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

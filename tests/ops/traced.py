@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from calls import OpCall, calls, check_operator
+from calls import DEVICE, OpCall, calls, check_operator
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -32,7 +32,6 @@ from triton.runtime.jit import JITFunction, mangle_type
 import titok_fast.kernels
 from titok_fast.kernels import _launch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 found: list[fx.Node] = []  # launches in the graphs of the last compilation
 launched: dict[str, dict[str, set[str]]] = {}  # kernel: argument: Triton types at its launches
 
@@ -231,7 +230,7 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    if DEVICE == "cpu":
+    if DEVICE.type == "cpu":
         interpret_launches()
     note_launches()
     registered_ops()
