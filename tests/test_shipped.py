@@ -97,9 +97,7 @@ def test_sampling_one_class_and_all_in_turn(
     assert not (tmp_path / "none").exists()
 
 
-def test_other_commands_know_it(
-    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_commands(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)).save(
         tmp_path / "a.png"
     )
@@ -145,9 +143,7 @@ def checkout(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def test_a_wheel_has_the_weights_and_draws_without_a_network(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_a_wheel_has_the_weights_and_draws_with_no_network(checkout: Path, tmp_path: Path) -> None:
     quiet = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-q"]
     target = tmp_path / "installed"
     pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", str(target), str(checkout)]
@@ -165,16 +161,16 @@ def test_a_wheel_has_the_weights_and_draws_without_a_network(
     assert (target / "titok_fast" / "weights" / "README.md").is_file()
 
 
-def test_a_source_archive_has_the_weights(checkout: Path, tmp_path: Path) -> None:
+def test_a_source_archive_has_the_weights(folder: Path, checkout: Path, tmp_path: Path) -> None:
     build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True)
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.iterdir()
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    parts = {f"{part}/{name}" for part in ("tokenizer", "generator")
-             for name in ("config.json", "model.safetensors")}  # fmt: skip
-    assert {f"titok_fast/weights/{MODEL}/{part}" for part in parts} <= names
+    weights = {f"{p.parent.name}/{p.name}" for p in folder.rglob("*") if p.is_file()}
+    assert len(weights) == 4  # config.json and model.safetensors of two parts
+    assert {f"titok_fast/weights/{MODEL}/{name}" for name in weights} <= names
     assert {"titok_fast/weights/README.md", "kernels/nearest_code.py"} <= names
     assert {"titok_fast/recipes/fashion/base.yaml", "titok_fast/backends/cpu_int8_ops.cpp"} <= names
 

@@ -93,9 +93,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         assert use_cache_dir() is None
 
 
-def test_only_techniques_that_compile_ask_for_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_compiling_asks_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pipe() -> TiTokPipeline:
         return TiTokPipeline(tiny_tokenizer(), tiny_generator())
 

@@ -96,9 +96,7 @@ TEMPERATURES = pytest.mark.parametrize(
 
 
 @TEMPERATURES
-def test_guided_sample_follows_the_softmax(
-    softmax_temperature: float, noise_temperature: float
-) -> None:
+def test_guided_sample_draws_softmax(softmax_temperature: float, noise_temperature: float) -> None:
     codes, images, tokens = 24, 1000, 100
     temperature = softmax_temperature * noise_temperature
     logits = (torch.rand(codes) * 3 - 1.5) * temperature
@@ -116,9 +114,7 @@ def test_guided_sample_follows_the_softmax(
 
 
 @TEMPERATURES
-def test_lm_head_sample_follows_the_softmax(
-    softmax_temperature: float, noise_temperature: float
-) -> None:
+def test_lm_head_sample_draws_softmax(softmax_temperature: float, noise_temperature: float) -> None:
     R, codes, width = 100_000, 24, 4
     temperature = softmax_temperature * noise_temperature
     hidden, weight = torch.ones(R, width), (torch.rand(codes, width) - 0.5) * temperature

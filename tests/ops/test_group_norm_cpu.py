@@ -55,9 +55,7 @@ def assert_gradients(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strip", [1 << 19, 20000, 1])
-def test_gradients_in_one_strip_and_in_many(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, strip: int
-) -> None:
+def test_strip_gradients(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, strip: int) -> None:
     """Strips of all 67 rows, of 4 with a shorter last one, and of one row."""
     monkeypatch.setattr(_group_norm_cpu, "_STRIP", strip)
     inputs = leaves(dtype=dtype)

@@ -76,7 +76,7 @@ def test_widths_and_sizes(
     assert_near(got, exact(x, weight, bias, groups), terms=terms, scale=scale)
 
 
-def test_many_images_need_one_dimension_of_the_grid(
+def test_many_images_need_a_flat_grid(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA limits the second and third grid dimension to 65535."""

@@ -111,9 +111,7 @@ def test_infinite_logits(device: torch.device, values: str, rule: str) -> None:
 
 @pytest.mark.parametrize("guidance", [-1.5, 0.0, 2.0])
 @pytest.mark.parametrize("rule", RULES)
-def test_guidance_keeps_a_forbidden_code_forbidden(
-    op_device: torch.device, rule: str, guidance: float
-) -> None:
+def test_forbidden_stays_forbidden(op_device: torch.device, rule: str, guidance: float) -> None:
     """Whatever its unconditional logit is."""
     inf = torch.inf
     logits = torch.tensor([[[-inf, -inf, 1.0, 3.0, -inf]]], device=op_device)

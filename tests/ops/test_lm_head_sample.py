@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from calls import DTYPES, any_seeds, assert_same_draws, cases
 from hypothesis import strategies as st
-from support.processes import output_of
 
 from titok_fast.kernels._sampling import RULES
 from titok_fast.kernels.lm_head_sample import lm_head_sample, lm_head_sample_ref
@@ -133,37 +132,3 @@ def test_reference_in_low_precision(dtype: torch.dtype) -> None:
     rounding = torch.finfo(dtype).eps / 2
     bound = 3 * rounding * (l.abs().amax(1) + mixed.norm(dim=1) * 8)
     assert (l.amax(1) - l.gather(1, got[0][:, None])[:, 0] <= bound).all()
-
-
-TRACE = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from titok_fast.kernels.guided_sample import guided_sample
-from titok_fast.kernels.lm_head_sample import lm_head_sample
-from titok_fast.kernels.remask import remask
-
-def step(logits, hidden, weight, ids, seeds):
-    candidates, scores = guided_sample(logits, logits, mask=ids == 9, ids=ids, seeds=seeds,
-                                       guidance=2.0, noise_temperature=1.0)
-    ids = remask(candidates, scores, seeds, mask_id=9, seeds=seeds, noise_temperature=1.0)
-    rows = seeds.repeat_interleave(3)
-    return ids, lm_head_sample(hidden, hidden, weight, None, seeds=rows, positions=rows,
-                               guidance=2.0, noise_temperature=1.0)[0]
-
-with FakeTensorMode(), torch.device("cuda"):
-    ids = torch.zeros(2, 3, dtype=torch.int64)
-    if COMPILED:
-        step = torch.compile(step, fullgraph=True, backend="aot_eager")
-    out = step(torch.empty(2, 3, 9), torch.empty(6, 8), torch.empty(9, 8), ids, ids[:, 0])
-print(*(f"{tuple(x.shape)} {x.dtype} {x.device.type}" for x in out))
-"""
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_sampling_ops_never_wait_for_the_device(compiled: bool) -> None:
-    """Fake CUDA tensors hold no values, so reading one on the host would fail.
-
-    In a process with compiled kernels: the interpreter would read their memory.
-    """
-    printed = output_of(f"COMPILED = {compiled}\n{TRACE}")
-    assert printed.splitlines() == ["(2, 3) torch.int64 cuda (6,) torch.int64 cuda"]

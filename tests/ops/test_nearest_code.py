@@ -89,9 +89,7 @@ def test_largest_codebook() -> None:
 # 700 codes: eight programs share eleven tiles, so some see two; 2100 rows: large tiles
 @pytest.mark.parametrize(("N", "K"), [(20, 700), (2100, 9), (1, 2), (17, 64), (16, 65)])
 @pytest.mark.parametrize("path", [nearest_code, nearest_code_ref])
-def test_lowest_index_wins_a_tie(
-    device: torch.device, N: int, K: int, path: Callable[..., Tensor]
-) -> None:
+def test_lowest_id_wins(device: torch.device, N: int, K: int, path: Callable[..., Tensor]) -> None:
     """Small integers make every float32 operation exact, so equal distances are equal."""
     codebook = torch.randint(-1, 2, (K, 3), device=device).float()
     z = torch.randint(-2, 3, (N, 3), device=device).float()

@@ -115,9 +115,7 @@ def test_maps_are_rows_in_their_order(device: torch.device, path: Callable[..., 
 
 
 @pytest.mark.parametrize("path", [nearest_code_stats, nearest_code_stats_ref])
-def test_gradients_repeat_bit_for_bit_on_request(
-    device: torch.device, path: Callable[..., CodeStats]
-) -> None:
+def test_gradients_repeat_on_request(device: torch.device, path: Callable[..., CodeStats]) -> None:
     """Without warn_only an operation without a fixed order raises."""
     torch.use_deterministic_algorithms(True)
     z = torch.randn(3000, 5, device=device, requires_grad=True)
@@ -162,9 +160,7 @@ def test_reference_gradients_are_derivatives(metric: str) -> None:
 
 
 @pytest.mark.parametrize("path", [nearest_code_stats, nearest_code_stats_ref])
-def test_gradients_go_where_they_should(
-    device: torch.device, path: Callable[..., CodeStats]
-) -> None:
+def test_gradients_go_where_they_must(device: torch.device, path: Callable[..., CodeStats]) -> None:
     z = torch.randn(6, 5, device=device, requires_grad=True)
     codebook = torch.randn(4, 5, device=device, requires_grad=True)
     stats = path(z, codebook)

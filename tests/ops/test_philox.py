@@ -113,9 +113,7 @@ def test_known_answers(
     st.integers(0, 30),
     st.integers(0, 1),
 )
-def test_bits_follow_the_definition(
-    seed: int, position: int, step: int, codes: int, stream: int
-) -> None:
+def test_bits_by_definition(seed: int, position: int, step: int, codes: int, stream: int) -> None:
     bits = philox_bits_ref(torch.tensor([seed]), step, torch.tensor([position]), codes, stream)
     key = (seed % WORD, seed // WORD % WORD)
     word = position + 2**16 * step + 2**31 * stream

@@ -142,9 +142,7 @@ def test_negative_count_masks_none_in_the_kernel(device: torch.device, rule: str
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_given_noise_of_minus_infinity_masks_no_known_token(
-    op_device: torch.device, rule: str
-) -> None:
+def test_noise_of_minus_infinity_masks_no_known_token(op_device: torch.device, rule: str) -> None:
     scores = torch.tensor([[INF, 1.0, 2.0]], device=op_device)
     noise, count = torch.full_like(scores, -INF), torch.tensor([3], device=op_device)
     options = {"noise_temperature": 1.0, "noise": noise, "rule": rule}

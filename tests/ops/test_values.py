@@ -172,8 +172,6 @@ def test_fake_tensors_have_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("value", "asked"), [("", False), ("0", False), ("1", True)])
-def test_the_environment_asks_as_python_starts(
-    value: str, asked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_asks(value: str, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, value)
     assert runpy.run_path(_values.__file__)["_asked_for"] is asked
