@@ -129,7 +129,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own with all that, as the working directory."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     sampling = SamplingConfig(num_sample_steps=3, guidance_scale=2.0)
     tiny = Preset(TOKENIZER, GENERATOR, sampling, folder=tmp_path / "l32")

@@ -191,8 +191,6 @@ def test_bad_images(pipe: TiTokPipeline, image: Any, message: str) -> None:
 
 
 def test_bad_ids(pipe: TiTokPipeline) -> None:
-    with pytest.raises(ValueError, match=r"token ids lie in 0\.\.63; got 64\.\.64"):
-        pipe.detokenize(torch.full((1, 8), 64))
     with pytest.raises(ValueError, match=r"wants integer ids \(B, 8\); got \(1, 9\)"):
         pipe.detokenize(torch.zeros(1, 9, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"ids below 64 want int16, int32 or int64; got torch\.u"):

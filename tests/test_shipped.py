@@ -1,9 +1,6 @@
 """The small model of the package: its preset, its command, and that its weights get installed."""
 
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.processes import ROOT, python
 from support.shipped import MODEL, ship, trained, use
 
 from titok_fast import PRESETS, TiTokPipeline, preset
@@ -20,7 +18,6 @@ from titok_fast.io.files import read_tensors
 from titok_fast.presets import SHIPPED
 from titok_fast.training.recipe.recipe import read_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = "0 T-shirt/top, 1 Trouser, 2 Pullover, 3 Dress, 4 Coat, 5 Sandal, 6 Shirt, 7 Sneaker, 8 Bag"
 
 
@@ -146,13 +143,10 @@ def checkout(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wheel_has_the_weights_and_draws_with_no_network(checkout: Path, tmp_path: Path) -> None:
     quiet = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-q"]
     target = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", str(target), str(checkout)]
-    done = subprocess.run(pip, capture_output=True, text=True)
+    done = python("-m", "pip", "install", *quiet, "--target", str(target), str(checkout))
     assert done.returncode == 0, done.stderr
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", DRAW, str(target)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    offline = {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
+    done = python("-c", DRAW, str(target), cwd=tmp_path, **offline)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == [
         f"{i:06d}_{i}.png" for i in range(10)
@@ -163,7 +157,7 @@ def test_a_wheel_has_the_weights_and_draws_with_no_network(checkout: Path, tmp_p
 
 def test_a_source_archive_has_the_weights(folder: Path, checkout: Path, tmp_path: Path) -> None:
     build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True)
+    done = python("-c", build, cwd=checkout)
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.iterdir()
     with tarfile.open(archive) as files:

@@ -44,7 +44,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> list[str]:
-    """Options that name a tokenizer and a generator."""
     folder = tmp_path / "weights"
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     config = replace(tiny_generator_config(), condition_num_classes=CLASSES)

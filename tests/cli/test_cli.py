@@ -36,7 +36,6 @@ SAMPLING = SamplingConfig(3, 2.0, "linear", softmax_temperature_annealing=True)
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the saved models `tokenizer`, `generator`, `vae` and `stage1`."""
     folder = tmp_path_factory.mktemp("weights")
     for kind, name in (("legacy", "tokenizer"), ("vae", "vae"), ("stage1", "stage1")):
         tiny_tokenizer(kind).save_pretrained(folder / name)
@@ -46,7 +45,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with four photographs, of several sizes, modes and formats."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
     Image.fromarray(data.astronaut()).resize((48, 48)).save(folder / "astronaut.png")

@@ -63,15 +63,8 @@ def test_every_input_kind_gives_the_same_pixels(shape: tuple[int, int], tmp_path
     array = noise(*shape)
     picture, chw = Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1)
     images.save_png(tmp_path / "a.png", picture)
-    kinds = [
-        tmp_path / "a.png",
-        str(tmp_path / "a.png"),
-        picture,
-        array,
-        array[None],
-        chw,
-        chw[None],
-    ]
+    path = tmp_path / "a.png"
+    kinds = [path, str(path), picture, array, array[None], chw, chw[None]]
     wanted = images.to_tensor(picture, 32)
     for kind in kinds:
         assert torch.equal(images.to_tensor(kind, 32), wanted)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.tiny_models import (
-    generator_shapes,
     on_meta,
     relative,
     tiny_generator,
@@ -35,7 +34,6 @@ def test_zoo_has_the_published_sizes_and_tensors(name: str) -> None:
     model = on_meta(generator_class(config), config)
     official = to_official(model.state_dict(), model.kind)
     assert (sum(p.numel() for p in model.parameters()), len(official)) == ZOO[name]
-    assert {k: tuple(t.shape) for k, t in official.items()} == generator_shapes(config)
     assert GeneratorConfig.from_official(config.to_official()) == config
 
 

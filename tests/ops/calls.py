@@ -1,6 +1,6 @@
 """Shared by the kernel tests: calls of every kernel, checks of operators, seeds and draws."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 
 from titok_fast import kernels
 from titok_fast.kernels import (
@@ -36,13 +35,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class OpCall:
-    """`fn(*leaves, *others)`, a public kernel with its options set.
-
-    Attributes:
-        fn: the function of its tensors.
-        leaves: tensors with gradients.
-        others: the remaining tensors.
-    """
+    """`fn(*leaves, *others)`, a public kernel with its options set; leaves have gradients."""
 
     fn: Function
     leaves: tuple[Tensor, ...] = ()
@@ -77,10 +70,6 @@ def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
     """Calls by name of the public function, with a suffix for further options.
 
     Sizes are odd, and small: Triton's interpreter takes milliseconds for a program.
-
-    Args:
-        device: of the tensors.
-        batch: number of images; sizes that depend on it are multiples.
     """
     B, K, N, D = batch, 6, 70, 24
     R = B * K
@@ -179,23 +168,6 @@ def arguments_of(name: str) -> dict[str, Any]:
         | {"targets": torch.tensor([0, 6, 1, 2]), "weights": torch.ones(4)},
     }
     return arguments[name]
-
-
-def check_operator(op: Any, args: Sequence[Any]) -> None:
-    """`torch.library.opcheck` of an operator, such as torch.ops.titok_fast.remask.default.
-
-    Args:
-        op: the operator.
-        args: of one call.
-    """
-    args = tuple(args)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(op, args, test_utils=checks)
-    out = op(*args)
-    if not (out if isinstance(out, Tensor) else out[0]).is_floating_point():
-        # torch adds all outputs to the first one, which fails for integers: so no gradients
-        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-    opcheck(op, args, test_utils="test_aot_dispatch_dynamic")
 
 
 def cases(**strategies: st.SearchStrategy[Any]) -> Callable[[Test], Test]:

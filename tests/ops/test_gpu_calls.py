@@ -54,7 +54,6 @@ def test_replayed_from_a_cuda_graph(device: torch.device, name: str) -> None:
 
 
 def test_cpu_and_gpu_draw_the_same(device: torch.device) -> None:
-    """An image does not depend on the device that made its noise."""
     logits = torch.randn(4, 32, 4096)
     mask, ids = torch.ones(4, 32, dtype=torch.bool), torch.zeros(4, 32, dtype=torch.int64)
     seeds = any_seeds(4)

@@ -15,7 +15,6 @@ from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """(B, K, N) values in another memory layout."""
     B, K, N = x.shape
     if layout == "sliced":  # as a generator returns them, class token and special ids cut off
         big = x.new_full((B, K + 1, N + 3), float("nan"))
@@ -27,7 +26,6 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def filled(shape: tuple[int, ...], values: str, dtype: torch.dtype) -> Tensor:
-    """Logits, some of them at the limits of the dtype."""
     x = torch.randn(shape) * 4
     if values == "equal":
         x = torch.full(shape, 1.5)
@@ -112,7 +110,6 @@ def test_infinite_logits(device: torch.device, values: str, rule: str) -> None:
 @pytest.mark.parametrize("guidance", [-1.5, 0.0, 2.0])
 @pytest.mark.parametrize("rule", RULES)
 def test_forbidden_stays_forbidden(op_device: torch.device, rule: str, guidance: float) -> None:
-    """Whatever its unconditional logit is."""
     inf = torch.inf
     logits = torch.tensor([[[-inf, -inf, 1.0, 3.0, -inf]]], device=op_device)
     uncond = torch.tensor([[[-inf, 0.0, 0.5, 2.5, inf]]], device=op_device)

@@ -57,7 +57,6 @@ def widened(*tensors: Tensor) -> list[Tensor]:
     smoothing=st.sampled_from((0.0, 0.1, 0.9)),
 )
 def test_kernel_against_float64(device: torch.device, case: SimpleNamespace) -> None:
-    """Hidden states of every dtype, also subnormal; hidden and head in either memory order."""
     R, N, D, dtype, smoothing = case.R, case.N, case.D, case.dtype, case.smoothing
     hidden, weight, bias, targets, weights = inputs(R, N, D, device)
     hidden = (

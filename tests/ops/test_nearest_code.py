@@ -21,7 +21,6 @@ from titok_fast.kernels.nearest_code import (
 
 
 def distances(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """(R, N) squared distances in float64."""
     z, codebook = z.double(), codebook.double()
     if metric == "cosine":
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)

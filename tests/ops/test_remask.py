@@ -1,6 +1,5 @@
-"""remask: both rules with their ties, the kernel against them, and a whole official run."""
+"""remask: both rules with their ties, and the kernel against them."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from titok_fast.kernels._launch import runs_triton
 from titok_fast.kernels._sampling import RULES
-from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.philox import REMASK_STREAM, gumbel
 from titok_fast.kernels.remask import MAX_TOKENS, remask, remask_ref
 
@@ -148,43 +146,6 @@ def test_noise_of_minus_infinity_masks_no_known_token(op_device: torch.device, r
     options = {"noise_temperature": 1.0, "noise": noise, "rule": rule}
     ids = remask(torch.zeros_like(scores).long(), scores, count, mask_id=7, **options)
     assert ids[0, 0] == 0
-
-
-def test_a_whole_official_run(op_device: torch.device) -> None:
-    """`ImageBert.generate` in plain torch on given noise, T = 8, against both ops, step by step."""
-    B, K, N, T = 2, 32, 40, 8
-    ids = torch.full((B, K), N)
-    for step in range(T):
-        ratio = (step + 1) / T
-        t, cfg = 9.5 * (1 - ratio), 4.5 * step / T
-        unknown = ids == N
-        cond, uncond = torch.randn(2, B, K, N) * 2
-        uniform, uniform_k = torch.rand(B, K, N), torch.rand(B, K)
-        g, g_k = (-(-u.clamp(1e-20).log()).clamp(1e-20).log() for u in (uniform, uniform_k))
-
-        logits = (cond + cfg * (cond - uncond)) / (0.5 + 0.8 * (1 - ratio))
-        drawn = (logits + t * g).argmax(-1)
-        confidence = logits.gather(-1, drawn[..., None])[..., 0]
-        drawn = torch.where(unknown, drawn, ids)
-        confidence = torch.where(unknown, confidence, INF)
-        length = math.floor(K * math.acos(ratio) / (math.pi / 2))
-        length = max(1, min(int(unknown[0].sum()) - 1, length))
-        noisy = confidence + t * g_k
-        cutoff = noisy.sort(-1).values[:, length - 1 : length]
-        want = drawn if step == T - 1 else torch.where(noisy <= cutoff, N, drawn)
-
-        cond, uncond, mask, old, noise, noise_k = (
-            x.to(op_device) for x in (cond, uncond, unknown, ids, g, g_k)
-        )
-        options = {"guidance": cfg, "softmax_temperature": 0.5 + 0.8 * (1 - ratio)}
-        options |= {"noise_temperature": t, "noise": noise}
-        candidates, scores = guided_sample(cond, uncond, mask=mask, ids=old, **options)
-        assert torch.equal(candidates.cpu(), drawn)
-        count = torch.full((B,), 0 if step == T - 1 else length, device=op_device)
-        options = {"noise_temperature": t, "noise": noise_k}
-        ids = remask(candidates, scores, count, mask_id=N, **options).cpu()
-        assert torch.equal(ids, want)
-    assert (ids < N).all()
 
 
 def test_a_sample_does_not_depend_on_its_batch(op_device: torch.device) -> None:

@@ -152,10 +152,8 @@ def test_parts_of_a_batch_average_to_the_whole() -> None:
     joint = torch.stack(losses).mean()
     torch.testing.assert_close(joint, whole, rtol=1e-6, atol=0)
     assert abs(float((losses[0] - losses[1]).detach())) > 0.1
-    for a, b in zip(
-        torch.autograd.grad(joint, leaves), torch.autograd.grad(whole, leaves), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    got, want = (torch.autograd.grad(x, leaves) for x in (joint, whole))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("at_once", [1, 7 * N, 1 << 22])
@@ -206,8 +204,7 @@ def test_loss_gradients_and_accuracy_are_upstreams() -> None:
         want, logs = theirs(head(hidden), targets, mask)
     got = masked_token_loss(hidden, head, targets, mask)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    for a, b in zip(
-        torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
-    ):
+    grads = [torch.autograd.grad(x, leaves) for x in (got, want)]
+    for a, b in zip(*grads, strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm()
     assert masked_accuracy(hidden, head, targets, mask) == logs["correct_tokens"]
