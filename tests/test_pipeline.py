@@ -156,24 +156,21 @@ def test_empty_batches(pipe: TiTokPipeline) -> None:
 
 
 def test_bad_labels_seeds_and_settings(pipe: TiTokPipeline) -> None:
-    with pytest.raises(ValueError, match=r"labels lie in 0\.\.999; got 3\.\.1000"):
-        pipe([3, 1000])
-    with pytest.raises(ValueError, match=r"labels lie in 0\.\.999; got -1\.\.-1"):
-        pipe([-1])
-    with pytest.raises(ValueError, match=r"seeds want shape \(2,\) int64"):
-        pipe([1, 2], seeds=torch.tensor([1]))
-    for steps in (0, 1025):
-        with pytest.raises(ValueError, match=f"an integer from 1 to 1024; got {steps}"):
-            pipe([1], num_sample_steps=steps)
-    with pytest.raises(ValueError, match=r"schedule wants one of .*got 'cubic'"):
-        pipe([1], schedule="cubic")
-    with pytest.raises(ValueError, match=r"sampling setting wants one of .*got \['scale'\]"):
-        pipe([1], scale=3.0)
-    with pytest.raises(ValueError, match=r"output wants one of .*; got 'jpeg'"):
-        pipe([1], output="jpeg")
-    for size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size wants at least 1; got {size}"):
-            pipe([1], batch_size=size)
+    options: dict[str, Any]
+    for options, message in (
+        ({"labels": [3, 1000]}, r"labels lie in 0\.\.999; got 3\.\.1000"),
+        ({"labels": [-1]}, r"labels lie in 0\.\.999; got -1\.\.-1"),
+        ({"labels": [1, 2], "seeds": torch.tensor([1])}, r"seeds want shape \(2,\) int64"),
+        ({"num_sample_steps": 0}, "an integer from 1 to 1024; got 0"),
+        ({"num_sample_steps": 1025}, "an integer from 1 to 1024; got 1025"),
+        ({"schedule": "cubic"}, r"schedule wants one of .*got 'cubic'"),
+        ({"scale": 3.0}, r"sampling setting wants one of .*got \['scale'\]"),
+        ({"output": "jpeg"}, r"output wants one of .*; got 'jpeg'"),
+        ({"batch_size": 0}, "batch_size wants at least 1; got 0"),
+        ({"batch_size": -1}, "batch_size wants at least 1; got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**{"labels": [1]} | options)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,10 @@ def _case(seed: int, **values: Any) -> SimpleNamespace:
     return SimpleNamespace(**values)
 
 
+def leaf(*shape: int, **options: Any) -> Tensor:
+    return torch.randn(*shape, **options, requires_grad=True)
+
+
 def any_seeds(count: int, device: torch.device | str = "cpu") -> Tensor:
     """(count,) int64 over the whole range."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
@@ -191,11 +195,7 @@ def assert_same_draws(
 ) -> None:
     """Equal candidates or equally good ones; equal scores where the candidates agree.
 
-    Args:
-        noisy: (..., N) float32, what the candidates are the argmax of. May hold infinities.
-        got: candidates (...) and scores (...) of a kernel.
-        want: those of the reference.
-        tolerance: absolute for values up to 1, relative above. 0 wants the same candidates.
+    Candidates are the argmax of `noisy`. A tolerance of 0 wants the same ones.
     """
     assert got[0].dtype == torch.int64
     assert got[1].dtype == torch.float32

@@ -24,10 +24,7 @@ from titok_fast.kernels.philox import TOKEN_STREAM, gumbel, row_gumbel
 from titok_fast.kernels.remask import remask, remask_ref
 from titok_fast.kernels.soft_codes import soft_codes
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 Shape = tuple[int, ...]
 Check = Callable[[Shape, torch.dtype, torch.device], None]
 
@@ -92,12 +89,7 @@ def near_in_norm(
 ) -> None:
     """Assert that the norm of each gradient's error is within a few roundings of its dtype.
 
-    Args:
-        got: what autograd returned.
-        want: the same in float64.
-        dtypes: in which each was computed.
-        terms: numbers summed in an entry.
-        scales: norms of the numbers that may cancel in an entry; 0 where none do.
+    An entry sums `terms` numbers, which may cancel: `scales` are their norms, 0 where none do.
     """
     for i, (mine, theirs, dtype) in enumerate(zip(got, want, dtypes, strict=True)):
         size = float(theirs.norm()) + (scales[i] if scales else 0.0)

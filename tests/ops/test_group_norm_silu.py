@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import DTYPES, cases, relative_error
+from calls import DTYPES, cases, leaf, relative_error
 from hypothesis import strategies as st
 from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
@@ -136,8 +136,7 @@ def test_gradients(
     device: torch.device, shape: tuple[int, ...], groups: int, dtype: torch.dtype
 ) -> None:
     x = channels_last(torch.randn(shape, device=device)).to(dtype).requires_grad_()
-    weight = torch.randn(shape[1], device=device, requires_grad=True)
-    bias = torch.randn(shape[1], device=device, requires_grad=True)
+    weight, bias = leaf(shape[1], device=device), leaf(shape[1], device=device)
     grad = torch.randn(shape, device=device).to(dtype)  # channels-first: any layout may come back
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     got = torch.autograd.grad(group_norm_silu(x, weight, bias, groups), (x, weight, bias), grad)
@@ -157,8 +156,7 @@ def test_residual(device: torch.device, dtype: torch.dtype) -> None:
     )
     x.requires_grad_()
     residual.requires_grad_()
-    weight = torch.randn(12, device=device, requires_grad=True)
-    bias = torch.randn(12, device=device, requires_grad=True)
+    weight, bias = leaf(12, device=device), leaf(12, device=device)
     got, total = add_group_norm_silu(x, residual, weight, bias, 3)
     # one rounding of the sum
     assert_near(total, x.double() + residual.double(), scale=0.0)
@@ -192,8 +190,7 @@ def test_residual_reference() -> None:
 
 def test_reference_gradcheck() -> None:
     x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    weight, bias = leaf(6, dtype=torch.float64), leaf(6, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda *inputs: group_norm_silu_ref(*inputs, groups=3, eps=EPS), (x, weight, bias)
     )

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import DTYPES, cases, relative_error
+from calls import DTYPES, cases, leaf, relative_error
 from hypothesis import strategies as st
 from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
@@ -21,22 +21,14 @@ on_cpu = importlib.import_module("titok_fast.kernels._masked_cross_entropy_cpu")
 
 
 def inputs(R: int, N: int, D: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-    hidden = torch.randn(R, D, device=device, requires_grad=True)
-    weight = torch.randn(N, D, device=device, requires_grad=True)
-    bias = torch.randn(N, device=device, requires_grad=True)
+    hidden, weight, bias = (leaf(*shape, device=device) for shape in ((R, D), (N, D), (N,)))
     targets = torch.randint(N, (R,), device=device)
     weights = torch.where(torch.rand(R, device=device) < 0.5, 1.0, 0.1)
     return hidden, weight, bias, targets, weights
 
 
-def exact(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    smoothing: float = 0.1,
-) -> Tensor:
+def exact(*args: Tensor, smoothing: float = 0.1) -> Tensor:
+    hidden, weight, bias, targets, weights = args
     logits = hidden.double() @ weight.double().T + bias.double()
     ce = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
     return (weights.double() * ce).sum() / (weights.double().sum() + 1e-8)
@@ -69,7 +61,7 @@ def test_kernel_against_float64(device: torch.device, case: SimpleNamespace) -> 
         got = masked_cross_entropy(*laid, bias, targets, weights, smoothing)
         grads = torch.autograd.grad(3 * got, leaves)
     wide = widened(hidden, weight.to(dtype), bias)
-    want = exact(*wide, targets, weights, smoothing)
+    want = exact(*wide, targets, weights, smoothing=smoothing)
     assert got.dtype == torch.float32
     mine_theirs = zip(grads, torch.autograd.grad(3 * want, wide), leaves, strict=True)
     if dtype == torch.float32:
@@ -131,7 +123,7 @@ def test_on_cpu_against_float64(
     got = masked_cross_entropy(*args, label_smoothing=smoothing)
     assert "CpuLoss" in type(got.grad_fn).__name__
     wide = widened(*args[:3])
-    want = exact(*wide, *args[3:], smoothing)
+    want = exact(*wide, *args[3:], smoothing=smoothing)
     assert_near(got, want, terms=16, scale=4)
     grads = torch.autograd.grad(factor * got, args[:3])
     for mine, theirs in zip(grads, torch.autograd.grad(factor * want, wide), strict=True):
@@ -227,7 +219,7 @@ def test_forbidden_code(device: torch.device, path: Callable[..., Tensor]) -> No
     assert path(hidden, weight, bias, targets, weights, 0.1).item() == INF
     plain = path(hidden, weight, bias, targets, weights, 0.0)
     wide = widened(hidden, weight, bias)
-    want = exact(*wide, targets, weights, 0.0)
+    want = exact(*wide, targets, weights, smoothing=0.0)
     assert_near(plain, want, terms=3, scale=3.0)
     mine = torch.autograd.grad(plain, bias)[0]
     assert mine[3] == 0
@@ -245,9 +237,9 @@ def test_unknown_target(device: torch.device, bad: int) -> None:
 def test_unknown_target_on_cpu(bad: int) -> None:
     hidden, weight, bias, targets, weights = inputs(5, 7, 3)
     targets[1] = bad
-    for leaf in (hidden, hidden.detach()):
+    for states in (hidden, hidden.detach()):
         with pytest.raises(ValueError, match=rf"targets in \[0, 7\); got {bad} at \[1\]"):
-            masked_cross_entropy(leaf, weight, bias, targets, weights)
+            masked_cross_entropy(states, weight, bias, targets, weights)
 
 
 def test_large_logits(device: torch.device) -> None:

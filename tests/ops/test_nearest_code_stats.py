@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import DTYPES, cases
+from calls import DTYPES, cases, leaf
 from hypothesis import strategies as st
 from support.tolerances import assert_near
 from torch import Tensor
@@ -118,8 +118,7 @@ def test_maps_are_rows_in_their_order(device: torch.device, path: Callable[..., 
 def test_gradients_repeat_on_request(device: torch.device, path: Callable[..., CodeStats]) -> None:
     """Without warn_only an operation without a fixed order raises."""
     torch.use_deterministic_algorithms(True)
-    z = torch.randn(3000, 5, device=device, requires_grad=True)
-    codebook = torch.randn(4, 5, device=device, requires_grad=True)  # about 750 rows each
+    z, codebook = leaf(3000, 5, device=device), leaf(4, 5, device=device)  # about 750 rows each
     weight = torch.randn(3000, 5, device=device)
     first, again = (gradients(path(z, codebook), weight, z, codebook) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -128,8 +127,7 @@ def test_gradients_repeat_on_request(device: torch.device, path: Callable[..., C
 @pytest.mark.parametrize("metric", METRICS)
 def test_second_derivatives(device: torch.device, metric: str) -> None:
     """Each loss treats the other side as constant in second derivatives too."""
-    z = torch.randn(6, 5, device=device, requires_grad=True)
-    codebook = torch.randn(4, 5, device=device, requires_grad=True)
+    z, codebook = leaf(6, 5, device=device), leaf(4, 5, device=device)
 
     def second(path: Callable[..., CodeStats]) -> tuple[Tensor, ...]:
         stats = path(z, codebook, metric=metric)
@@ -148,8 +146,7 @@ def test_second_derivatives(device: torch.device, metric: str) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_reference_gradients_are_derivatives(metric: str) -> None:
     """Stop-gradients leave each loss a true derivative in its own argument."""
-    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    codebook = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    z, codebook = leaf(6, 5, dtype=torch.float64), leaf(4, 5, dtype=torch.float64)
     fixed_z, fixed_codebook = z.detach(), codebook.detach()
     assert torch.autograd.gradcheck(
         lambda x: nearest_code_stats_ref(x, fixed_codebook, metric).commitment_loss, z
@@ -161,8 +158,7 @@ def test_reference_gradients_are_derivatives(metric: str) -> None:
 
 @pytest.mark.parametrize("path", [nearest_code_stats, nearest_code_stats_ref])
 def test_gradients_go_where_they_must(device: torch.device, path: Callable[..., CodeStats]) -> None:
-    z = torch.randn(6, 5, device=device, requires_grad=True)
-    codebook = torch.randn(4, 5, device=device, requires_grad=True)
+    z, codebook = leaf(6, 5, device=device), leaf(4, 5, device=device)
     stats = path(z, codebook)
     ones = torch.ones_like(stats.quantized)
     straight = torch.autograd.grad(stats.quantized, z, ones, retain_graph=True)[0]

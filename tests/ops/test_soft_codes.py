@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from calls import DTYPES, cases, relative_error
+from calls import DTYPES, cases, leaf, relative_error
 from hypothesis import strategies as st
 from support.tolerances import ROUNDOFF, assert_near
 from torch import Tensor
@@ -103,8 +103,7 @@ def test_gradients(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def test_second_derivatives(device: torch.device) -> None:
-    logits = torch.randn(4, 9, device=device, requires_grad=True)
-    codebook = torch.randn(9, 3, device=device, requires_grad=True)
+    logits, codebook = leaf(4, 9, device=device), leaf(9, 3, device=device)
 
     def second(path: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(path(*leaves).square().sum(), leaves, create_graph=True)
@@ -117,8 +116,7 @@ def test_second_derivatives(device: torch.device) -> None:
 
 
 def test_reference_gradcheck() -> None:
-    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
-    codebook = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    logits, codebook = leaf(3, 7, dtype=torch.float64), leaf(7, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(soft_codes_ref, (logits, codebook))
 
 
