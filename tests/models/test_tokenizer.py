@@ -264,15 +264,6 @@ def test_pixel_decoder_equals_plain_one(threshold: int, monkeypatch: pytest.Monk
 
 
 @torch.no_grad()
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    model = tiny_tokenizer("legacy")
-    ids = torch.randint(64, (5, 8))
-    together = model.decode_tokens(ids)
-    for i in (0, 4):
-        assert relative(model.decode_tokens(ids[i : i + 1])[0], together[i]) < 1e-6
-
-
-@torch.no_grad()
 def test_maskgit_vqgan_round_trip_and_errors() -> None:
     model = rebuilt(MaskGitVQGAN(TINY_VQGAN))
     codes = model.encode(photographs(32))

@@ -167,11 +167,3 @@ def test_official_arithmetic_on_given_noise(step: int, rule: str) -> None:
                 score = (l.exp() / l.exp().sum())[winner].log()
             assert candidates[b, k] == winner
             assert scores[b, k].item() == pytest.approx(score.item(), rel=1e-5, abs=1e-5)
-
-
-def test_a_sample_does_not_depend_on_its_batch(op_device: torch.device) -> None:
-    logits, seeds = torch.randn(4, 3, 40, device=op_device), any_seeds(4, op_device)
-    together = draw(logits, seeds=seeds, noise_temperature=3.0)[0]
-    for b in range(4):
-        alone = draw(logits[b : b + 1], seeds=seeds[b : b + 1], noise_temperature=3.0)[0]
-        assert torch.equal(alone[0], together[b])

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from calls import DTYPES, cases, leaf
 from hypothesis import strategies as st
 from support.tolerances import assert_near
@@ -202,9 +201,3 @@ def test_many_rows_share_a_code(device: torch.device) -> None:
     stats = nearest_code_stats(z, torch.zeros(2, 3, device=device))
     assert stats.counts.tolist() == [500, 0]
     assert_near(stats.codebook_loss, z.double().square().mean(), terms=1500)
-
-
-def test_unit_rows_are_looked_up(device: torch.device) -> None:
-    z, codebook = torch.randn(9, 12, device=device), 7 * torch.randn(20, 12, device=device)
-    stats = nearest_code_stats(z, codebook, metric="cosine")
-    assert_near(stats.quantized, F.normalize(codebook.double(), dim=-1)[stats.ids])

@@ -146,20 +146,3 @@ def test_noise_of_minus_infinity_masks_no_known_token(op_device: torch.device, r
     options = {"noise_temperature": 1.0, "noise": noise, "rule": rule}
     ids = remask(torch.zeros_like(scores).long(), scores, count, mask_id=7, **options)
     assert ids[0, 0] == 0
-
-
-def test_a_sample_does_not_depend_on_its_batch(op_device: torch.device) -> None:
-    B, K = 4, 33
-    candidates = torch.randint(MASK_ID, (B, K), device=op_device)
-    scores, seeds = torch.randn(B, K, device=op_device), any_seeds(B, op_device)
-    n = torch.tensor([5, 0, 33, 12], device=op_device)
-
-    def run(part: slice) -> Tensor:
-        inputs = (candidates[part], scores[part], n[part])
-        options = {"seeds": seeds[part], "step": 1, "noise_temperature": 3.0}
-        return remask(*inputs, mask_id=MASK_ID, **options)
-
-    together = run(slice(None))
-    for b in range(B):
-        assert torch.equal(run(slice(b, b + 1))[0], together[b])
-    assert (together == MASK_ID).sum(1).tolist() == n.tolist()

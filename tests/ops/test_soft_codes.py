@@ -69,12 +69,6 @@ def test_extreme_rows(device: torch.device, value: float, path: Callable[..., Te
     assert got[3].isnan().all() == (abs(value) == INF or value != value)
 
 
-def test_equal_logits_give_the_mean(device: torch.device) -> None:
-    codebook = torch.randn(100, 8, device=device)
-    got = soft_codes(torch.full((3, 100), 5.0, device=device), codebook)
-    assert_near(got, codebook.double().mean(0).expand(3, -1), terms=100)
-
-
 def test_one_certain_code_is_copied(device: torch.device) -> None:
     codebook = torch.randn(100, 8, device=device)
     logits = torch.full((3, 100), -INF, device=device)
