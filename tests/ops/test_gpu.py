@@ -25,7 +25,7 @@ from titok_fast.kernels.remask import remask, remask_ref
 from titok_fast.kernels.soft_codes import soft_codes
 
 pytestmark = pytest.mark.gpu
-Shape = tuple[int, ...]
+Shape, Scales, Tensors = tuple[int, ...], Sequence[float], Sequence[Tensor]
 Check = Callable[[Shape, torch.dtype, torch.device], None]
 
 
@@ -81,11 +81,7 @@ def check_nearest_code_stats(shape: Shape, dtype: torch.dtype, device: torch.dev
 
 
 def near_in_norm(
-    got: Sequence[Tensor],
-    want: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    terms: int,
-    scales: Sequence[float] | None = None,
+    got: Tensors, want: Tensors, dtypes: Sequence[torch.dtype], terms: int, scales: Scales = ()
 ) -> None:
     """Assert that the norm of each gradient's error is within a few roundings of its dtype.
 
