@@ -129,7 +129,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own with all that, as the working directory."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     sampling = SamplingConfig(num_sample_steps=3, guidance_scale=2.0)
     tiny = Preset(TOKENIZER, GENERATOR, sampling, folder=tmp_path / "l32")
@@ -259,9 +258,7 @@ def test_blocks_run(page: Path, workspace: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("page", pages_to_run(extras=True))
-def test_blocks_with_an_extra_run(
-    page: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_extra_blocks_run(page: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip(EXTRAS[str(page.relative_to(ROOT))])
     run_blocks(page, workspace, capsys)
 

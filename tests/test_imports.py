@@ -3,18 +3,12 @@
 import ast
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import ROOT, python
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torchvision", "transformers", "einops", "flash_attn", "xformers", "matplotlib", "skimage")
-
-
-def python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
 
 
 def test_import_needs_neither_network_nor_gpu_nor_heavy_packages(tmp_path: Path) -> None:
@@ -29,7 +23,7 @@ from titok_fast import *
 print([name for name in {HEAVY!r} if name in sys.modules])
 print(sorted(set(titok_fast.__all__) - set(dir(titok_fast))))
 """
-    done = python(code, tmp_path)
+    done = python("-c", code, cwd=tmp_path)
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["[]", "[]"]
 
@@ -42,7 +36,7 @@ import titok_fast
 print(time.process_time() - start)
 """
     # processor time: the wall clock also counts whatever else runs on a test machine
-    times = [float(python(code, tmp_path).stdout) for _ in range(3)]
+    times = [float(python("-c", code, cwd=tmp_path).stdout) for _ in range(3)]
     assert statistics.median(times) < 0.5, times
 
 
@@ -79,7 +73,7 @@ def test_nothing_imports_tests_or_benchmarks() -> None:
 
 
 def test_bare_kernels_is_refused() -> None:
-    done = python("import kernels", ROOT)
+    done = python("-c", "import kernels")
     assert done.returncode != 0
     assert "ImportError: this folder is the package titok_fast.kernels: install" in done.stderr
 

@@ -16,12 +16,7 @@ from support.tiny_models import (
     tiny_tokenizer_config,
 )
 
-from titok_fast import (
-    SamplingConfig,
-    TiTok,
-    TiTokPipeline,
-    preset,
-)
+from titok_fast import SamplingConfig, TiTok, TiTokPipeline, preset
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.presets import PRESETS, Preset
 from titok_fast.sampling.unmask import sample, sample_seeds
@@ -161,67 +156,38 @@ def test_empty_batches(pipe: TiTokPipeline) -> None:
 
 
 def test_bad_labels_seeds_and_settings(pipe: TiTokPipeline) -> None:
-    with pytest.raises(ValueError, match=r"labels lie in 0\.\.999; got 3\.\.1000"):
-        pipe([3, 1000])
-    with pytest.raises(ValueError, match=r"labels lie in 0\.\.999; got -1\.\.-1"):
-        pipe([-1])
-    with pytest.raises(ValueError, match=r"seeds want shape \(2,\) int64"):
-        pipe([1, 2], seeds=torch.tensor([1]))
-    for steps in (0, 1025):
-        with pytest.raises(ValueError, match=f"an integer from 1 to 1024; got {steps}"):
-            pipe([1], num_sample_steps=steps)
-    with pytest.raises(ValueError, match=r"schedule wants one of .*got 'cubic'"):
-        pipe([1], schedule="cubic")
-    with pytest.raises(ValueError, match=r"sampling setting wants one of .*got \['scale'\]"):
-        pipe([1], scale=3.0)
-    with pytest.raises(ValueError, match=r"output wants one of .*; got 'jpeg'"):
-        pipe([1], output="jpeg")
-    for size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size wants at least 1; got {size}"):
-            pipe([1], batch_size=size)
-
-
-def nan_image() -> torch.Tensor:
-    image = torch.rand(3, 32, 32)
-    image[1, 2, 3] = torch.nan
-    return image
+    options: dict[str, Any]
+    for options, message in (
+        ({"labels": [3, 1000]}, r"labels lie in 0\.\.999; got 3\.\.1000"),
+        ({"labels": [-1]}, r"labels lie in 0\.\.999; got -1\.\.-1"),
+        ({"labels": [1, 2], "seeds": torch.tensor([1])}, r"seeds want shape \(2,\) int64"),
+        ({"num_sample_steps": 0}, "an integer from 1 to 1024; got 0"),
+        ({"num_sample_steps": 1025}, "an integer from 1 to 1024; got 1025"),
+        ({"schedule": "cubic"}, r"schedule wants one of .*got 'cubic'"),
+        ({"scale": 3.0}, r"sampling setting wants one of .*got \['scale'\]"),
+        ({"output": "jpeg"}, r"output wants one of .*; got 'jpeg'"),
+        ({"batch_size": 0}, "batch_size wants at least 1; got 0"),
+        ({"batch_size": -1}, "batch_size wants at least 1; got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**{"labels": [1]} | options)
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
         (torch.rand(3, 33, 32), r"wants \(3, 32, 32\); got \(3, 33, 32\)"),
-        (torch.rand(1, 32, 32), r"wants a tensor \(3, H, W\) or \(B, 3, H, W\); got \(1, 32, 32\)"),
-        (torch.rand(3, 32, 32) * 255, r"wants values in \[0, 1\]; got"),
-        (torch.rand(3, 32, 32) - 0.5, r"wants values in \[0, 1\]; got -0"),
-        (nan_image(), r"wants values in \[0, 1\]; got nan"),
-        (torch.zeros(3, 32, 32, dtype=torch.int64), r"floats in \[0, 1\]; got torch\.int64"),
-        (np.zeros((32, 32, 3)), "wants a numpy array of uint8; got float64"),
-        (np.zeros((32, 32, 4), np.uint8), r"wants \(H, W, 3\) or \(B, H, W, 3\); got"),
         (object(), "wants a path, PIL image, numpy array or torch tensor"),
+        (Path("absent.png"), r"no file .*absent\.png"),
     ],
 )
 def test_bad_images(pipe: TiTokPipeline, image: Any, message: str) -> None:
     for call in (pipe.tokenize, pipe.reconstruct):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             call(image)
 
 
-def test_bad_image_files(pipe: TiTokPipeline, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent\.png"):
-        pipe.tokenize(tmp_path / "absent.png")
-    whole, cut = tmp_path / "whole.png", tmp_path / "cut.png"
-    Image.fromarray(PHOTOGRAPHS[0]).save(whole)
-    cut.write_bytes(whole.read_bytes()[:5000])
-    (tmp_path / "text.png").write_text("no picture")
-    for name in ("cut.png", "text.png"):
-        with pytest.raises(ValueError, match=f"cannot read .*{name} as a picture"):
-            pipe.reconstruct([whole, tmp_path / name])
-
-
 def test_bad_ids(pipe: TiTokPipeline) -> None:
-    with pytest.raises(ValueError, match=r"token ids lie in 0\.\.63; got 64\.\.64"):
-        pipe.detokenize(torch.full((1, 8), 64))
     with pytest.raises(ValueError, match=r"wants integer ids \(B, 8\); got \(1, 9\)"):
         pipe.detokenize(torch.zeros(1, 9, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"ids below 64 want int16, int32 or int64; got torch\.u"):
@@ -274,9 +240,7 @@ def test_out_of_memory_suggests_a_batch(
             call(1)
 
 
-def test_other_errors_are_not_called_memory(
-    pipe: TiTokPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_errors_pass_through(pipe: TiTokPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(codes: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("shapes do not match")
 

@@ -1,9 +1,6 @@
 """The small model of the package: its preset, its command, and that its weights get installed."""
 
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.processes import ROOT, python
 from support.shipped import MODEL, ship, trained, use
 
 from titok_fast import PRESETS, TiTokPipeline, preset
@@ -20,7 +18,6 @@ from titok_fast.io.files import read_tensors
 from titok_fast.presets import SHIPPED
 from titok_fast.training.recipe.recipe import read_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = "0 T-shirt/top, 1 Trouser, 2 Pullover, 3 Dress, 4 Coat, 5 Sandal, 6 Shirt, 7 Sneaker, 8 Bag"
 
 
@@ -97,9 +94,7 @@ def test_sampling_one_class_and_all_in_turn(
     assert not (tmp_path / "none").exists()
 
 
-def test_other_commands_know_it(
-    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_commands(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)).save(
         tmp_path / "a.png"
     )
@@ -145,18 +140,13 @@ def checkout(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def test_a_wheel_has_the_weights_and_draws_without_a_network(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_a_wheel_has_the_weights_and_draws_with_no_network(checkout: Path, tmp_path: Path) -> None:
     quiet = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-q"]
     target = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", str(target), str(checkout)]
-    done = subprocess.run(pip, capture_output=True, text=True)
+    done = python("-m", "pip", "install", *quiet, "--target", str(target), str(checkout))
     assert done.returncode == 0, done.stderr
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", DRAW, str(target)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    offline = {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
+    done = python("-c", DRAW, str(target), cwd=tmp_path, **offline)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == [
         f"{i:06d}_{i}.png" for i in range(10)
@@ -165,16 +155,16 @@ def test_a_wheel_has_the_weights_and_draws_without_a_network(
     assert (target / "titok_fast" / "weights" / "README.md").is_file()
 
 
-def test_a_source_archive_has_the_weights(checkout: Path, tmp_path: Path) -> None:
+def test_a_source_archive_has_the_weights(folder: Path, checkout: Path, tmp_path: Path) -> None:
     build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True)
+    done = python("-c", build, cwd=checkout)
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.iterdir()
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    parts = {f"{part}/{name}" for part in ("tokenizer", "generator")
-             for name in ("config.json", "model.safetensors")}  # fmt: skip
-    assert {f"titok_fast/weights/{MODEL}/{part}" for part in parts} <= names
+    weights = {f"{p.parent.name}/{p.name}" for p in folder.rglob("*") if p.is_file()}
+    assert len(weights) == 4  # config.json and model.safetensors of two parts
+    assert {f"titok_fast/weights/{MODEL}/{name}" for name in weights} <= names
     assert {"titok_fast/weights/README.md", "kernels/nearest_code.py"} <= names
     assert {"titok_fast/recipes/fashion/base.yaml", "titok_fast/backends/cpu_int8_ops.cpp"} <= names
 

@@ -4,8 +4,6 @@ Both sides hold the golden files' weights, so that no id hangs on a rounding. Th
 the official configurations; the slow ones take them as they are.
 """
 
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +13,14 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
+from support.official import CHECKOUT, needs_upstream, official
 from support.tiny_models import on_meta, photographs, rebuilt
 from test_golden import assert_ids_agree
 
 from titok_fast import ImageBert, MaskGitVQGAN, TiTok, UViTBert
 from titok_fast.models.weights import PretrainedModel, to_official
 
-CHECKOUT = os.environ.get("TITOK_UPSTREAM", "")
-PACKAGES = ("modeling", "utils", "data", "evaluator")
-pytestmark = pytest.mark.skipif(
-    not CHECKOUT, reason="TITOK_UPSTREAM names no checkout of bytedance/1d-tokenizer"
-)
+pytestmark = needs_upstream
 PIXEL, LOGIT = 1e-3, 1e-3
 ZOO = (
     "titok_s128",
@@ -43,27 +38,14 @@ DECAYS = ("constant", "linear", "power-cosine")
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SimpleNamespace]:
-    """The official classes. Their packages have common names, so nothing of them stays behind."""
-    root = Path(__file__).resolve().parent.parent
-    before = sys.path[:]
-    # transformers probes for another project's `kernels`: our folder must not answer
-    sys.path[:] = [CHECKOUT, *(p for p in before if p and Path(p).resolve() != root)]
-    try:
-        from modeling.maskgit import ImageBert as OfficialBert
-        from modeling.maskgit import UViTBert as OfficialUViT
-        from modeling.titok import PretrainedTokenizer
-        from modeling.titok import TiTok as OfficialTiTok
-
+    """The official classes."""
+    with official("modeling.maskgit") as maskgit, official("modeling.titok") as titok:
         yield SimpleNamespace(
-            TiTok=OfficialTiTok,
-            ViT=OfficialBert,
-            UViT=OfficialUViT,
-            VQGAN=PretrainedTokenizer,
+            TiTok=titok.TiTok,
+            ViT=maskgit.ImageBert,
+            UViT=maskgit.UViTBert,
+            VQGAN=titok.PretrainedTokenizer,
         )
-    finally:
-        sys.path[:] = before
-        for name in [n for n in sys.modules if n.split(".")[0] in PACKAGES]:
-            del sys.modules[name]
 
 
 def official_config(name: str, **sizes: Any) -> DictConfig:
@@ -94,14 +76,14 @@ def shrunk(name: str) -> DictConfig:
     )
 
 
-def exchanged(ours: PretrainedModel, official: Any, folder: Path) -> Any:
+def exchanged(ours: PretrainedModel, theirs: Any, folder: Path) -> Any:
     """Save ours, load it by the official class, save that, load it by ours; all bit for bit.
 
     Returns:
         The official model, holding our weights.
     """
     ours.save_pretrained(folder / "ours")
-    theirs = official.from_pretrained(folder / "ours").eval()
+    theirs = theirs.from_pretrained(folder / "ours").eval()
     wanted, got = to_official(ours.state_dict(), ours.kind), theirs.state_dict()
     assert got.keys() == wanted.keys()  # their loader is not strict
     for key, tensor in wanted.items():

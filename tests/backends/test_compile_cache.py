@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from support.processes import python
 from support.tiny_models import tiny_generator, tiny_tokenizer
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -93,9 +92,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         assert use_cache_dir() is None
 
 
-def test_only_techniques_that_compile_ask_for_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_compiling_asks_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pipe() -> TiTokPipeline:
         return TiTokPipeline(tiny_tokenizer(), tiny_generator())
 
@@ -125,15 +122,9 @@ print(json.dumps([ids, "torch._dynamo" in sys.modules]))
 
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     code = TWICE.format(tests=str(Path(__file__).parents[1]))
-    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
     results, libraries = [], []
     for compiler in ("g++", "no-such-compiler"):
-        done = subprocess.run(
-            [sys.executable, "-W", "error::UserWarning", "-c", code, str(tmp_path)],
-            env=environment | {"CXX": compiler},
-            capture_output=True,
-            text=True,
-        )
+        done = python("-W", "error::UserWarning", "-c", code, str(tmp_path), CXX=compiler)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
         libraries.append([(p.name, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.so")])

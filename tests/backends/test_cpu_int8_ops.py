@@ -1,13 +1,12 @@
 """The fused ops between int8 matmuls: against their definitions, and how they are compiled."""
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.processes import output_of
 from torch import Tensor
 
 from titok_fast.backends import cpu_int8_ops as ops
@@ -103,9 +102,7 @@ def test_gelu_is_quantized_to_half_a_step() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", IMAGES)
-def test_images_are_quantized_to_half_a_step(
-    shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
+def test_images_quantize_to_half_a_step(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, w, b = image(*shape, dtype), torch.randn(shape[0]), torch.randn(shape[0])
     y = group_norm_silu(x.float(), w, b)
     for got, ref, values, low in (
@@ -183,4 +180,4 @@ def test_no_network_of_the_compiler_is_loaded() -> None:
         "assert ops.compiled_ops();"
         "assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    output_of(code)

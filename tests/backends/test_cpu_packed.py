@@ -194,9 +194,7 @@ def test_packed_upsampling(side: int) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["packed", "int8"])
 @pytest.mark.parametrize("width", [32, 128])
-def test_pixel_decoders_of_any_width(
-    monkeypatch: pytest.MonkeyPatch, width: int, mode: str
-) -> None:
+def test_pixel_decoder_of_any_width(monkeypatch: pytest.MonkeyPatch, width: int, mode: str) -> None:
     torch.manual_seed(0)
     config = VQGANConfig(hidden_channels=width, channel_mult=(1, 2), num_res_blocks=1, z_channels=8)
     plain, codes = PixelDecoder(config).eval(), torch.randn(2, 8, 32, 32)  # large enough for phases
@@ -243,9 +241,7 @@ def test_int8_draws_nearly_the_same(model_type: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:no C.. compiler")
 @pytest.mark.parametrize("mode", [("packed", "products"), ("products", "int8")])
-def test_compiled_ops_draw_what_the_eager_ones_do(
-    monkeypatch: pytest.MonkeyPatch, mode: tuple[str, ...]
-) -> None:
+def test_compiled_ops_draw_as_eager(monkeypatch: pytest.MonkeyPatch, mode: tuple[str, ...]) -> None:
     assert compiled_ops() is not None
     want = pipeline().compile(mode).sample_tokens([1, 2, 3], seed=5)
     monkeypatch.setattr("titok_fast.backends.cpu_int8_ops.compiled_ops", lambda: None)

@@ -62,9 +62,6 @@ def test_no_host_wait_on_fake_cuda_tensors() -> None:
     )
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.fixture
 def on_gpu() -> Iterator[tuple[TiTokPipeline, TiTokPipeline]]:
     """Plain, and recorded."""
@@ -73,7 +70,6 @@ def on_gpu() -> Iterator[tuple[TiTokPipeline, TiTokPipeline]]:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_graphs_draw_what_eager_draws(on_gpu: tuple[TiTokPipeline, TiTokPipeline]) -> None:
     plain, fast = on_gpu
     for count in (1, 3, 8, 9, 3, 8):  # each bucket recorded, then replayed among others
@@ -87,7 +83,6 @@ def test_graphs_draw_what_eager_draws(on_gpu: tuple[TiTokPipeline, TiTokPipeline
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_graphs_give_the_ids_of_eager(on_gpu: tuple[TiTokPipeline, TiTokPipeline]) -> None:
     """The same batch, so the same kernels: bit for bit."""
     plain, _ = on_gpu
@@ -102,7 +97,6 @@ def test_graphs_give_the_ids_of_eager(on_gpu: tuple[TiTokPipeline, TiTokPipeline
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_replays_take_no_more_memory(on_gpu: tuple[TiTokPipeline, TiTokPipeline]) -> None:
     _, fast = on_gpu
     for count in (8, 4, 2, 1):
@@ -117,7 +111,6 @@ def test_replays_take_no_more_memory(on_gpu: tuple[TiTokPipeline, TiTokPipeline]
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_the_default_on_cuda_runs() -> None:
     plain, fast = pipeline().to("cuda"), pipeline().to("cuda").compile()
     assert fast.techniques == ("inductor", "graph")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     given: list[object] = []
     compile_ = TiTokPipeline.compile
 
-    def spy(
-        self: TiTokPipeline, techniques: tuple[str, ...] | None = None, **options: object
-    ) -> TiTokPipeline:
+    def spy(self: TiTokPipeline, techniques: Any = None, **options: object) -> TiTokPipeline:
         given.append(techniques)
         return compile_(self, techniques, **options)
 
@@ -44,7 +43,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> list[str]:
-    """Options that name a tokenizer and a generator."""
     folder = tmp_path / "weights"
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     config = replace(tiny_generator_config(), condition_num_classes=CLASSES)
@@ -154,12 +152,3 @@ def test_many_pictures(
     assert draw("new", "--fast=int8", "--dtype=float16") == 2
     assert "'int8' wants float32 or bfloat16" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def test_rounding_of_fast_modes_is_small(asked: list[object]) -> None:
-    """What the tolerances above rest on: the packed layers round, and no more."""
-    torch.manual_seed(0)
-    plain = TiTokPipeline(tiny_tokenizer())
-    want = plain.reconstruct([data.coffee()], output="numpy")
-    got = TiTokPipeline(tiny_tokenizer()).compile().reconstruct([data.coffee()], output="numpy")
-    assert np.abs(np.asarray(want).astype(int) - np.asarray(got).astype(int)).max() <= 1

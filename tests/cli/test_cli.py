@@ -13,47 +13,38 @@ import torch
 from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
+from support.tiny_models import (
+    rebuilt,
+    tiny_generator_config,
+    tiny_tokenizer,
+    tiny_tokenizer_config,
+)
 
 from titok_fast.cli import main as cli
 from titok_fast.cli.info import info
-from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
+from titok_fast.config import SamplingConfig
 from titok_fast.io.images import to_tensor, to_uint8
 from titok_fast.models.generator import ImageBert
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import PRESETS, Preset
 
-TOKENIZER = TokenizerConfig(
-    num_latent_tokens=8,
-    codebook_size=64,
-    vit_enc_model_size=(32, 1, 2),
-    vit_dec_model_size=(32, 1, 2),
-    crop_size=32,
-    pixel=VQGANConfig(32, (1, 1, 1, 1, 1), 1, 32, 16),
-)
-GENERATOR = GeneratorConfig(
-    hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-    image_seq_len=8, codebook_size=64, condition_num_classes=10,
-)  # fmt: skip
+TOKENIZER, VAE = tiny_tokenizer_config(), tiny_tokenizer_config("vae")
+GENERATOR = replace(tiny_generator_config(), condition_num_classes=10)
 SAMPLING = SamplingConfig(3, 2.0, "linear", softmax_temperature_annealing=True)
-VAE = replace(TOKENIZER, quantize_mode="vae", is_legacy=False, finetune_decoder=False)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the saved models `tokenizer`, `generator`, `vae` and `stage1`."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    TiTok(TOKENIZER).save_pretrained(folder / "tokenizer")
-    ImageBert(GENERATOR).save_pretrained(folder / "generator")
-    TiTok(VAE).save_pretrained(folder / "vae")
-    TiTok(replace(TOKENIZER, finetune_decoder=False)).save_pretrained(folder / "stage1")
+    for kind, name in (("legacy", "tokenizer"), ("vae", "vae"), ("stage1", "stage1")):
+        tiny_tokenizer(kind).save_pretrained(folder / name)
+    rebuilt(ImageBert(GENERATOR)).save_pretrained(folder / "generator")
     return folder
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with four photographs, of several sizes, modes and formats."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
     Image.fromarray(data.astronaut()).resize((48, 48)).save(folder / "astronaut.png")
@@ -132,9 +123,7 @@ def test_settings_reach_the_sampler(tmp_path: Path, weights: Path, tiny: None) -
     )
 
 
-def test_random_weights_say_so(
-    tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_untrained_says_so(tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
     places = ["--model=tiny", "--random-weights", f"--out={tmp_path}"]
     assert cli.main(["sample", "--labels=0", *places]) == 0
     err = capsys.readouterr().err
@@ -260,7 +249,10 @@ MISTAKES = {
     f"{DRAW} --steps=0 {LOCAL}": "num_sample_steps wants an integer from 1 to 1024; got 0",
     f"{DRAW} --steps=2000 {LOCAL}": "num_sample_steps wants an integer from 1 to 1024",
     f"{DRAW} --guidance=nan {LOCAL}": "guidance_scale wants a finite number",
-    f"{DRAW} --guidance-interval=1 {LOCAL}": "wants two numbers such as 0.25,0.75; got '1'",
+    **{
+        f"{DRAW} --guidance-interval={text} {LOCAL}": f"two numbers such as 0.25,0.75; got {text!r}"
+        for text in ("1", "0.1,0.2,0.3", "a,b", "")
+    },
     f"{DRAW} --guidance-interval=1,0 {LOCAL}": "guidance_interval wants (low, high) with 0 <= low",
     f"{DRAW} --temperature=-1 {LOCAL}": "randomize_temperature wants at least 0",
     f"{DRAW} --schedule=sine {LOCAL}": "invalid choice: 'sine'",
@@ -298,11 +290,11 @@ MISTAKES = {
 }
 
 
+@pytest.mark.usefixtures("tiny", "no_loading")
 @pytest.mark.parametrize("line", MISTAKES)
 def test_mistakes_are_one_line_before_any_loading(
-    line: str, tmp_path: Path, weights: Path, photos: Path, tiny: None, no_loading: None,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    line: str, tmp_path: Path, weights: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     places = {"out": tmp_path / "out", "weights": weights, "photos": photos}
     assert cli.main(line.format(**places).split()) == 2
     captured = capsys.readouterr()
@@ -327,10 +319,10 @@ def test_mistakes_are_one_line_before_any_loading(
         ({"ids": [[0] * 8, [0]], "files": ["a", "b"], "codebook_size": 64}, "ValueError"),
     ],
 )
+@pytest.mark.usefixtures("no_loading")
 def test_ids_that_do_not_fit(
-    tmp_path: Path, weights: Path, no_loading: None, content: object, message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    tmp_path: Path, weights: Path, content: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "ids.json"
     file.write_text(json.dumps(content))
     out, tokenizer = f"--out={tmp_path / 'out'}", f"--tokenizer={weights / 'tokenizer'}"
@@ -339,9 +331,7 @@ def test_ids_that_do_not_fit(
     assert names(tmp_path) == ["ids.json"]
 
 
-def test_pickles_in_npz_are_refused(
-    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_npz_with_pickle(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "ids.npz", f"--out={tmp_path / 'out'}"
     ids = np.zeros((1, 8), np.int16)
     np.savez(file, ids=ids, files=np.array([Path("a")], dtype=object), codebook_size=64)
@@ -355,8 +345,8 @@ def test_pickles_in_npz_are_refused(
 def test_weights_that_do_not_fit_take_one_line(
     tmp_path: Path, weights: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    larger = replace(TOKENIZER, vit_enc_model_size=(32, 3, 2))
-    TiTok(TOKENIZER).save_pretrained(tmp_path)
+    larger = replace(TOKENIZER, vit_enc_model_size=(64, 4, 2))
+    tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(larger.to_official()))
     assert run("reconstruct", photos, f"--tokenizer={tmp_path}") == 2
     err = capsys.readouterr().err
@@ -379,19 +369,20 @@ STAY = "images written so far stay; run the same command again to draw the rest"
 @pytest.mark.parametrize(
     ("raised", "status", "message"),
     [
-        (
-            KeyboardInterrupt(),
-            130,
-            f"titok-fast: interrupted; 3 of 4 images are missing in OUT; {STAY}\n",
-        ),
-        (MemoryError("try batch_size=4"), 2, "titok-fast: error: try batch_size=4\n"),
-        (PermissionError(13, "denied", "x"), 2, "titok-fast: error: [Errno 13] denied: 'x'\n"),
+        (KeyboardInterrupt(), 130, f"interrupted; 3 of 4 images are missing in OUT; {STAY}"),
+        (MemoryError("try batch_size=4"), 2, "error: try batch_size=4"),
+        (PermissionError(13, "denied", "x"), 2, "error: [Errno 13] denied: 'x'"),
     ],
 )
 def test_what_ends_a_run_ends_it_cleanly(
-    raised: BaseException, status: int, message: str, tmp_path: Path, weights: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    raised: BaseException,
+    status: int,
+    message: str,
+    tmp_path: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     whole = Image.Image.save
     written: list[object] = []
 
@@ -404,7 +395,8 @@ def test_what_ends_a_run_ends_it_cleanly(
     monkeypatch.setattr(Image.Image, "save", save)
     arguments = ["--labels=1", "--num=4", "--batch-size=1", f"--out={tmp_path}"]
     assert run("sample", *arguments, *both(weights)) == status
-    assert capsys.readouterr().err == message.replace("OUT", str(tmp_path))
+    said = message.replace("OUT", str(tmp_path))
+    assert capsys.readouterr().err == f"titok-fast: {said}\n"
     assert names(tmp_path) == ["000000_1.png", "manifest.json"]
 
 

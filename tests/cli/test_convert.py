@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.shipped import ship, trained
+from support.shipped import trained
 from support.tiny_models import tiny_generator, tiny_tokenizer
 
 from titok_fast import ImageBert, TiTok
@@ -126,9 +126,3 @@ def test_what_does_not_fit_is_refused(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny", "wide"]
     assert cli.main(arguments(sources, tmp_path / "no" / "where")) == 2
     assert "create it first" in capsys.readouterr().err
-
-
-def test_convert_returns_the_size(sources: dict[str, Path], tmp_path: Path) -> None:
-    folder = ship({"tokenizer": sources["tokenizer"]}, tmp_path / "a" / "b")
-    again = cli_convert.convert({"tokenizer": sources["tokenizer"]}, folder, force=True)
-    assert again == sum(p.stat().st_size for p in (folder / "tokenizer").iterdir())

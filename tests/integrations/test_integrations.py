@@ -5,12 +5,11 @@ The packages are those of the extra `integrations`; one that is absent is skippe
 
 import copy
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from support.processes import output_of
 from support.round_trips import bits, kernel_calls, round_trip
 from torch import Tensor, nn
 
@@ -30,8 +29,7 @@ def test_import_pulls_in_nothing_else() -> None:
         "print(sorted({'diffusers', 'vector_quantize_pytorch', 'transformers', 'modeling'} "
         "& set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert output_of(code) == "[]\n"
 
 
 def test_unknown_and_plain_objects_are_refused() -> None:

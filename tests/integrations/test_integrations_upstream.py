@@ -1,12 +1,10 @@
 """Objects of bytedance/1d-tokenizer, from the checkout that TITOK_UPSTREAM names, accelerated."""
 
-import importlib
-import os
-import sys
 from typing import Any
 
 import pytest
 import torch
+from support.official import needs_upstream, official
 from support.round_trips import kernel_calls, round_trip
 from support.tiny_models import official_weights
 from torch import nn
@@ -17,6 +15,8 @@ from titok_fast.integrations._swap import Fast
 from titok_fast.models import quantizer
 from titok_fast.models import vqgan as maskgit_vqgan
 
+pytestmark = needs_upstream
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -25,14 +25,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def build(module: str, name: str, config: Any) -> Any:
     """A model of upstream under weights that make its outputs vary."""
-    root = os.environ.get("TITOK_UPSTREAM")
-    if not root:
-        pytest.skip("TITOK_UPSTREAM names no checkout of bytedance/1d-tokenizer")
-    sys.path.insert(0, root)  # upstream is no package: its files import each other from the root
-    try:
-        model = getattr(importlib.import_module(f"modeling.{module}"), name)(config.to_official())
-    finally:
-        sys.path.remove(root)
+    with official(f"modeling.{module}") as found:
+        model = getattr(found, name)(config.to_official())
     model.load_state_dict(official_weights(model.state_dict()))
     return model.eval()
 

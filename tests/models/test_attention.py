@@ -38,8 +38,16 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Fake:
     """Stands in for flash-attn or xformers, and works on a CPU; remembers its calls."""
 
-    def __init__(self, error: float = 0.0) -> None:
+    def __init__(self, backend: str, patch: pytest.MonkeyPatch, error: float = 0.0) -> None:
         self.error, self.calls = error, []  # type: ignore[var-annotated]
+        module: Any = ModuleType("fake")
+        module.flash_attn_qkvpacked_func = self.flash
+        module.memory_efficient_attention = self.xformers
+        if backend == "flash":
+            patch.setitem(sys.modules, "flash_attn", module)
+        else:
+            patch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+            patch.setitem(sys.modules, "xformers.ops", module)
 
     def flash(self, qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
         self.calls.append((tuple(qkv.shape), dropout_p))
@@ -49,18 +57,9 @@ class Fake:
         self.calls.append((tuple(q.shape), p))
         return plain(q, k, v) + self.error
 
-    def install(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        module: Any = ModuleType("fake")
-        if backend == "flash":
-            module.flash_attn_qkvpacked_func = self.flash
-            monkeypatch.setitem(sys.modules, "flash_attn", module)
-        else:
-            module.memory_efficient_attention = self.xformers
-            monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
-            monkeypatch.setitem(sys.modules, "xformers.ops", module)
 
-
-def allow_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cpu_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_check", lambda backend, device_type, dtype: None)
 
 
@@ -97,17 +96,12 @@ def test_a_missing_package_is_named(backend: str, package: str) -> None:
     message = (
         rf"'{backend}' needs the package {package} \(pip install 'titok_fast\[{backend}\]'\): "
     )
-    for call in (
-        lambda: backend_name(backend),
-        lambda: set_attention(tiny_tokenizer(), backend),
-    ):
+    for call in (lambda: backend_name(backend), lambda: set_attention(tiny_tokenizer(), backend)):
         with pytest.raises(BackendError, match=message):
             call()
 
 
-def test_a_namespace_without_the_function_counts_as_missing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_namespace_without_function_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn-4 alone installs only a namespace."""
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     with pytest.raises(BackendError, match="cannot import name 'flash_attn_qkvpacked_func'"):
@@ -116,9 +110,7 @@ def test_a_namespace_without_the_function_counts_as_missing(
 
 @pytest.mark.parametrize("backend", ["flash", "xformers"])
 def test_cpu_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Fake()
-    fake.install(backend, monkeypatch)
-    model = tiny_generator()
+    fake, model = Fake(backend, monkeypatch), tiny_generator()
     set_attention(model, backend)
     with pytest.raises(BackendError, match=rf"'{backend}' runs on CUDA only; .* on cpu\."):
         model(torch.zeros(1, 8, dtype=torch.int64), torch.tensor([1]))
@@ -134,7 +126,7 @@ def test_flash_refuses_float32() -> None:
 
 def test_choice_by_argument_then_environment_then_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend_name(None) == "sdpa"
-    Fake().install("xformers", monkeypatch)
+    Fake("xformers", monkeypatch)
     monkeypatch.setenv(attention.ENVIRONMENT, "xformers")
     assert backend_name(None) == "xformers"
     assert backend_name("sdpa") == "sdpa"
@@ -157,11 +149,9 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", ["flash", "xformers"])
 def test_back_ends_are_called_with_the_packed_tensor(
-    backend: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, monkeypatch: pytest.MonkeyPatch, cpu_allowed: None
 ) -> None:
-    fake = Fake()
-    fake.install(backend, monkeypatch)
-    allow_cpu(monkeypatch)
+    fake = Fake(backend, monkeypatch)
     qkv = torch.randn(2, 33, 3, 4, 48)
     assert relative(attend(qkv, backend, dropout=0.0), attend(qkv)) < 1e-6
     shape = (2, 33, 3, 4, 48) if backend == "flash" else (2, 33, 4, 48)
@@ -172,11 +162,9 @@ def test_back_ends_are_called_with_the_packed_tensor(
 
 @pytest.mark.parametrize("backend", ["flash", "xformers"])
 def test_models_give_the_same_through_a_back_end(
-    backend: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, monkeypatch: pytest.MonkeyPatch, cpu_allowed: None
 ) -> None:
-    fake, model, images = Fake(), tiny_tokenizer("vq"), photographs(32)
-    fake.install(backend, monkeypatch)
-    allow_cpu(monkeypatch)
+    fake, model, images = Fake(backend, monkeypatch), tiny_tokenizer("vq"), photographs(32)
     with torch.no_grad():
         want = model(images)[0]
         set_attention(model, backend)
@@ -190,11 +178,8 @@ def test_auto_falls_back_to_sdpa() -> None:
     assert attention._first_working("cpu", torch.float32, 16) == "sdpa"
 
 
-def test_auto_skips_a_back_end_that_runs_but_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    allow_cpu(monkeypatch)
-    wrong, right = Fake(error=0.5), Fake()
-    wrong.install("flash", monkeypatch)
-    right.install("xformers", monkeypatch)
+def test_auto_skips_one_that_is_wrong(monkeypatch: pytest.MonkeyPatch, cpu_allowed: None) -> None:
+    wrong, right = Fake("flash", monkeypatch, error=0.5), Fake("xformers", monkeypatch)
     assert not agrees_with_sdpa("flash", "cpu", torch.float32, 16)
     assert agrees_with_sdpa("xformers", "cpu", torch.float32, 16)
     attend(torch.randn(1, 5, 3, 2, 16), "auto")
@@ -203,20 +188,17 @@ def test_auto_skips_a_back_end_that_runs_but_is_wrong(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_takes_flash_first(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    allow_cpu(monkeypatch)
-    fake = Fake()
-    fake.install("flash", monkeypatch)
+def test_auto_takes_flash_first(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, cpu_allowed: None
+) -> None:
+    Fake("flash", monkeypatch)
     assert attention._first_working("cpu", dtype, 48) == "flash"
 
 
-def test_auto_skips_a_back_end_that_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    allow_cpu(monkeypatch)
-    fake = Fake()
-
-    def crash(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+def test_auto_skips_one_that_crashes(monkeypatch: pytest.MonkeyPatch, cpu_allowed: None) -> None:
+    def crash(fake: Fake, qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(fake, "flash", crash)
-    fake.install("flash", monkeypatch)
+    monkeypatch.setattr(Fake, "flash", crash)
+    Fake("flash", monkeypatch)
     assert attention._first_working("cpu", torch.bfloat16, 48) == "sdpa"

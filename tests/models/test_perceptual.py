@@ -105,9 +105,7 @@ def test_features_that_are_all_zero_have_a_finite_gradient() -> None:
     assert features.grad.isfinite().all()
 
 
-def test_convnext_is_the_mean_squared_difference_of_logits(
-    folder: Path, distances: Callable[[str], Any]
-) -> None:
+def test_convnext_is_the_mse_of_logits(folder: Path, distances: Callable[[str], Any]) -> None:
     from torchvision.transforms.v2 import functional as T
 
     network = models.convnext_small(weights=None).eval()
@@ -197,16 +195,12 @@ def test_lite0_uses_the_features_the_package_computes(distances: Callable[[str],
 
 
 @pytest.mark.parametrize(("side", "finest"), [(16, 32), (32, 32), (64, 32), (256, 112)])
-def test_lite0_brings_pictures_between_64_and_224(
-    side: int, finest: int, distances: Callable[[str], Any]
-) -> None:
+def test_lite0_limits_the_side(side: int, finest: int, distances: Callable[[str], Any]) -> None:
     x, _ = pair(side)
     assert distances("efficientnet_lite0")._features(x)[0].shape[-1] == finest
 
 
-def test_lite0_is_by_hand_the_mean_of_unit_feature_distances(
-    distances: Callable[[str], Any],
-) -> None:
+def test_lite0_is_the_mean_of_unit_feature_distances(distances: Callable[[str], Any]) -> None:
     network = distances("efficientnet_lite0")
     x, y = (t.detach() for t in pair(side=64, B=2))
     total = 0.0
@@ -246,9 +240,7 @@ def test_lite0_without_its_package_says_what_to_install(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_missing_library_names_the_extra(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_library_is_named(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {name!r}")
 

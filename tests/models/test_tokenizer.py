@@ -1,5 +1,7 @@
 """The tokenizer: the published zoo's sizes, its quirks, its round trip and its errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,6 @@ from support.tiny_models import (
     relative,
     tiny_tokenizer,
     tiny_tokenizer_config,
-    tokenizer_shapes,
-    vqgan_shapes,
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,7 +53,7 @@ def test_zoo_has_the_published_sizes_and_tensors(name: str) -> None:
     model = on_meta(TiTok, preset(name).tokenizer)
     official = to_official(model.state_dict(), "tokenizer")
     assert (count(model), len(official)) == ZOO[name]
-    assert {k: tuple(t.shape) for k, t in official.items()} == tokenizer_shapes(model.config)
+    assert TokenizerConfig.from_official(model.config.to_official()) == model.config
 
 
 def test_presets_are_the_zoo_and_the_two_at_512() -> None:
@@ -62,10 +62,7 @@ def test_presets_are_the_zoo_and_the_two_at_512() -> None:
 
 @pytest.mark.parametrize("name", STAGE_1)
 def test_stage_1_is_the_same_without_the_pixel_parts(name: str) -> None:
-    stage_2 = preset(name).tokenizer
-    config = TokenizerConfig.from_official(stage_2.to_official())
-    assert config == stage_2
-    stage_1 = on_meta(TiTok, TokenizerConfig(**{**vars(config), "finetune_decoder": False}))
+    stage_1 = on_meta(TiTok, replace(preset(name).tokenizer, finetune_decoder=False))
     assert count(stage_1) == STAGE_1[name]
     assert count(stage_1, trainable=True) == STAGE_1[name]
 
@@ -75,13 +72,11 @@ def test_stage_2_freezes_what_makes_the_codes() -> None:
     assert count(on_meta(TiTok, preset("titok-s-128").tokenizer), trainable=True) == 57_741_315
 
 
-@pytest.mark.parametrize("size", ["small", "base", "large"])
-def test_preliminary_grid(size: str) -> None:
-    base, per_token = {
-        "small": (52_733_456, 1_536),
-        "base": (173_936_400, 2_304),
-        "large": (610_240_528, 3_072),
-    }[size]
+@pytest.mark.parametrize(
+    ("size", "base", "per_token"),
+    [("small", 52_733_456, 1_536), ("base", 173_936_400, 2_304), ("large", 610_240_528, 3_072)],
+)
+def test_preliminary_grid(size: str, base: int, per_token: int) -> None:
     for K in (16, 256):
         config = TokenizerConfig(K, 1024, 16, True, 0.25, size, size, finetune_decoder=False)
         assert count(on_meta(TiTok, config)) == base + per_token * (K - 16)
@@ -101,10 +96,9 @@ def test_512_px_decodes_to_512_px(name: str) -> None:
     assert count(model) - UPSTREAM_512[name] == 3 * 1024 * (2 * D + 1)
 
 
-def test_maskgit_vqgan_has_the_published_tensors() -> None:
+def test_maskgit_vqgan_has_the_published_sizes() -> None:
     model = on_meta(MaskGitVQGAN, None)
-    assert {k: tuple(t.shape) for k, t in model.state_dict().items()} == vqgan_shapes()
-    assert len(vqgan_shapes()) == 168
+    assert len(model.state_dict()) == 168
     sizes = (count(model.encoder), count(model.decoder), count(model.quantize))
     assert sizes == (23_775_104, 30_478_339, 262_144)
 
@@ -156,7 +150,7 @@ def test_reread_matches_its_index_formula() -> None:
 def test_reread_is_what_legacy_means_in_the_encoder() -> None:
     config = tiny_tokenizer_config("stage1")
     legacy = rebuilt(TiTok(config))
-    plain = TiTok(TokenizerConfig(**{**vars(config), "is_legacy": False}))
+    plain = TiTok(replace(config, is_legacy=False))
     plain.encoder.load_state_dict(legacy.encoder.state_dict())
     images, latents = photographs(32), legacy.latent_tokens
     assert relative(plain.encoder(images, latents), legacy.encoder(images, latents)) > 0.1
@@ -259,9 +253,7 @@ def test_phases_equal_upsampling(
 
 @torch.no_grad()
 @pytest.mark.parametrize("threshold", [0, 10**9], ids=["phases", "no phases"])
-def test_pixel_decoder_equals_the_plain_one(
-    threshold: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pixel_decoder_equals_plain_one(threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vqgan_module, "PHASES_FROM_PIXELS", threshold)
     decoder = rebuilt(MaskGitVQGAN(TINY_VQGAN)).decoder
     codes = torch.randn(3, 16, 16, 16)
@@ -269,15 +261,6 @@ def test_pixel_decoder_equals_the_plain_one(
     assert relative(decoder(codes), want) < 1e-5
     with torch.enable_grad():  # the whole batch at once
         assert relative(decoder(codes), want) < 1e-5
-
-
-@torch.no_grad()
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    model = tiny_tokenizer("legacy")
-    ids = torch.randint(64, (5, 8))
-    together = model.decode_tokens(ids)
-    for i in (0, 4):
-        assert relative(model.decode_tokens(ids[i : i + 1])[0], together[i]) < 1e-6
 
 
 @torch.no_grad()
@@ -357,6 +340,5 @@ def test_bfloat16_keeps_codebooks_in_float32(kind: str) -> None:
     ],
 )
 def test_unknown_configurations_are_named(change: dict[str, object], message: str) -> None:
-    known = vars(tiny_tokenizer_config("legacy"))
     with pytest.raises(ValueError, match=message):
-        TokenizerConfig(**{**known, **change})
+        replace(tiny_tokenizer_config("legacy"), **change)  # type: ignore[arg-type]

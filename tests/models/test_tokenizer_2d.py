@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_runs import ALONE, recipe_of, updated
+from support.tiny_runs import ALONE, recipe_of, tokenizer_config, updated
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,19 +15,7 @@ from titok_fast.costs import tokenizer_costs
 from titok_fast.models.blocks import set_attention
 from titok_fast.training.trainer import Trainer
 
-CONFIG = TokenizerConfig(
-    num_latent_tokens=4,
-    codebook_size=16,
-    token_size=4,
-    vit_enc_model_size=(32, 1, 2),
-    vit_dec_model_size=(32, 1, 2),
-    vit_enc_patch_size=8,
-    vit_dec_patch_size=8,
-    is_legacy=False,
-    finetune_decoder=False,
-    crop_size=16,
-    is_2d=True,
-)
+CONFIG = replace(tokenizer_config("single_stage"), vit_dec_patch_size=8, is_2d=True)
 
 
 def lengths(model: TiTok, images: Tensor) -> tuple[list[Any], Tensor]:

@@ -1,14 +1,15 @@
 """Shared by the kernel tests: calls of every kernel, checks of operators, seeds and draws."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 
 from titok_fast import kernels
 from titok_fast.kernels import (
@@ -23,22 +24,18 @@ from titok_fast.kernels import (
     soft_codes,
 )
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-quick = settings(
+_QUICK = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+Test = Callable[..., None]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class OpCall:
-    """`fn(*leaves, *others)`, a public kernel with its options set.
-
-    Attributes:
-        fn: the function of its tensors.
-        leaves: tensors with gradients.
-        others: the remaining tensors.
-    """
+    """`fn(*leaves, *others)`, a public kernel with its options set; leaves have gradients."""
 
     fn: Function
     leaves: tuple[Tensor, ...] = ()
@@ -73,10 +70,6 @@ def calls(device: torch.device | str, batch: int = 2) -> dict[str, OpCall]:
     """Calls by name of the public function, with a suffix for further options.
 
     Sizes are odd, and small: Triton's interpreter takes milliseconds for a program.
-
-    Args:
-        device: of the tensors.
-        batch: number of images; sizes that depend on it are multiples.
     """
     B, K, N, D = batch, 6, 70, 24
     R = B * K
@@ -177,21 +170,19 @@ def arguments_of(name: str) -> dict[str, Any]:
     return arguments[name]
 
 
-def check_operator(op: Any, args: Sequence[Any]) -> None:
-    """`torch.library.opcheck` of an operator, such as torch.ops.titok_fast.remask.default.
+def cases(**strategies: st.SearchStrategy[Any]) -> Callable[[Test], Test]:
+    """Run a test on 30 draws of `case`, a namespace of these; torch is seeded before each."""
+    case = st.builds(_case, seed=st.integers(0, 2**16), **strategies)
+    return lambda test: _QUICK(given(case=case)(test))
 
-    Args:
-        op: the operator.
-        args: of one call.
-    """
-    args = tuple(args)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(op, args, test_utils=checks)
-    out = op(*args)
-    if not (out if isinstance(out, Tensor) else out[0]).is_floating_point():
-        # torch adds all outputs to the first one, which fails for integers: so no gradients
-        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-    opcheck(op, args, test_utils="test_aot_dispatch_dynamic")
+
+def _case(seed: int, **values: Any) -> SimpleNamespace:
+    torch.manual_seed(seed)
+    return SimpleNamespace(**values)
+
+
+def leaf(*shape: int, **options: Any) -> Tensor:
+    return torch.randn(*shape, **options, requires_grad=True)
 
 
 def any_seeds(count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -204,11 +195,7 @@ def assert_same_draws(
 ) -> None:
     """Equal candidates or equally good ones; equal scores where the candidates agree.
 
-    Args:
-        noisy: (..., N) float32, what the candidates are the argmax of. May hold infinities.
-        got: candidates (...) and scores (...) of a kernel.
-        want: those of the reference.
-        tolerance: absolute for values up to 1, relative above. 0 wants the same candidates.
+    Candidates are the argmax of `noisy`. A tolerance of 0 wants the same ones.
     """
     assert got[0].dtype == torch.int64
     assert got[1].dtype == torch.float32

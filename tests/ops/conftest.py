@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from calls import DEVICE
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -65,10 +66,16 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def device(interpreted: None) -> torch.device:
+    """Where kernels run: a test that asks for it takes no reference, even on a CPU."""
+    return DEVICE
+
+
 @pytest.fixture(params=["reference", "kernel"])
-def op_device(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+def op_device(request: pytest.FixtureRequest) -> torch.device:
     """The device on which this implementation runs."""
     if request.param == "reference":
         return torch.device("cpu")
-    request.getfixturevalue("interpreted")
-    return device
+    kernels_on: torch.device = request.getfixturevalue("device")
+    return kernels_on

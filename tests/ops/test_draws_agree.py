@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import any_seeds, arguments_of
+from calls import DEVICE, any_seeds, arguments_of
 from torch import Tensor
 
 from titok_fast import kernels
@@ -56,7 +56,6 @@ def draw(
 @pytest.mark.parametrize("numbers", ["whole", "real"])
 def test_kernels_and_cpu_draw_the_same(
     request: pytest.FixtureRequest,
-    device: torch.device,
     numbers: str,
     known: float,
     guidance: float | None,
@@ -66,7 +65,7 @@ def test_kernels_and_cpu_draw_the_same(
     inputs, mask = inputs_of(numbers), torch.rand(B, K) >= known
     settings = guidance, noise_temperature, rule
     on_cpu = draw(inputs, mask, *settings)
-    request.getfixturevalue("interpreted")  # from here on the kernels
+    device = request.getfixturevalue("device")  # from here on the kernels
     assert runs_triton(mask.to(device))
     in_kernels = draw({k: x.to(device) for k, x in inputs.items()}, mask.to(device), *settings)
     ids, scores = on_cpu[0]
@@ -91,64 +90,34 @@ def assert_drawn_from(logits: Tensor, ids: Tensor) -> None:
     assert ((counts - warmer) ** 2 / warmer).sum() > limit
 
 
-TEMPERATURES = pytest.mark.parametrize(
-    ("softmax_temperature", "noise_temperature"), [(0.5, 4.75), (0.8, 1.5), (1.3, 0.25)]
-)
-
-
-@TEMPERATURES
-def test_guided_sample_follows_the_softmax(
-    softmax_temperature: float, noise_temperature: float
-) -> None:
+@pytest.mark.parametrize(("softmax", "noise"), [(0.5, 4.75), (0.8, 1.5), (1.3, 0.25)])
+@pytest.mark.parametrize("op", ["guided_sample", "lm_head_sample"])
+def test_draws_follow_the_softmax(op: str, softmax: float, noise: float) -> None:
     codes, images, tokens = 24, 1000, 100
-    temperature = softmax_temperature * noise_temperature
-    logits = (torch.rand(codes) * 3 - 1.5) * temperature
-    mask = torch.ones(images, tokens, dtype=torch.bool)
-    candidates, _ = guided_sample(
-        logits.expand(images, tokens, codes),
-        mask=mask,
-        ids=mask.long(),
-        seeds=any_seeds(images),
-        step=5,
-        softmax_temperature=softmax_temperature,
-        noise_temperature=noise_temperature,
-    )
-    assert_drawn_from(logits / temperature, candidates.flatten())
-
-
-@TEMPERATURES
-def test_lm_head_sample_follows_the_softmax(
-    softmax_temperature: float, noise_temperature: float
-) -> None:
-    R, codes, width = 100_000, 24, 4
-    temperature = softmax_temperature * noise_temperature
-    hidden, weight = torch.ones(R, width), (torch.rand(codes, width) - 0.5) * temperature
-    candidates, _ = lm_head_sample(
-        hidden,
-        None,
-        weight,
-        None,
-        seeds=any_seeds(R),
-        positions=torch.arange(R) % 2**16,
-        softmax_temperature=softmax_temperature,
-        noise_temperature=noise_temperature,
-    )
-    assert_drawn_from(weight.sum(1) / temperature, candidates)
+    weight = (torch.rand(codes, 4) - 0.5) * softmax * noise
+    logits, R = weight.sum(1), images * tokens
+    options = {"softmax_temperature": softmax, "noise_temperature": noise}
+    if op == "guided_sample":
+        mask = torch.ones(images, tokens, dtype=torch.bool)
+        options |= {"mask": mask, "ids": mask.long(), "seeds": any_seeds(images), "step": 5}
+        drawn, _ = guided_sample(logits.expand(images, tokens, codes), **options)
+    else:
+        options |= {"seeds": any_seeds(R), "positions": torch.arange(R) % 2**16}
+        drawn, _ = lm_head_sample(torch.ones(R, 4), None, weight, None, **options)
+    assert_drawn_from(logits / (softmax * noise), drawn.flatten())
 
 
 @pytest.mark.parametrize("noise_temperature", [0.25, 1.5, 4.75])
-def test_token_that_remask_keeps_follows_the_softmax(
-    device: torch.device, noise_temperature: float
-) -> None:
+def test_token_that_remask_keeps_follows_the_softmax(noise_temperature: float) -> None:
     """With all but one masked, the one kept is a draw from softmax(score / temperature)."""
     images, tokens = 100_000, 6
-    scores = (torch.arange(tokens, device=device) / 3 * noise_temperature).expand(images, tokens)
+    scores = (torch.arange(tokens, device=DEVICE) / 3 * noise_temperature).expand(images, tokens)
     ids = remask(
         torch.zeros_like(scores, dtype=torch.int64),
         scores,
-        torch.full((images,), tokens - 1, device=device),
+        torch.full((images,), tokens - 1, device=DEVICE),
         mask_id=1,
-        seeds=any_seeds(images, device),
+        seeds=any_seeds(images, DEVICE),
         step=2,
         noise_temperature=noise_temperature,
     )

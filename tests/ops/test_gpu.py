@@ -24,11 +24,8 @@ from titok_fast.kernels.philox import TOKEN_STREAM, gumbel, row_gumbel
 from titok_fast.kernels.remask import remask, remask_ref
 from titok_fast.kernels.soft_codes import soft_codes
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-Shape = tuple[int, ...]
+pytestmark = pytest.mark.gpu
+Shape, Scales, Tensors = tuple[int, ...], Sequence[float], Sequence[Tensor]
 Check = Callable[[Shape, torch.dtype, torch.device], None]
 
 
@@ -84,20 +81,11 @@ def check_nearest_code_stats(shape: Shape, dtype: torch.dtype, device: torch.dev
 
 
 def near_in_norm(
-    got: Sequence[Tensor],
-    want: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    terms: int,
-    scales: Sequence[float] | None = None,
+    got: Tensors, want: Tensors, dtypes: Sequence[torch.dtype], terms: int, scales: Scales = ()
 ) -> None:
     """Assert that the norm of each gradient's error is within a few roundings of its dtype.
 
-    Args:
-        got: what autograd returned.
-        want: the same in float64.
-        dtypes: in which each was computed.
-        terms: numbers summed in an entry.
-        scales: norms of the numbers that may cancel in an entry; 0 where none do.
+    An entry sums `terms` numbers, which may cancel: `scales` are their norms, 0 where none do.
     """
     for i, (mine, theirs, dtype) in enumerate(zip(got, want, dtypes, strict=True)):
         size = float(theirs.norm()) + (scales[i] if scales else 0.0)
@@ -258,6 +246,6 @@ TABLE: dict[Check, tuple[tuple[Shape, ...], Sequence[torch.dtype]]] = {
     ],
 )
 def test_kernel_against_definition(
-    interpreted: None, device: torch.device, check: Check, shape: Shape, dtype: torch.dtype
+    device: torch.device, check: Check, shape: Shape, dtype: torch.dtype
 ) -> None:
     check(shape, dtype, device)

@@ -113,9 +113,7 @@ def test_known_answers(
     st.integers(0, 30),
     st.integers(0, 1),
 )
-def test_bits_follow_the_definition(
-    seed: int, position: int, step: int, codes: int, stream: int
-) -> None:
+def test_bits_by_definition(seed: int, position: int, step: int, codes: int, stream: int) -> None:
     bits = philox_bits_ref(torch.tensor([seed]), step, torch.tensor([position]), codes, stream)
     key = (seed % WORD, seed // WORD % WORD)
     word = position + 2**16 * step + 2**31 * stream
@@ -179,14 +177,11 @@ def test_a_torch_that_draws_other_bits_is_not_trusted(monkeypatch: pytest.Monkey
 
 def test_every_counter_part_counts() -> None:
     base = gumbel(torch.tensor([5]), 1, torch.tensor([2]), 8, TOKEN_STREAM)
-    others = [
-        gumbel(torch.tensor([6]), 1, torch.tensor([2]), 8, TOKEN_STREAM),
-        gumbel(torch.tensor([5 + WORD]), 1, torch.tensor([2]), 8, TOKEN_STREAM),
-        gumbel(torch.tensor([5]), 2, torch.tensor([2]), 8, TOKEN_STREAM),
-        gumbel(torch.tensor([5]), 1, torch.tensor([3]), 8, TOKEN_STREAM),
-        gumbel(torch.tensor([5]), 1, torch.tensor([2]), 8, REMASK_STREAM),
-    ]
-    for other in others:
+    for seed, step, position, stream in (
+        *((6, 1, 2, TOKEN_STREAM), (5 + WORD, 1, 2, TOKEN_STREAM), (5, 2, 2, TOKEN_STREAM)),
+        *((5, 1, 3, TOKEN_STREAM), (5, 1, 2, REMASK_STREAM)),
+    ):
+        other = gumbel(torch.tensor([seed]), step, torch.tensor([position]), 8, stream)
         assert not (other == base).any()
     assert base.flatten().unique().numel() == 8
 

@@ -23,7 +23,6 @@ NAMES = tuple(calls("cpu"))
 
 
 def traced(*checks: str) -> None:
-    """Run some of CHECKS in traced.py, in a process with compiled kernels."""
     done = python(str(TRACED), *checks)
     assert done.returncode == 0, done.stderr[-6000:]
 

@@ -22,8 +22,8 @@ def put(value: float, *shape: int) -> Tensor:
     return x
 
 
-# op, argument, its bad value, what the error says of it
-HIDDEN_BY_IDS: list[tuple[str, str, Tensor, str]] = [
+Refusal = tuple[str, str, Tensor, str]  # op, argument, its bad value, what the error says of it
+HIDDEN_BY_IDS: list[Refusal] = [
     (
         "guided_sample",
         "logits",
@@ -43,7 +43,7 @@ HIDDEN_BY_IDS: list[tuple[str, str, Tensor, str]] = [
     ("nearest_code", "z", put(INF, 4, 3), r"with finite values; got inf at \[3, 2\]"),
     ("masked_cross_entropy", "targets", torch.tensor([0, 7, 1, 2]), r"in \[0, 7\); got 7 at \[1\]"),
 ]
-ON_REQUEST: list[tuple[str, str, Tensor, str]] = [
+ON_REQUEST: list[Refusal] = [
     ("lm_head_sample", "weight", put(NAN, 7, 6), "without NaN"),
     ("lm_head_sample", "bias", put(NAN, 7), "without NaN"),
     ("nearest_code", "codebook", put(NAN, 9, 3), "with finite values"),
@@ -68,8 +68,9 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_values, "_asked_for", False)
 
 
-@pytest.mark.parametrize(("op", "name", "value", "message"), HIDDEN_BY_IDS)
-def test_ids_hide_no_bad_value_on_a_cpu(op: str, name: str, value: Tensor, message: str) -> None:
+@pytest.mark.parametrize("refusal", HIDDEN_BY_IDS)
+def test_ids_hide_no_bad_value_on_a_cpu(refusal: Refusal) -> None:
+    op, name, value, message = refusal
     with pytest.raises(ValueError, match=f"{op} wants {name} {message}"):
         call_with(op, **{name: value})
 
@@ -86,16 +87,11 @@ def test_the_logits_of_a_drawn_token_alone_are_looked_at(rule: str) -> None:
             kernels.guided_sample(logits, mask=drawn, **inputs)
 
 
-@pytest.mark.parametrize(("op", "name", "value", "message"), [*HIDDEN_BY_IDS, *ON_REQUEST])
-def test_every_op_looks_when_asked_before_its_launch(
-    op: str,
-    name: str,
-    value: Tensor,
-    message: str,
-    interpreted: None,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("refusal", [*HIDDEN_BY_IDS, *ON_REQUEST])
+def test_every_op_looks_before_its_launch_when_asked(
+    refusal: Refusal, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    op, name, value, message = refusal
     monkeypatch.setattr(_values, "_asked_for", True)
     with torch.device(device), pytest.raises(ValueError, match=f"{op} wants {name} {message}"):
         call_with(op, **{name: value.to(device)})
@@ -173,8 +169,6 @@ def test_fake_tensors_have_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("value", "asked"), [("", False), ("0", False), ("1", True)])
-def test_the_environment_asks_as_python_starts(
-    value: str, asked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_asks(value: str, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, value)
     assert runpy.run_path(_values.__file__)["_asked_for"] is asked

@@ -1,6 +1,6 @@
 """Masks, dropped labels and the generator's loss: float64 counts, upstream, formulas by hand."""
 
-from math import acos, pi
+from math import pi
 from types import SimpleNamespace
 
 import pytest
@@ -152,16 +152,12 @@ def test_parts_of_a_batch_average_to_the_whole() -> None:
     joint = torch.stack(losses).mean()
     torch.testing.assert_close(joint, whole, rtol=1e-6, atol=0)
     assert abs(float((losses[0] - losses[1]).detach())) > 0.1
-    for a, b in zip(
-        torch.autograd.grad(joint, leaves), torch.autograd.grad(whole, leaves), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    got, want = (torch.autograd.grad(x, leaves) for x in (joint, whole))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("at_once", [1, 7 * N, 1 << 22])
-def test_accuracy_counts_masked_tokens_per_sample(
-    at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accuracy_counts_masked_tokens(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ACCURACY_ELEMENTS", at_once)
     hidden, head, targets, mask = tokens()
     targets = torch.where(torch.rand(B, K) < 0.5, head(hidden).argmax(-1), targets)
@@ -208,12 +204,7 @@ def test_loss_gradients_and_accuracy_are_upstreams() -> None:
         want, logs = theirs(head(hidden), targets, mask)
     got = masked_token_loss(hidden, head, targets, mask)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    for a, b in zip(
-        torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
-    ):
+    grads = [torch.autograd.grad(x, leaves) for x in (got, want)]
+    for a, b in zip(*grads, strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm()
     assert masked_accuracy(hidden, head, targets, mask) == logs["correct_tokens"]
-
-
-def test_arccos_by_hand() -> None:
-    assert mask_counts(torch.tensor([0.25]), 32).item() == round(32 * 2 * acos(0.25) / pi) == 27

@@ -1,7 +1,6 @@
 """Numbers of a run: the published tables, the ends, and float64 where float32 loses a token."""
 
 import json
-import re
 from dataclasses import asdict, replace
 from itertools import pairwise
 from math import acos, cos, floor, pi
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from support.tiny_models import CountingForwards, tiny_generator
 
 from titok_fast import SamplingConfig
-from titok_fast.cli.main import build_parser
-from titok_fast.cli.options import sampling_changes
 from titok_fast.config import MAX_STEPS, SCHEDULES
 from titok_fast.sampling.schedules import guidance_weight, mask_ratio, masked_after, steps
 from titok_fast.sampling.unmask import sample, sample_seeds
@@ -138,23 +135,6 @@ def test_interval_survives_a_file() -> None:
     assert SamplingConfig().guidance_interval == (0.0, 1.0)
 
 
-def test_interval_on_the_command_line() -> None:
-    def chosen(*words: str) -> object:
-        args = build_parser("sample").parse_args(["sample", *words])
-        return sampling_changes(args)["guidance_interval"]
-
-    assert chosen() is None
-    assert chosen("--guidance-interval", "0.25,0.75") == (0.25, 0.75)
-    assert chosen("--guidance-interval=0.5,1", "--guidance", "3") == (0.5, 1.0)
-
-
-@pytest.mark.parametrize("text", ["0.5", "0.1,0.2,0.3", "a,b", ""])
-def test_an_interval_wants_two_numbers(text: str) -> None:
-    message = re.escape(f"wants two numbers such as 0.25,0.75; got {text!r}")
-    with pytest.raises(ValueError, match=message):
-        build_parser("sample").parse_args(["sample", f"--guidance-interval={text}"])
-
-
 def test_temperatures_of_eight_steps() -> None:
     plan = steps(SamplingConfig(8, 4.5, "linear", 3.0, 9.5, True))
     noise = [8.3125, 7.125, 5.9375, 4.75, 3.5625, 2.375, 1.1875, 0]
@@ -196,7 +176,7 @@ def test_settings_that_do_not_exist_are_named(change: dict[str, object], message
         SamplingConfig().updated(**change)
 
 
-def test_but_keeps_what_is_none() -> None:
+def test_updated_keeps_what_is_none() -> None:
     config = SamplingConfig(16, 2.0)
     assert config.updated(num_sample_steps=None, guidance_scale=None) == config
     assert config.updated(guidance_scale=3.5) == SamplingConfig(16, 3.5)

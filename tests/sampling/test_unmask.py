@@ -70,9 +70,7 @@ def guided(cond: Tensor, uncond: Tensor, config: SamplingConfig, s: int) -> Tens
 @pytest.mark.parametrize("model_type", ["ViT", "UViT"])
 @pytest.mark.parametrize("decay", GUIDANCE_DECAYS)
 @pytest.mark.parametrize("annealing", [False, True])
-def test_fast_equals_the_reference_without_noise(
-    model_type: str, decay: str, annealing: bool
-) -> None:
+def test_fast_equals_reference_without_noise(model_type: str, decay: str, annealing: bool) -> None:
     model, labels = tiny_generator(model_type), torch.tensor([0, 7, 500, 999])
     config = SamplingConfig(8, 4.5, decay, 3.0, 0.0, annealing)
     want = reference.generate(model, labels, config)
@@ -130,9 +128,7 @@ def observed_counts(
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("confidence", ["logit", "probability"])
-def test_counts_observed_in_the_loop(
-    schedule: str, confidence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_observed_counts(schedule: str, confidence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for K, T in ((32, 8), (8, 12)):
         model = tiny_generator("ViT", K=K)
         config = SamplingConfig(T, 0.0, schedule=schedule, confidence=confidence)

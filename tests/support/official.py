@@ -22,6 +22,7 @@ def official(module: str) -> Iterator[ModuleType]:
     """A module of the checkout. Its packages have common names, so nothing of them stays behind."""
     root = Path(__file__).resolve().parents[2]
     before = sys.path[:]
+    # transformers probes for another project's `kernels`: our folder must not answer
     sys.path[:] = [CHECKOUT, *(p for p in before if p and Path(p).resolve() != root)]
     try:
         yield importlib.import_module(module)

@@ -8,17 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run Python without Triton's interpreter, in the repository's root."""
+def python(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python without Triton's interpreter, by default in the repository's root."""
     # set, so that conftest's default does not apply where a process imports it
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment = os.environ | {"TRITON_INTERPRET": "0"} | environment
     return subprocess.run(
-        [sys.executable, *args],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
+        [sys.executable, *args], capture_output=True, text=True, env=environment, cwd=cwd
     )
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from titok_fast.integrations import accelerate, restore
 from titok_fast.kernels._launch import interpret_on_cpu
 
-KERNELS = (
+KERNELS = [
     "find_codes",
     "nearest_code_stats",
     "group_norm_silu",
     "soft_codes",
     "guided_sample",
     "remask",
-)
+]
 
 Call = Callable[[], Any]
 
@@ -27,11 +27,8 @@ Call = Callable[[], Any]
 def bits(value: Any) -> Any:
     """Tensors as bytes, anything around them as it is."""
     if isinstance(value, Tensor):
-        return (
-            value.dtype,
-            value.shape,
-            value.detach().reshape(-1).view(torch.uint8).numpy().tobytes(),
-        )
+        raw = value.detach().reshape(-1).view(torch.uint8)
+        return value.dtype, value.shape, raw.numpy().tobytes()
     if isinstance(value, dict):
         return {key: bits(item) for key, item in value.items()}
     return [bits(item) for item in value] if isinstance(value, list | tuple) else value

@@ -20,12 +20,8 @@ ROUNDINGS = {torch.float32: 8, torch.bfloat16: 3, torch.float16: 3}
 def assert_near(got: Tensor, want: Tensor, *, terms: int = 1, scale: float = 1.0) -> None:
     """Assert |got - want| <= roundings * (|want| + scale), NaN and infinities equal.
 
-    Args:
-        got: result in the dtype under test.
-        want: the same in float64, or in the dtype under test.
-        terms: how many numbers each result adds up.
-        scale: typical size of those numbers times the square root of their number; what remains
-            of the error when they cancel.
+    Each result adds up `terms` numbers; `scale` is their typical size times the square root of
+    their number: what remains of the error when they cancel.
     """
     bound = ROUNDINGS[got.dtype] * ROUNDOFF[got.dtype]
     if got.dtype == torch.float32:
