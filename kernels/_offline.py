@@ -1,7 +1,7 @@
 """What a kernel file lists in `offline_cases()`; `bench/offline.py` compiles it without a GPU."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -30,10 +30,32 @@ class OfflineCase:
     config: str
     signature: Mapping[str, str]
     constexprs: Mapping[str, object]
-    num_warps: int
-    num_stages: int
-    expects_mma: bool
-    vector_loads: bool
-    flops: float
-    bytes_min: float
-    bytes_unfused: float
+    num_warps: int = 4
+    num_stages: int = 1
+    expects_mma: bool = False
+    vector_loads: bool = True
+    flops: float = field(kw_only=True)
+    bytes_min: float = field(kw_only=True)
+    bytes_unfused: float = field(kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        config: str,
+        types: Mapping[str, str],
+        constexprs: Mapping[str, object],
+        **rest: Any,
+    ) -> "OfflineCase":
+        """A case from the arguments of each type, such as {"*i64": "ids_ptr seeds_ptr"}.
+
+        Other pointers are "*fp32", other numbers "i32:16".
+        """
+        signature = {
+            name: "*fp32" if name.endswith("_ptr") else "i32:16"
+            for name in kernel.arg_names
+            if name not in constexprs
+        }
+        named = {name: kind for kind, names in types.items() for name in names.split()}
+        assert named.keys() <= signature.keys(), named.keys() - signature.keys()
+        return cls(kernel, config, signature | named, constexprs, **rest)

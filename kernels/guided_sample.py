@@ -239,22 +239,16 @@ def _case(
 ) -> OfflineCase:
     kind, width = TRITON_NAMES[dtype], dtype.itemsize
     noise_flops, noise_passes = {"none": (0, 0), "given": (2, 3), "counter": (46, 15)}[noise]
-    pointers = dict.fromkeys(("cond_ptr", "uncond_ptr"), f"*{kind}") | {"mask_ptr": "*i1"}
-    pointers |= dict.fromkeys(("ids_ptr", "seeds_ptr", "candidates_ptr"), "*i64")
-    pointers |= dict.fromkeys(("noise_ptr", "scores_ptr"), "*fp32")
-    strides = ("cond_stride_b", "cond_stride_k", "uncond_stride_b", "uncond_stride_k")
-    scalars = dict.fromkeys(("K", "N", *strides), "i32:16") | {"step": "i32"}
-    scalars |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
-    return OfflineCase(
-        kernel=guided_sample_kernel,
-        config=f"{name} {kind} {noise} {rule}" + ("" if guided else " unguided"),
-        signature=pointers | scalars,
-        constexprs={"GUIDED": guided, "NOISE": noise, "PROBABILITY": rule == "probability"}
-        | {"BLOCK_N": _tile(N)},
+    flags = {"GUIDED": guided, "NOISE": noise, "PROBABILITY": rule == "probability"}
+    types = {"*i1": "mask_ptr", "*i64": "ids_ptr seeds_ptr candidates_ptr", "i32": "step"}
+    types |= {"fp32": "guidance inv_temperature noise_temperature"}
+    types |= {f"*{kind}": "cond_ptr uncond_ptr"}
+    return OfflineCase.of(
+        guided_sample_kernel,
+        f"{name} {kind} {noise} {rule}" + ("" if guided else " unguided"),
+        types,
+        flags | {"BLOCK_N": _tile(N)},
         num_warps=_WARPS,
-        num_stages=1,
-        expects_mma=False,
-        vector_loads=True,
         # temperature 1, guidance 3; two logarithms and the uniform 46
         flops=rows * N * (1.0 + 3 * guided + noise_flops),
         bytes_min=rows * ((1 + guided) * N * width + 4 * N * (noise == "given") + 21),

@@ -206,48 +206,34 @@ def offline_cases() -> list[OfflineCase]:
 
     The last of them is plain: no guidance, no bias, all rows, no noise.
     """
-    shapes = [("L-32 B=1", 32, 4096, 768), ("L-32 B=8", 256, 4096, 768)]
-    shapes += [("S-128 B=64", 8192, 4096, 1024), ("8k codes B=8", 512, 8192, 768)]
-    cases = [
-        _head_case(name, dtype, (R, N, D), "logit")
-        for name, R, N, D in shapes
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    name, R, N, D = shapes[1]
-    cases += [_head_case(name, dtype, (R, N, D), "probability") for dtype in FLOAT_TYPES]
-    cases.append(_head_case(name, torch.bfloat16, (R, N, D), "logit", plain=True))
+    both, L32 = (torch.float32, torch.bfloat16), ("L-32 B=8", 256, 4096, 768)
+    shapes = (("L-32 B=1", 32, 4096, 768), L32)
+    shapes += (("S-128 B=64", 8192, 4096, 1024), ("8k codes B=8", 512, 8192, 768))
+    cases = [_head_case(*shape, dtype, "logit") for shape in shapes for dtype in both]
+    cases += [_head_case(*L32, dtype, "probability") for dtype in FLOAT_TYPES]
+    cases.append(_head_case(*L32, torch.bfloat16, "logit", plain=True))
     return cases + [
         _pick_case(256, tiles, probability) for tiles in (64, 128) for probability in (False, True)
     ]
 
 
 def _head_case(
-    name: str, dtype: torch.dtype, shape: tuple[int, int, int], rule: str, plain: bool = False
+    name: str, R: int, N: int, D: int, dtype: torch.dtype, rule: str, plain: bool = False
 ) -> OfflineCase:
-    R, N, D = shape
-    kind = TRITON_NAMES[dtype]
-    streams, width = 1 if plain else 2, dtype.itemsize
+    kind, width, streams = TRITON_NAMES[dtype], dtype.itemsize, 1 if plain else 2
     plan = _plan(R, dtype)
-    warps, stages = plan.pop("num_warps"), plan.pop("num_stages")
-    sides = ("hidden_ptr", "uncond_ptr", "weight_ptr", "bias_ptr")
-    signature = dict.fromkeys(sides, f"*{kind}")
-    signature |= {"rows_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64"}
-    signature |= {"parts_ptr": "*fp32", "codes_ptr": "*i32"}
-    signature |= dict.fromkeys(("M", "R", "step"), "i32")
-    scalars = ("N", "D", "hidden_stride", "uncond_stride", "weight_stride")
-    signature |= dict.fromkeys(scalars, "i32:16")
-    signature |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
-    flags: dict[str, object] = dict.fromkeys(("GUIDED", "BIASED", "GATHERED", "NOISY"), not plain)
-    return OfflineCase(
-        kernel=head_kernel,
-        config=f"{name} D={D} {kind} {plan['BLOCK_R']}x{plan['BLOCK_N']} {rule}"
-        + (" plain" if plain else ""),
-        signature=signature,
-        constexprs=flags | {"PROBABILITY": rule == "probability", "EVEN_D": True} | plan,
-        num_warps=warps,
-        num_stages=stages,
+    options = {name: plan.pop(name) for name in ("num_warps", "num_stages")}
+    flags = dict.fromkeys(("GUIDED", "BIASED", "GATHERED", "NOISY"), not plain)
+    flags |= {"PROBABILITY": rule == "probability", "EVEN_D": True}
+    types = {"*i64": "rows_ptr seeds_ptr positions_ptr", "*i32": "codes_ptr", "i32": "M R step"}
+    types |= {"fp32": "guidance inv_temperature noise_temperature"}
+    return OfflineCase.of(
+        head_kernel,
+        f"{name} D={D} {kind} {plan['BLOCK_R']}x{plan['BLOCK_N']} {rule}" + " plain" * plain,
+        types | {f"*{kind}": "hidden_ptr uncond_ptr weight_ptr bias_ptr"},
+        flags | plan,
+        **options,
         expects_mma=dtype != torch.float32,
-        vector_loads=True,
         flops=2.0 * R * N * D + (1.0 if plain else 50.0) * R * N,
         bytes_min=width * (streams * R * D + N * D) + (12 * R if plain else width * N + 36 * R),
         # a head per stream, then guided_sample's 29 passes over their logits, or 6
@@ -256,17 +242,12 @@ def _head_case(
 
 
 def _pick_case(R: int, tiles: int, probability: bool) -> OfflineCase:
-    pointers = {"parts_ptr": "*fp32", "codes_ptr": "*i32"}
-    pointers |= {"candidates_ptr": "*i64", "scores_ptr": "*fp32"}
     moved = float(R * tiles * (20 if probability else 12) + 12 * R)
-    return OfflineCase(
-        kernel=pick_kernel,
-        config=f"R={R} tiles={tiles} {'probability' if probability else 'logit'}",
-        signature=pointers | {"R": "i32", "N": "i32:16", "tiles": "i32:16"},
-        constexprs={"PROBABILITY": probability, "BLOCK_T": tiles},
-        num_warps=4,
-        num_stages=1,
-        expects_mma=False,
+    return OfflineCase.of(
+        pick_kernel,
+        f"R={R} tiles={tiles} {'probability' if probability else 'logit'}",
+        {"*i32": "codes_ptr", "*i64": "candidates_ptr", "i32": "R"},
+        {"PROBABILITY": probability, "BLOCK_T": tiles},
         vector_loads=False,  # 64 values are half a value per thread: the launch is the cost
         flops=4.0 * R * tiles,
         bytes_min=moved,

@@ -244,16 +244,13 @@ def offline_cases() -> list[OfflineCase]:
 
 def _case(name: str, R: int, N: int, dtype: torch.dtype, grad: bool) -> OfflineCase:
     kind, width = TRITON_NAMES[dtype], dtype.itemsize
-    return OfflineCase(
-        kernel=_loss_kernel,
-        config=f"{name} {R}x{N} {kind}" + ("" if grad else " no grad"),
-        signature={"logits_ptr": f"*{kind}", "bias_ptr": "*fp32", "target_ptr": "*i64"}
-        | {"weight_ptr": "*fp32", "loss_ptr": "*fp32", "N": "i32:16", "SMOOTHING": "fp32"},
-        constexprs={"GRAD": grad, "BLOCK": _block(N)},
+    return OfflineCase.of(
+        _loss_kernel,
+        f"{name} {R}x{N} {kind}" + ("" if grad else " no grad"),
+        {f"*{kind}": "logits_ptr", "*i64": "target_ptr", "fp32": "SMOOTHING"},
+        {"GRAD": grad, "BLOCK": _block(N)},
         num_warps=8,
         num_stages=3,
-        expects_mma=False,
-        vector_loads=True,
         flops=(12.0 if grad else 8.0) * R * N,
         bytes_min=float(width * R * N * (2 if grad else 1) + 4 * N),
         # float32 log-softmax, smoothing sum, and both again in the backward

@@ -234,9 +234,10 @@ def nearest_code(z: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> T
 
 def offline_cases() -> list[OfflineCase]:
     """The published tokenizers, that of pixels too, and codes as wide as the VAE's latents."""
+    full, half = torch.float32, torch.bfloat16
     cases = [
-        _case(name, dtype, R, N, C, unit)
-        for name, R, N, C, unit in (
+        _case(*shape, dtype)
+        for shape in (
             ("L-32 B=1", 32, 4096, 12, True),
             ("L-32 B=256", 8192, 4096, 12, True),
             ("SL-256 B=1", 256, 8192, 64, False),
@@ -245,37 +246,32 @@ def offline_cases() -> list[OfflineCase]:
             ("pixels B=64", 16384, 1024, 256, False),
             ("C=16 B=256", 8192, 4096, 16, True),
         )
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in (full, half)
     ]
     # a codebook that was cast with its model
-    half = torch.bfloat16
-    return [*cases, _case("SL-256 B=64 table", half, 16384, 8192, 64, False, table=half)]
+    return [*cases, _case("SL-256 B=64 table", 16384, 8192, 64, False, half, table=half)]
 
 
 def _case(
     name: str,
-    dtype: torch.dtype,
     R: int,
     N: int,
     C: int,
     unit: bool,
+    z: torch.dtype,
     table: torch.dtype = torch.float32,
 ) -> OfflineCase:
-    plan, kind = plan_search(R, N, C), TRITON_NAMES[dtype]
+    plan, kind, table_bytes = plan_search(R, N, C), TRITON_NAMES[z], table.itemsize * N * C
     tile = {"BLOCK_R": plan["rows"], "BLOCK_N": plan["codes"], "BLOCK_C": plan["channels"]}
-    table_bytes = table.itemsize * N * C
-    return OfflineCase(
-        kernel=_search_kernel,
-        config=f"{name} {kind} {plan['rows']}x{plan['codes']} split {plan['splits']}",
-        signature={"z_ptr": f"*{kind}", "e_ptr": f"*{TRITON_NAMES[table]}", "out_ptr": "*i64"}
-        | {"R": "i32:16", "N": "i32:16", "EPS": "fp32", "SPLITS": "i32"},
-        constexprs={"C": C, "UNIT": unit, "DIRECT": plan["splits"] == 1} | tile,
+    types = {f"*{kind}": "z_ptr e_ptr" if table == z else "z_ptr"}
+    return OfflineCase.of(
+        _search_kernel,
+        f"{name} {kind} {plan['rows']}x{plan['codes']} split {plan['splits']}",
+        types | {"*i64": "out_ptr", "fp32": "EPS", "i32": "SPLITS"},
+        {"C": C, "UNIT": unit, "DIRECT": plan["splits"] == 1} | tile,
         num_warps=plan["warps"],
-        num_stages=1,
-        expects_mma=False,
-        vector_loads=True,
         flops=2.0 * R * N * C,
-        bytes_min=R * (C * dtype.itemsize + 8) + table_bytes,
+        bytes_min=R * (C * z.itemsize + 8) + table_bytes,
         # rows to float32 and to unit length, then over (R, N): sum, matmul, subtract, argmin
-        bytes_unfused=R * C * (dtype.itemsize + 16) + table_bytes + 12 * N * C + 4 * R * N * 6,
+        bytes_unfused=R * (C * (z.itemsize + 16)) + table_bytes + 12 * N * C + 4 * R * N * 6,
     )

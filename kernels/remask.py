@@ -260,19 +260,15 @@ def remask(
 
 def offline_cases() -> list[OfflineCase]:
     """32, 64 and 128 tokens, as published, and the limit, under both rules."""
-    pointers = {"candidates_ptr": "*i64", "scores_ptr": "*fp32", "num_masked_ptr": "*i64"}
-    pointers |= {"seeds_ptr": "*i64", "noise_ptr": "*fp32", "out_ptr": "*i64"}
-    scalars = {"K": "i32:16", "mask_id": "i32", "step": "i32", "noise_temperature": "fp32"}
+    types = {"*i64": "candidates_ptr num_masked_ptr seeds_ptr out_ptr", "i32": "mask_id step"}
     B = 8
     return [
-        OfflineCase(
-            kernel=_remask_kernel,
-            config=f"B={B} K={K} {rule}",
-            signature=pointers | scalars,
-            constexprs={"NOISE": "counter", "PROBABILITY": rule == "probability", "BLOCK_K": K},
+        OfflineCase.of(
+            _remask_kernel,
+            f"B={B} K={K} {rule}",
+            types | {"fp32": "noise_temperature"},
+            {"NOISE": "counter", "PROBABILITY": rule == "probability", "BLOCK_K": K},
             num_warps=_warps(K),
-            num_stages=1,
-            expects_mma=False,
             vector_loads=False,  # one value per thread: the launch is the cost
             flops=50.0 * B * K,
             bytes_min=20 * B * K + 16 * B,
