@@ -1,4 +1,4 @@
-"""What a kernel file lists in `offline_cases()`; `bench/offline.py` compiles it without a GPU."""
+"""The cases that `offline_cases()` of a kernel file lists for `bench/offline.py` to compile."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ class OfflineCase:
 
     Attributes:
         kernel: the `@triton.jit` function.
-        config: what tells this row from the kernel's other rows, such as "L-32 bf16 64x128".
+        config: distinguishes this row from the kernel's other rows, such as "L-32 bf16 64x128".
         signature: argument name to Triton type, for every argument that is not a constexpr:
             "*fp32", "i32", "fp32". Pointers count as 16-byte aligned, as torch allocates them;
             an integer that is always a multiple of 16 is written "i32:16", as in Triton's tools.
@@ -19,8 +19,8 @@ class OfflineCase:
         num_warps: warps per program.
         num_stages: depth of software pipelining.
         expects_mma: True: the code must use tensor cores; False: it must not.
-        vector_loads: whether streams must be read with 128-bit loads and 64-bit offsets; what a
-            stream is stands in `bench/lib/machine_code.py`.
+        vector_loads: whether streams, which `bench/lib/machine_code.py` defines, must be read with
+            128-bit loads and 64-bit offsets.
         flops: floating-point operations of the whole call, a multiply-add counting two.
         bytes_min: bytes the whole call must move: every input once, every output once.
         bytes_unfused: bytes that plain PyTorch operators move for the same result.

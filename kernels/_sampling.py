@@ -51,12 +51,7 @@ def check_sampling(
     softmax_temperature: float = 1.0,
     guidance: float = 0.0,
 ) -> None:
-    """Check the scalars of a sampling op.
-
-    Raises:
-        ValueError: an unknown rule, a negative step, a temperature out of range, or a number that
-            is NaN or infinite in float32.
-    """
+    """Raise the ValueError of a sampling op unless its scalars are in range and finite."""
     if rule not in RULES:
         raise ValueError(f"{op} wants rule to be one of {RULES}; got {rule!r}")
     if not 0 <= step < MAX_NOISE_STEPS:

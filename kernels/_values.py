@@ -1,9 +1,9 @@
 """Check arguments before a launch: shapes, dtypes, devices, and values where that is cheap.
 
-Reading values from a GPU waits for it, and a training loop handles NaN by its loss. So values are
+Reading values from a GPU waits for it, and a training loop finds NaN in its loss. So values are
 checked on a CPU if an op returns only ids, which would hide a NaN; and on every device if Python
 was started with TITOK_FAST_CHECK_VALUES=1, a slow debugging mode. They are never checked under
-torch.compile or while a CUDA graph is captured: there are no values then.
+torch.compile or while a CUDA graph is captured, when tensors have no values.
 """
 
 import os
@@ -82,11 +82,9 @@ def _misfit(
 
 
 def looks_at_values(x: Tensor, *, ids_only: bool) -> bool:
-    """Whether an op checks the values of its arguments.
+    """Whether an op checks the values of its arguments, by the device and type of one, `x`.
 
-    Args:
-        x: an argument; its device and type decide.
-        ids_only: the op returns only ids and their scores, or `x` itself holds ids.
+    `ids_only`: the op returns only ids and their scores, or `x` itself holds ids.
     """
     always = ids_only and x.is_cpu and not runs_triton(x)
     if not (always or _asked_for):

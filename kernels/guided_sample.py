@@ -12,6 +12,7 @@ Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arX
 """
 
 from math import inf, isnan
+from typing import Any
 
 import torch
 import triton
@@ -59,28 +60,18 @@ def guided_sample_ref(
 
 
 def _masked_rows(
-    logits: Tensor,
-    uncond_logits: Tensor | None,
-    mask: Tensor,
-    ids: Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    step: int,
-    guidance: float,
-    softmax_temperature: float,
-    noise_temperature: float,
-    rule: str,
+    logits: Tensor, uncond_logits: Tensor | None, mask: Tensor, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """The reference on the masked rows alone, for eager CPU tensors: a third fewer over a run.
 
     Their number is a shape: a GPU would wait for it, and a graph cannot hold it.
     """
+    seeds, noise, step, guidance, softmax_temperature, noise_temperature, rule = rest
     b, k = mask.nonzero(as_tuple=True)
     uncond = None if uncond_logits is None else uncond_logits[b, k]
     l = mix(logits[b, k], uncond, guidance, softmax_temperature)  # (R, N)
     rows = None if noise is None else noise[b, k]
     if rows is None and noise_temperature != 0.0:
-        assert seeds is not None  # guided_sample has checked
         rows = row_gumbel(seeds[b], step, k, l.shape[1], TOKEN_STREAM)
     candidates, scores = ids.clone(), torch.full(ids.shape, float("inf"))
     candidates[b, k], scores[b, k] = draw_ref(l, rows, noise_temperature, rule)
@@ -177,9 +168,9 @@ def guided_sample(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
-            not finite, or no source of noise. On a CPU also NaN in the noise or in the logits of a
-            masked token. A GPU checks that only under TITOK_FAST_CHECK_VALUES=1, since it would
-            wait; otherwise NaN gives an unspecified candidate in [0, N).
+            not finite, or no source of noise. Also NaN in the noise or in the logits of a masked
+            token: on a GPU, where the check waits, only under TITOK_FAST_CHECK_VALUES=1; otherwise
+            NaN gives an unspecified candidate in [0, N).
     """
     op = "guided_sample"
     check_tensors(

@@ -169,10 +169,10 @@ def lm_head_sample(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
-            not finite, or no source of noise. On a CPU also hidden states that are not finite, and
-            rows or positions out of range. A GPU would have to wait: there these, and NaN in the
-            head, raise only under TITOK_FAST_CHECK_VALUES=1. Otherwise NaN gives an unspecified
-            candidate in [0, N), and a row out of range reads as zeros.
+            not finite, or no source of noise. Also hidden states that are not finite, and rows or
+            positions out of range: on a GPU, where the check waits, only under
+            TITOK_FAST_CHECK_VALUES=1, which also finds NaN in the head. Otherwise NaN gives an
+            unspecified candidate in [0, N), and a row out of range reads as zeros.
     """
     op = "lm_head_sample"
     sizes = check_tensors(

@@ -1,4 +1,4 @@
-"""Nearest codes with all that training needs from the quantiser: losses, gradients, code usage.
+"""Nearest codes with the losses, gradients and code counts that training needs.
 
 R latent rows, N codes, C channels, as in `nearest_code`.
 
@@ -216,7 +216,7 @@ def offline_cases() -> list[OfflineCase]:
 
 
 def _finish_case(name: str, R: int, N: int, C: int, unit: bool) -> OfflineCase:
-    splits = plan_search(R, N, C)["splits"]
+    _, splits = plan_search(R, N, C)
     return OfflineCase.of(
         _finish_kernel,
         name,

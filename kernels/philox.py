@@ -8,7 +8,6 @@ torch functions here make the same bits. The last two words are 0, because torch
 has no others. Cost in a kernel (sm_90): about 65 instructions per code, half for two logarithms.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -170,14 +169,9 @@ def _native_uniforms(
     keys[..., 0, 0], keys[..., 0, 1] = seeds, words << 32
     u = torch.empty((*shape, codes))
     if u.numel():  # torch refuses none
-        _native_philox()(u, torch.from_numpy(keys).view(torch.uint64))
+        # .default: resolving the overload costs as much as 500 draws
+        torch.ops.aten._philox_uniform_.default(u, torch.from_numpy(keys).view(torch.uint64))
     return u
-
-
-@lru_cache(maxsize=1)
-def _native_philox() -> Callable[[Tensor, Tensor], Tensor]:
-    """The operator without its overload resolution, which costs as much as 500 draws."""
-    return torch.ops.aten._philox_uniform_.default
 
 
 @lru_cache(maxsize=1)

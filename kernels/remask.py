@@ -10,6 +10,7 @@ Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arX
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,26 +68,16 @@ def remask_ref(
     return candidates.masked_fill(masked, mask_id)
 
 
-def _remask_numpy(
-    candidates: Tensor,
-    scores: Tensor,
-    num_masked: Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    mask_id: int,
-    step: int,
-    noise_temperature: float,
-    rule: str,
-) -> Tensor:
+def _remask_numpy(candidates: Tensor, scores: Tensor, num_masked: Tensor, *rest: Any) -> Tensor:
     """The reference for eager CPU tensors: NumPy's calls cost half as much as torch's.
 
     Raises for NaN, which sorts last, and for a negative count.
     """
+    seeds, noise, mask_id, step, noise_temperature, rule = rest
     K, score, counts = scores.shape[1], scores.detach().numpy(), num_masked.tolist()
     confidence = score
     if noise_temperature != 0.0:
         if noise is None:
-            assert seeds is not None  # remask has checked
             confidence = remask_noise_numpy(seeds, step, K)
             confidence *= np.float32(noise_temperature)
             confidence += score
@@ -231,10 +222,10 @@ def remask(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, K above 1024, an unknown rule, a
-            temperature that is negative or not finite, or no source of noise. On a CPU also NaN
-            among scores or noise, or a negative num_masked. A GPU would have to wait: there these
-            raise only under TITOK_FAST_CHECK_VALUES=1. Otherwise a negative num_masked masks
-            nothing, and the order of NaN is unspecified.
+            temperature that is negative or not finite, or no source of noise. Also NaN among scores
+            or noise, or a negative num_masked: on a GPU, where the check waits, only under
+            TITOK_FAST_CHECK_VALUES=1; otherwise a negative num_masked masks nothing, and the order
+            of NaN is unspecified.
     """
     check_tensors(
         "remask",
