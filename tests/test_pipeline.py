@@ -215,7 +215,7 @@ def test_bad_image_files(pipe: TiTokPipeline, tmp_path: Path) -> None:
     cut.write_bytes(whole.read_bytes()[:5000])
     (tmp_path / "text.png").write_text("no picture")
     for name in ("cut.png", "text.png"):
-        with pytest.raises(ValueError, match=f"cannot read .*{name} as a picture"):
+        with pytest.raises(ValueError, match=f"cannot read .*{name} as an image"):
             pipe.reconstruct([whole, tmp_path / name])
 
 
@@ -270,7 +270,7 @@ def test_out_of_memory_suggests_a_batch(
     ):
         with pytest.raises(MemoryError, match=r"batch_size=16: try batch_size=8\. \(.*emory"):
             call(16)
-        with pytest.raises(MemoryError, match="batch_size=1: even one picture does not fit"):
+        with pytest.raises(MemoryError, match="batch_size=1: even one image does not fit"):
             call(1)
 
 

@@ -5,7 +5,7 @@ them all: the sampling loop and the decoder have static shapes and never wait fo
 (tests/backends/test_cuda_graph.py).
 
 Not yet run on a GPU. Without one the tests prove that what is recorded asks the device for nothing,
-and, with a stand-in for the recorder, that the pictures are those of the plain pipeline; the tests
+and, with a stand-in for the recorder, that the images are those of the plain pipeline; the tests
 marked `gpu` do the same with the real one.
 """
 
@@ -72,7 +72,7 @@ class CudaCapture:
             before.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                # thread_local: another thread may write pictures or load data meanwhile
+                # thread_local: another thread may write images or load data meanwhile
                 with torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
@@ -107,17 +107,17 @@ class GraphDraw:
 
     Args:
         generator: in eval mode.
-        pictures: (B, K) ids to (B, S, S, 3) uint8, without a wait for the device.
+        to_images: (B, K) ids to (B, S, S, 3) uint8, without a wait for the device.
         capture: what records; by default CUDA graphs on the generator's device.
     """
 
     def __init__(
         self,
         generator: MaskedGenerator,
-        pictures: Callable[[Tensor], Tensor],
+        to_images: Callable[[Tensor], Tensor],
         capture: Capture | None = None,
     ) -> None:
-        self._generator, self._pictures = generator, pictures
+        self._generator, self._to_images = generator, to_images
         self._device = generator.lm_head.weight.device
         self._capture = capture or CudaCapture(self._device)
         self._recordings: OrderedDict[tuple[int, SamplingConfig], _Recording] = OrderedDict()
@@ -138,7 +138,7 @@ class GraphDraw:
         Args:
             ids: (B, K) int64, the mask id where a token is to be drawn; checked by the caller.
             class_ids: (B,) int64 in token space.
-            seeds: (B,) int64, one per picture, so a picture does not depend on the bucket.
+            seeds: (B,) int64, one per image, so an image does not depend on the bucket.
             config: settings.
             batch_size: largest B to come; the last bucket is as large.
 
@@ -159,7 +159,7 @@ class GraphDraw:
                 self._recordings.popitem(last=False)
 
             def draw(ids: Tensor, class_ids: Tensor, seeds: Tensor) -> Tensor:
-                return self._pictures(unmask(self._generator, ids, class_ids, seeds, config))
+                return self._to_images(unmask(self._generator, ids, class_ids, seeds, config))
 
             inputs = self._buffers(size)
             self._recordings[key] = _Recording(inputs, self._capture(draw, inputs))
@@ -177,10 +177,10 @@ class GraphDraw:
 
 
 def bucket(count: int, batch_size: int) -> int:
-    """Rows of the recording for `count` pictures: the next power of two, at most `batch_size`.
+    """Rows of the recording for `count` images: the next power of two, at most `batch_size`.
 
     Args:
         count: 0..batch_size; none take the smallest recording.
-        batch_size: the most pictures at once, which need not be a power of two.
+        batch_size: the most images at once, which need not be a power of two.
     """
     return min(1 << (max(count, 1) - 1).bit_length(), batch_size)

@@ -1,4 +1,4 @@
-"""Many images a batch at a time, and how a caller gets them: PIL, NumPy or torch."""
+"""Run work on many images in batches, and return images as PIL, NumPy or torch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,5 +65,5 @@ def _memory_advice(size: int) -> Iterator[None]:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and "allocate memory" not in str(error):  # the CPU allocator's RuntimeError
             raise
-        advice = f"try batch_size={size // 2}" if size > 1 else "even one picture does not fit"
+        advice = f"try batch_size={size // 2}" if size > 1 else "even one image does not fit"
         raise MemoryError(f"out of memory with batch_size={size}: {advice}. ({error})") from error

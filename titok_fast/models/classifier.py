@@ -17,7 +17,7 @@ NAME = "fashion-classifier"
 CLASSES = 10
 SIDE = 32
 _WIDTHS = (32, 64, 96)
-_MEAN, _SPREAD = 0.22, 0.33  # of the training pictures, black border included
+_MEAN, _SPREAD = 0.22, 0.33  # of the training images, black border included
 
 
 def _stage(c_in: int, c_out: int, kernel: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from titok_fast.models.blocks import PreNormBlock
 
 
 class TiTokDecoder(nn.Module):
-    """ViT over [class, mask tokens, latents]; the rows of the mask tokens become the picture.
+    """ViT over [class, mask tokens, latents]; the rows of the mask tokens become the image.
 
     In the 2D variant each latent is added to the mask token of its place.
     """

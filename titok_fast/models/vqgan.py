@@ -18,7 +18,7 @@ from titok_fast.models.quantizer import VectorQuantizer
 from titok_fast.models.weights import PretrainedModel
 
 # Below this many input pixels, folding the 3x3 kernel costs more than it saves (measured on CPU at
-# 512 channels and 16 x 16). By image, not batch, so that a picture does not depend on its batch.
+# 512 channels and 16 x 16). By image, not batch, so that an image does not depend on its batch.
 PHASES_FROM_PIXELS = 32 * 32
 
 
@@ -272,7 +272,7 @@ def fold_phases(weight: Tensor) -> Tensor:
 
 
 def interleave_phases(windows: Tensor) -> Tensor:
-    """What the phase kernels make of the padded input, to the picture.
+    """What the phase kernels make of the padded input, to the image.
 
     Args:
         windows: (B, 4 * O, H + 1, W + 1); phase (a, b) takes those that start at (a, b).
