@@ -15,10 +15,10 @@ from titok_fast.config import SamplingConfig
 from titok_fast.integrations._swap import Fast, Plan, check_codebook, refuse
 from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.remask import MAX_TOKENS, remask
-from titok_fast.kernels.soft_codes import soft_codes
 from titok_fast.models import vqgan
 from titok_fast.models.generator import UViTBert
 from titok_fast.models.quantizer import VectorQuantizer
+from titok_fast.models.tokenizer import expected_codes
 from titok_fast.sampling.schedules import Step, steps
 
 
@@ -41,10 +41,7 @@ class FastTiTok(Fast, nn.Module):
         logits = self.decoder(z_quantized)
         if not self.finetune_decoder:
             return logits
-        B, N, H, W = logits.shape
-        rows = logits.permute(0, 2, 3, 1).reshape(B * H * W, N)
-        codes = soft_codes(rows, self.pixel_quantize.embedding.weight)
-        return self.pixel_decoder(codes.view(B, H, W, -1).permute(0, 3, 1, 2))
+        return self.pixel_decoder(expected_codes(logits, self.pixel_quantize.embedding.weight))
 
 
 class FastConv(Fast, nn.Conv2d):

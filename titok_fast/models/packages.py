@@ -1,4 +1,4 @@
-"""Networks that come from other packages: importing those, and filling in weights from a file."""
+"""Build networks of other packages, and load their weights from a file."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The sampler as a definition: plain, eager, float32, in upstream's order of random draws.
+"""The reference sampler: plain, eager, float32, in upstream's order of random draws.
 
 After the same torch.manual_seed it gives upstream's ids (modeling/maskgit.py), with one repair:
 each sample masks by its own count, where upstream applies sample 0's to all. They agree when all
