@@ -1,9 +1,9 @@
 """Fused elementwise steps between int8 matmuls on a CPU.
 
-Each reads and writes memory once. They are a C++ file without headers but the language's own, which
-the user's compiler makes a library of in a second, once per machine; later processes load it from
-the cache folder. It shares PyTorch's threads. Without a working compiler each runs as the PyTorch
-operations of its `_ref`, which also define what the compiled ones must compute.
+Each reads and writes memory once. The user's compiler builds cpu_int8_ops.cpp, which needs no
+PyTorch headers, in a second, once per machine; later processes load the library from the cache
+folder. It shares PyTorch's threads. Without a working compiler each op runs as the PyTorch
+operations of its `_ref`, which also define the results of the compiled ones.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ GELU_MIN, SILU_MIN = -0.17, -0.2785  # lower bounds of exact GELU (-0.16997) and
 
 _SOURCE = Path(__file__).with_name("cpu_int8_ops.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
-# only what torch means by these names: several kinds of processor may share a home
+# not -march=native: several kinds of processor may share a home
 _PROCESSOR_FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -118,15 +118,9 @@ def gelu_quantize_rows_ref(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tens
 
 
 def gelu_quantize_rows(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize GELU(y * scale + bias), with GELU_MIN at 0.
+    """Quantize GELU(y * scale + bias), with GELU_MIN at 0: (R, D) uint8, (R, 1) float32 scales.
 
-    Args:
-        y: (R, D).
-        scale: (R, 1) float32.
-        bias: (D,) float32.
-
-    Returns:
-        (R, D) uint8 and (R, 1) float32 scales.
+    y is (R, D), scale (R, 1) float32, bias (D,) float32.
     """
     if not _runs_compiled(y):
         return gelu_quantize_rows_ref(y, scale, bias)
@@ -185,15 +179,7 @@ def norm_silu_quantize(
 ) -> tuple[Tensor, float, int]:
     """`quantize_image` of `group_norm_silu`, not rounded in between; the range starts at SILU_MIN.
 
-    Args:
-        x: (1, C, H, W).
-        weight: (C,) float32.
-        bias: (C,) float32.
-        groups: a divisor of C.
-        eps: added to the variance.
-
-    Returns:
-        (1, C, H, W) uint8, channels-last; the step, and the byte that stands for 0.
+    weight and bias are (C,) float32.
     """
     if not _runs_compiled(x):
         return norm_silu_quantize_ref(x, weight, bias, groups, eps)

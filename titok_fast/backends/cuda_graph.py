@@ -1,12 +1,11 @@
-"""Drawing as one CUDA graph for each batch size: labels and seeds in, bytes of images out.
+"""Draw images by one CUDA graph for each batch size, from labels and seeds to bytes.
 
 A draw is thousands of small kernels, and most take less time than their launch. One call replays
-them all: the sampling loop and the decoder have static shapes and never wait for the device
-(tests/backends/test_cuda_graph.py).
+them all: the sampling loop and the decoder have static shapes and never wait for the device.
 
-Not yet run on a GPU. Without one the tests prove that what is recorded asks the device for nothing,
-and, with a stand-in for the recorder, that the images are those of the plain pipeline; the tests
-marked `gpu` do the same with the real one.
+Not yet run on a GPU. On a CPU the tests prove that the recorded work never waits for the device,
+and, with a fake recorder, that the images are those of the plain pipeline; the tests marked `gpu`
+do the same with the real one.
 """
 
 from collections import OrderedDict
@@ -22,8 +21,8 @@ from titok_fast.config import SamplingConfig
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.sampling.unmask import unmask
 
-MAX_GRAPHS = 64  # a sweep over settings would fill the memory: each graph has kernels and a result
-_WARMUPS = 3  # compile and tune at the first call, settle the libraries' choices at the others
+MAX_GRAPHS = 64  # each holds memory for kernels and a result, and a sweep over settings makes many
+_WARMUPS = 3  # the first call compiles and tunes; libraries choose algorithms in the others
 
 
 class Capture(Protocol):
@@ -32,26 +31,21 @@ class Capture(Protocol):
     def __call__(
         self, work: Callable[..., Tensor], inputs: Sequence[Tensor]
     ) -> Callable[[], Tensor]:
-        """Record `work(*inputs)`.
+        """Record `work(*inputs)`; return a function that runs it again on the inputs' new values.
 
-        Returns:
-            Runs the work again on what the inputs hold by then. Every call returns the same tensor,
-            valid until any other recording of this object runs.
+        It returns the same tensor each time, valid until another recording of this object runs.
         """
 
 
 class CudaCapture:
     """Records CUDA graphs that share one private memory pool.
 
-    They may share it because none runs while another's result is still wanted.
-
-    Args:
-        device: a CUDA device.
+    They may share it because none runs while another's result is still in use.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # one stream for all: blocks of the pool are only reused on the stream that had them
+        # one stream for all: a block of the pool is reused only on the stream that allocated it
         self._stream = torch.cuda.Stream(device)
 
     def __call__(
@@ -133,23 +127,23 @@ class GraphDraw:
         *,
         batch_size: int,
     ) -> Tensor:
-        """Draw a batch; its first call for a bucket and settings records, which takes a while.
+        """Draw a batch; the first call for a bucket and settings records, which takes a while.
 
         Args:
             ids: (B, K) int64, the mask id where a token is to be drawn; checked by the caller.
             class_ids: (B,) int64 in token space.
             seeds: (B,) int64, one per image, so an image does not depend on the bucket.
             config: settings.
-            batch_size: largest B to come; the last bucket is as large.
+            batch_size: largest B, and largest bucket.
 
         Returns:
-            (B, S, S, 3) uint8 on the device, the caller's own.
+            (B, S, S, 3) uint8 on the device, in new memory.
         """
         count = len(ids)
         with self._lock:
             recording = self._recording(bucket(count, batch_size), config)
             for buffer, values in zip(recording.inputs, (ids, class_ids, seeds), strict=True):
-                buffer[:count].copy_(values)  # the rows behind keep what an earlier call had
+                buffer[:count].copy_(values)  # later rows keep their values of an earlier call
             return recording.replay()[:count].clone()
 
     def _recording(self, size: int, config: SamplingConfig) -> _Recording:
@@ -177,10 +171,5 @@ class GraphDraw:
 
 
 def bucket(count: int, batch_size: int) -> int:
-    """Rows of the recording for `count` images: the next power of two, at most `batch_size`.
-
-    Args:
-        count: 0..batch_size; none take the smallest recording.
-        batch_size: the most images at once, which need not be a power of two.
-    """
+    """Rows of the recording for `count` images: the next power of two, at most `batch_size`."""
     return min(1 << (max(count, 1) - 1).bit_length(), batch_size)

@@ -23,7 +23,7 @@ from titok_fast.sampling.schedules import Step, steps
 
 
 class FastQuantizer(Fast, nn.Module):
-    """Nearest code without the matrix of distances; losses and gradients as they were."""
+    """Nearest code without the matrix of distances; same losses and gradients."""
 
     metric = VectorQuantizer.metric
     forward = VectorQuantizer.forward
@@ -45,7 +45,7 @@ class FastTiTok(Fast, nn.Module):
 
 
 class FastConv(Fast, nn.Conv2d):
-    """Padding inside the convolution, not a padded copy before it. Sizes 1 and 3, stride 1."""
+    """Padding inside the convolution instead of a padded copy. Sizes 1 and 3, stride 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H, W)."""
@@ -72,7 +72,7 @@ class FastWideningBlock(Fast, nn.Module):
 
 
 class FastLevel(Fast, nn.Module):
-    """A resolution that upsamples at its end: four small convolutions for one large."""
+    """A resolution that upsamples at its end: four small convolutions replace a large one."""
 
     block: nn.ModuleList
     upsample_conv: Any
@@ -92,7 +92,7 @@ class FastLastLevel(Fast, nn.Module):
 
 
 class FastPixelDecoder(Fast, nn.Module):
-    """Channels-last throughout, as upstream's is on the output of its einsum."""
+    """Channels-last throughout, as upstream's is after its einsum."""
 
     forward = vqgan.PixelDecoder.forward
     _decode = vqgan.PixelDecoder._decode
@@ -157,7 +157,7 @@ class FastImageBert(Fast, nn.Module):
         if step.last:
             return candidates
         wanted = int(ids.shape[1] * step.mask_ratio)
-        # upstream's quirk: the count of sample 0 is everybody's
+        # upstream applies the count of sample 0 to all
         count = (mask[:1].sum(dim=1) - 1).clamp(max=wanted).clamp(min=1).expand(ids.shape[0])
         return remask(
             candidates,
@@ -207,7 +207,7 @@ class FastUViTBert(FastImageBert):
 
 
 def _noise(like: Tensor, scale: float) -> Tensor:
-    """Upstream's Gumbel noise, scaled first, as it does; drawn at scale 0 too, for the stream."""
+    """Upstream's scaled Gumbel noise; drawn at scale 0 too, as upstream advances its generator."""
     u = torch.empty_like(like).uniform_(0, 1)
     if scale:
         u.clamp_(min=1e-20).log_().neg_().clamp_(min=1e-20).log_().neg_().mul_(scale)
@@ -227,7 +227,7 @@ def plan_quantizer(obj: Any) -> Plan:
 
 
 def plan_titok(obj: Any) -> Plan:
-    """Parts of a `TiTok`: all kernels a tokenizer of its kind has use for."""
+    """Parts of a `TiTok`: itself, its quantizer, and its pixel decoder if it has one."""
     if obj.quantize_mode != "vq":
         refuse(
             obj,

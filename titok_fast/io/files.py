@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, tensor files read without executing anything."""
+"""Write files atomically, read tensor files without executing code, and find weights."""
 
 import os
 import pickle
@@ -80,7 +80,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             f"never executed. Save it as safetensors. ({str(error).splitlines()[0]})"
         ) from error
     except (PermissionError, MemoryError):
-        raise  # these say nothing about the file
+        raise  # not the file's fault
     except Exception as error:  # damaged files make the unpickler raise a dozen types
         raise ValueError(f"{path} is truncated or not a torch file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
