@@ -9,34 +9,22 @@ from typing import Any
 class OfflineCase:
     """One kernel with one set of compile-time choices, at one published shape.
 
-    Attributes:
-        kernel: the `@triton.jit` function.
-        config: distinguishes this row from the kernel's other rows, such as "L-32 bf16 64x128".
-        signature: argument name to Triton type, for every argument that is not a constexpr:
-            "*fp32", "i32", "fp32". Pointers count as 16-byte aligned, as torch allocates them;
-            an integer that is always a multiple of 16 is written "i32:16", as in Triton's tools.
-        constexprs: values of the remaining arguments; None for an absent pointer.
-        num_warps: warps per program.
-        num_stages: depth of software pipelining.
-        expects_mma: True: the code must use tensor cores; False: it must not.
-        vector_loads: whether streams, which `bench/lib/machine_code.py` defines, must be read with
-            128-bit loads and 64-bit offsets.
-        flops: floating-point operations of the whole call, a multiply-add counting two.
-        bytes_min: bytes the whole call must move: every input once, every output once.
-        bytes_unfused: bytes that plain PyTorch operators move for the same result.
+    The signature gives a Triton type to every argument that is not a constexpr: "*fp32", "i32",
+    "fp32". Pointers count as 16-byte aligned, as torch allocates them; an integer that is always a
+    multiple of 16 is "i32:16", as in Triton's tools. `bench/lib/machine_code.py` defines streams.
     """
 
     kernel: Any
-    config: str
+    config: str  # distinguishes the kernel's rows, such as "L-32 bf16 64x128"
     signature: Mapping[str, str]
     constexprs: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 1
-    expects_mma: bool = False
-    vector_loads: bool = True
-    flops: float = field(kw_only=True)
-    bytes_min: float = field(kw_only=True)
-    bytes_unfused: float = field(kw_only=True)
+    expects_mma: bool = False  # True: the code must use tensor cores; False: it must not
+    vector_loads: bool = True  # streams must be read with 128-bit loads and 64-bit offsets
+    flops: float = field(kw_only=True)  # of the whole call, a multiply-add counting two
+    bytes_min: float = field(kw_only=True)  # every input and output of the call once
+    bytes_unfused: float = field(kw_only=True)  # moved by plain PyTorch for the same result
 
     @classmethod
     def of(

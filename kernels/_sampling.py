@@ -56,12 +56,10 @@ def check_sampling(
         raise ValueError(f"{op} wants rule to be one of {RULES}; got {rule!r}")
     if not 0 <= step < MAX_NOISE_STEPS:
         raise ValueError(f"{op} wants step >= 0 and below {MAX_NOISE_STEPS}; got {step}")
-    # negated, so that NaN fails too
-    if not 0 < softmax_temperature <= LARGEST:
-        want = "softmax_temperature > 0 and finite in float32"
-        raise ValueError(f"{op} wants {want}; got {softmax_temperature}")
-    if not 0 <= noise_temperature <= LARGEST:
-        want = "noise_temperature >= 0 and finite in float32"
-        raise ValueError(f"{op} wants {want}; got {noise_temperature}")
-    if not -LARGEST <= guidance <= LARGEST:
-        raise ValueError(f"{op} wants guidance to be finite in float32; got {guidance}")
+    for fits, want, got in (  # no comparison holds for NaN
+        (0 < softmax_temperature <= LARGEST, "softmax_temperature > 0 and", softmax_temperature),
+        (0 <= noise_temperature <= LARGEST, "noise_temperature >= 0 and", noise_temperature),
+        (-LARGEST <= guidance <= LARGEST, "guidance to be", guidance),
+    ):
+        if not fits:
+            raise ValueError(f"{op} wants {want} finite in float32; got {got}")

@@ -51,34 +51,19 @@ def check_tensors(
         fits = len(shape) == len(letters) and x.dtype in dtypes and there == device
         if fits:
             for letter, size in zip(letters, shape, strict=True):
-                if sizes.setdefault(letter, size) != size:
+                if sizes.get(letter, size) != size:
                     fits = False
         if not fits:
-            raise ValueError(f"{op} wants {_misfit(name, device, tensors)}")
+            dims = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in letters)
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = f"{tuple(shape)} {x.dtype} on {there}"
+            raise ValueError(f"{op} wants {name} ({dims}) {kinds} on {device}; got {got}")
+        sizes.update(zip(letters, shape, strict=True))
     for letter, largest in limits.items():
         if not 1 <= sizes[letter] <= largest:
             most = f" and at most {largest}" if isfinite(largest) else ""
             raise ValueError(f"{op} wants {letter} at least 1{most}; got {sizes[letter]}")
     return sizes
-
-
-def _misfit(
-    name: str,
-    device: torch.device,
-    tensors: Mapping[str, tuple[Tensor | None, str, Sequence[torch.dtype]]],
-) -> str:
-    """What the tensor `name` should be, given those before it, and what it is."""
-    known: dict[str, int] = {}
-    for earlier, (x, letters, _) in tensors.items():
-        if earlier == name:
-            break
-        if x is not None:
-            known |= zip(letters, x.shape, strict=True)
-    x, letters, dtypes = tensors[name]
-    assert x is not None
-    dims = ", ".join(f"{d}={known[d]}" if d in known else d for d in letters)
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{name} ({dims}) {kinds} on {device}; got {tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def looks_at_values(x: Tensor, *, ids_only: bool) -> bool:

@@ -265,13 +265,8 @@ def speed_of_light(
     """Least seconds for a batch, by stage, of any implementation of the published arithmetic.
 
     max(FLOPs / peak, minimal bytes / bandwidth); the code search is always float32. An exact
-    rewrite that saves matmuls can pass under the bound of its stage.
-
-    Args:
-        preset_or_name: stages are those of `preset_costs`.
-        device: a key of DEVICES.
-        dtype: a key of DTYPE_BYTES.
-        batch: images, at least 1.
+    rewrite that saves matmuls can pass under the bound of its stage. Devices are the keys of
+    DEVICES, dtypes those of DTYPE_BYTES, stages those of `preset_costs`.
 
     Raises:
         ValueError: unknown preset, device or dtype, or a batch below 1.

@@ -89,6 +89,21 @@ def _for_c(value: Tensor | int | float) -> object:
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
 
 
+def _row_op(name: str, x: Tensor, *args: Tensor | float) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    rows, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
+    _call(name, x.dtype, x, *args, rows, scale, *x.shape)
+    return rows, scale
+
+
+def _image_op(name: str, x: Tensor, *args: Tensor | int | float) -> tuple[Tensor, float, int]:
+    x = x.contiguous(memory_format=torch.channels_last)
+    q, steps = torch.empty_like(x, dtype=torch.uint8), torch.empty(2)
+    _call(name, x.dtype, x, *args, q, steps)
+    step, zero = steps.tolist()
+    return q, step, int(zero)
+
+
 def _runs_compiled(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _SUFFIXES and compiled_ops() is not None
 
@@ -103,10 +118,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(R, D) float -> (R, D) uint8 with zero at 128, (R, 1) float32 scales."""
     if not _runs_compiled(x):
         return quantize_rows_ref(x)
-    x = x.contiguous()
-    rows, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
-    _call("quantize_rows", x.dtype, x, rows, scale, *x.shape)
-    return rows, scale
+    return _row_op("quantize_rows", x)
 
 
 def gelu_quantize_rows_ref(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,10 +136,7 @@ def gelu_quantize_rows(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, 
     """
     if not _runs_compiled(y):
         return gelu_quantize_rows_ref(y, scale, bias)
-    y = y.contiguous()
-    rows, new = torch.empty(y.shape, dtype=torch.uint8), torch.empty(len(y), 1)
-    _call("gelu_quantize_rows", y.dtype, y, scale, bias, GELU_MIN, rows, new, *y.shape)
-    return rows, new
+    return _row_op("gelu_quantize_rows", y, scale, bias, GELU_MIN)
 
 
 def dequantize_rows_(y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -158,11 +167,7 @@ def quantize_image(x: Tensor) -> tuple[Tensor, float, int]:
     """(1, C, H, W) float -> uint8, channels-last; the step, and the byte that stands for 0."""
     if not _runs_compiled(x):
         return quantize_image_ref(x)
-    x = x.contiguous(memory_format=torch.channels_last)
-    q, steps = torch.empty_like(x, dtype=torch.uint8), torch.empty(2)
-    _call("quantize_image", x.dtype, x, x.numel(), q, steps)
-    step, zero = steps.tolist()
-    return q, step, int(zero)
+    return _image_op("quantize_image", x, x.numel())
 
 
 def norm_silu_quantize_ref(
@@ -183,10 +188,6 @@ def norm_silu_quantize(
     """
     if not _runs_compiled(x):
         return norm_silu_quantize_ref(x, weight, bias, groups, eps)
-    x = x.contiguous(memory_format=torch.channels_last)
-    q, steps = torch.empty_like(x, dtype=torch.uint8), torch.empty(2)
     C, pixels = x.shape[1], x.shape[2] * x.shape[3]
     norm = weight, bias, groups, eps
-    _call("norm_silu_quantize", x.dtype, x, *norm, pixels, C, SILU_MIN, q, steps)
-    step, zero = steps.tolist()
-    return q, step, int(zero)
+    return _image_op("norm_silu_quantize", x, *norm, pixels, C, SILU_MIN)

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,16 +24,9 @@ MAX_GRAPHS = 64  # each holds memory for kernels and a result, and a sweep over 
 _WARMUPS = 3  # the first call compiles and tunes; libraries choose algorithms in the others
 
 
-class Capture(Protocol):
-    """Records work on tensors whose memory stays the same."""
-
-    def __call__(
-        self, work: Callable[..., Tensor], inputs: Sequence[Tensor]
-    ) -> Callable[[], Tensor]:
-        """Record `work(*inputs)`; return a function that runs it again on the inputs' new values.
-
-        It returns the same tensor each time, valid until another recording of this object runs.
-        """
+# Records `work(*inputs)`, and returns a function that runs it again on the inputs' new values. That
+# function returns the same tensor each time, valid until another recording of the object runs.
+Capture = Callable[[Callable[..., Tensor], Sequence[Tensor]], Callable[[], Tensor]]
 
 
 class CudaCapture:
@@ -97,12 +89,8 @@ class _Recording:
 class GraphDraw:
     """Draws batches by replaying recordings, one for each bucket and SamplingConfig.
 
-    For one stream at a time: a call reuses the memory of the one before.
-
-    Args:
-        generator: in eval mode.
-        to_images: (B, K) ids to (B, S, S, 3) uint8, without a wait for the device.
-        capture: what records; by default CUDA graphs on the generator's device.
+    For one stream at a time: a call reuses the memory of the one before. `to_images` turns (B, K)
+    ids into (B, S, S, 3) uint8 without a wait for the device; `capture` is by default CudaCapture.
     """
 
     def __init__(

@@ -18,16 +18,13 @@ Progress = Callable[[int], object]
 def in_batches(
     total: int, size: int, work: Callable[[slice], Tensor], progress: Progress | None
 ) -> Iterator[Tensor]:
-    """Call `work` on one slice of 0..total after the other.
+    """Call `work` on one slice of 0..total after the other, and yield its results on the CPU.
 
     Args:
         total: number of images; for 0, `work` still gets one empty slice, to check its input.
         size: images at once, 1 or more.
         work: computes the result of a slice, on any device.
         progress: called with the number of images finished since the last call.
-
-    Yields:
-        Results on the CPU, in order.
 
     Raises:
         ValueError: a size below 1.

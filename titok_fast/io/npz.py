@@ -152,9 +152,6 @@ def write_archive(
         size: S.
         manifest: plain JSON values, under 65536 bytes in all.
         progress: called with the number of images written since the last call.
-
-    Raises:
-        OSError: it cannot be written; nothing is left.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (manifest["num"], size, size, 3)}
 

@@ -150,23 +150,23 @@ def claim_folder(folder: Path, manifest: dict[str, Any], *, force: bool = False)
                 f"{folder} holds {others[0]} but no {MANIFEST} of an earlier run: choose an empty "
                 "folder"
             )
-        write_atomic(path, json.dumps(manifest, indent=2).encode())
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("wants a JSON object")
-        changed = differences(found, manifest)
-    except ValueError as error:
-        changed = [f"{path} is damaged: {error}"]
-    if changed and not force:
-        raise ValueError(
-            f"{folder} was begun with other settings: {'; '.join(changed)}. Repeat those, choose "
-            "another folder, or pass --force to replace its images"
-        )
-    if changed:
+    else:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("wants a JSON object")
+            changed = differences(found, manifest)
+        except ValueError as error:
+            changed = [f"{path} is damaged: {error}"]
+        if not changed:
+            return
+        if not force:
+            raise ValueError(
+                f"{folder} was begun with other settings: {'; '.join(changed)}. Repeat those, "
+                "choose another folder, or pass --force to replace its images"
+            )
         empty_folder(folder)
-        write_atomic(path, json.dumps(manifest, indent=2).encode())
+    write_atomic(path, json.dumps(manifest, indent=2).encode())
 
 
 def empty_folder(folder: Path) -> None:

@@ -36,13 +36,7 @@ def check_suffix(path: Path) -> None:
 def write_ids(
     path: str | Path, ids: np.ndarray, files: Sequence[str], *, codebook_size: int
 ) -> None:
-    """Write ids atomically.
-
-    Args:
-        path: name ending in .npz or .json, in a folder that exists.
-        ids: (n, K) int16, int32 or int64; JSON does not keep the type.
-        files: n names.
-        codebook_size: N, one more than the largest id possible.
+    """Write (n, K) integer ids and n names atomically, as .npz or .json, in a folder that exists.
 
     Raises:
         ValueError: another suffix, or not one name per row.

@@ -44,15 +44,9 @@ def backend_name(requested: str | None) -> str:
 
 
 def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
-    """Full self-attention, scale head_dim**-0.5.
+    """Full self-attention, scale d**-0.5: (B, L, 3, H, d) q, k and v -> (B, L, H * d).
 
-    Args:
-        qkv: (B, L, 3, H, d) queries, keys and values.
-        backend: one of BACKENDS or "auto".
-        dropout: probability on attention weights; 0 outside training.
-
-    Returns:
-        (B, L, H * d) in qkv's dtype.
+    `dropout` is the probability on attention weights.
 
     Raises:
         BackendError: the back end cannot handle this device or dtype.

@@ -82,7 +82,7 @@ def masked_token_loss(
     unmasked_weight: float = 0.1,
     total_weight: Tensor | None = None,
 ) -> Tensor:
-    """Smoothed cross-entropy, weighted by `token_weights`: sum(w * ce) / (sum(w) + 1e-8).
+    """Smoothed cross-entropy, weighted by `token_weights`: sum(w * ce) / (sum(w) + 1e-8), a scalar.
 
     Head and loss are one op: see kernels/masked_cross_entropy.py.
 
@@ -94,13 +94,7 @@ def masked_token_loss(
         label_smoothing: share of the target spread over all codes, [0, 1).
         unmasked_weight: of the positions that were not masked.
         total_weight: scalar that replaces sum(w). Ranks and accumulated batches, whose gradients
-            are averaged, give the mean of their sums: the average is then that of one large batch.
-
-    Returns:
-        Float32 scalar.
-
-    Raises:
-        ValueError: shapes differ.
+            are averaged, pass the mean of their sums, so the average is that of one large batch.
     """
     _check_tokens(hidden, targets, mask)
     weights = token_weights(mask, unmasked_weight)

@@ -112,18 +112,9 @@ def unmask(
     config: SamplingConfig,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Draw the masked tokens. No host wait and static shapes, so that a CUDA graph can record it.
+    """`sample` of checked arguments (`draw_inputs`): (B, K) ids, (B,) class ids in token space.
 
-    Args:
-        generator: a generator in eval mode.
-        ids: (B, K) int64, mask id where a token is to be drawn.
-        class_ids: (B,) int64 in token space (`generator.class_ids(labels)`).
-        seeds: (B,) int64.
-        config: settings.
-        on_step: called after each step.
-
-    Returns:
-        (B, K) int64 ids in [0, N).
+    No host wait and static shapes, so that a CUDA graph can record it.
     """
     B, K = ids.shape
     mask_id, no_class_id = generator.config.mask_token_id, generator.config.no_class_id
