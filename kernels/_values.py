@@ -91,7 +91,7 @@ def check_finite(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_in_range(op: str, name: str, x: Tensor | None, low: int, high: float) -> None:
-    """Raise a ValueError unless all of `x` lies in [low, high); high may be infinite."""
+    """Raise a ValueError unless all of `x` is in [low, high); high may be infinite."""
     if x is None or not x.numel():
         return
     least, most = (end.item() for end in x.detach().aminmax())

@@ -156,7 +156,7 @@ def _checked(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Activation and x + residual, by the implementation that suits x."""
+    """Check the arguments; return activation and x + residual, by the implementation for x."""
     sizes = check_tensors(
         op,
         dict.fromkeys("CHW", math.inf),
@@ -210,16 +210,8 @@ def add_group_norm_silu(
 ) -> tuple[Tensor, Tensor]:
     """silu(group_norm(x + residual)), and the sum, which the next residual connection needs.
 
-    Args:
-        x: (B, C, H, W) as for `group_norm_silu`.
-        residual: as x, in shape, dtype, memory format and device.
-        weight: (C,) scale.
-        bias: (C,) shift.
-        groups: number of groups, a divisor of C.
-        eps: added to the variance.
-
-    Returns:
-        The activation and x + residual, both (B, C, H, W) in the dtype of x.
+    Arguments as in `group_norm_silu`; residual has the shape, dtype, memory format and device of x,
+    and so have both results.
 
     Raises:
         ValueError: as `group_norm_silu`, or residual does not match x.

@@ -105,7 +105,7 @@ def _guided_sample(
     if B == 0:
         return candidates, scores
     source = "given" if noise is not None else "counter"
-    # a tensor that the kernel does not read stands in for None
+    # the kernel takes no None: pass a tensor that it does not read
     seeds = cond if seeds is None else seeds.contiguous()
     noise = cond if noise is None else noise.contiguous()
     tensors = (cond, uncond, mask.contiguous(), ids.contiguous(), seeds, noise, candidates, scores)

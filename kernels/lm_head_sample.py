@@ -71,15 +71,14 @@ def lm_head_sample_ref(
 
 def _plan(R: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile, warps and stages: enough programs for few rows, enough reuse for many."""
-    if dtype == torch.float32 and R <= 128:
-        return {"BLOCK_R": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
     if dtype == torch.float32:
-        return {"BLOCK_R": 64, "BLOCK_N": 128, "BLOCK_D": 16, "num_warps": 8, "num_stages": 3}
-    if R <= 32:
-        return {"BLOCK_R": 32, "BLOCK_N": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
-    if R <= 512:
-        return {"BLOCK_R": 64, "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_R": 128, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 4}
+        sizes = (32, 64, 32, 4, 3) if R <= 128 else (64, 128, 16, 8, 3)
+    elif R <= 512:
+        sizes = (32, 32, 128, 4, 4) if R <= 32 else (64, 64, 64, 4, 4)
+    else:
+        sizes = (128, 128, 32, 8, 4)
+    names = ("BLOCK_R", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages")
+    return dict(zip(names, sizes, strict=True))
 
 
 @lazy_triton_op("lm_head_sample")
@@ -109,7 +108,7 @@ def _lm_head_sample(
     tiles = triton.cdiv(N, plan["BLOCK_N"])
     parts = torch.empty((4, R, tiles), dtype=torch.float32, device=device)
     codes = torch.empty((R, tiles), dtype=torch.int32, device=device)
-    # a tensor that the kernel does not read stands in for None
+    # the kernel takes no None: pass a tensor that it does not read
     vectors = [codes if x is None else x.contiguous() for x in (rows, seeds, positions)]
     offset = weight if bias is None else bias.contiguous()
     sizes = (hidden.shape[0], R, N, D, hidden.stride(0), uncond.stride(0), weight.stride(0))

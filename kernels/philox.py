@@ -89,7 +89,7 @@ def gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: int)
     """Standard Gumbel noise of each code, in float32 from the bits of `philox_bits_ref`.
 
     u = (bits % 2**24) / 2**24 is exact in float32 and below 1; 2**-25 replaces 0, so -log(-log(u))
-    lies in [-2.86, 16.64]. It compiles, and never waits for a device.
+    lies in [-2.86, 16.64]. Works under torch.compile, and never waits for a device.
 
     Args:
         seeds: (B,) int64, one key per sample: all 64 bits count.

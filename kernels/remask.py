@@ -176,7 +176,7 @@ def _remask(
     source = "given" if noise is not None else "counter"
     flags: dict[str, object] = {"NOISE": "none" if noise_temperature == 0.0 else source}
     flags["PROBABILITY"] = rule == "probability"
-    # a tensor that the kernel does not read stands in for None
+    # the kernel takes no None: pass a tensor that it does not read
     seeds, noise = num_masked if seeds is None else seeds, scores if noise is None else noise
     tensors = [x.contiguous() for x in (candidates, scores, num_masked, seeds, noise)]
     block, scalars = triton.next_power_of_2(K), (mask_id, step, noise_temperature)

@@ -156,8 +156,7 @@ def soft_codes(logits: Tensor, codebook: Tensor) -> Tensor:
 
 def offline_cases() -> list[OfflineCase]:
     """The legacy decoders: 256 pixels an image, 1024 codes of 256 channels."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return [_case(images, dtype) for images in (1, 64) for dtype in dtypes]
+    return [_case(images, dtype) for images in (1, 64) for dtype in FLOAT_TYPES]
 
 
 def _case(images: int, dtype: torch.dtype) -> OfflineCase:

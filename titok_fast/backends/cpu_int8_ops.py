@@ -56,7 +56,7 @@ def warn_without_compiler() -> None:
 
 
 def _library() -> Path:
-    """The library, compiled unless it lies in the cache folder."""
+    """The library, compiled unless the cache folder has it."""
     flags = (*_FLAGS, *_PROCESSOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
     folder = cache_dir() or Path(tempfile.mkdtemp(prefix="titok_fast_"))

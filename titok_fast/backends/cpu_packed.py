@@ -83,7 +83,7 @@ class PackedConv(nn.Module):
 
 
 class PackedResnetBlock(nn.Module):
-    """A ResnetBlock whose shortcut is folded into its second kernel once and for all."""
+    """A ResnetBlock whose shortcut is folded into its second kernel once."""
 
     def __init__(self, block: ResnetBlock, layers: Layers) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class PackedResnetBlock(nn.Module):
 
 
 class PackedUpsample(nn.Module):
-    """Nearest x2 upsampling and its 3x3 convolution; the phase kernels are made once."""
+    """Nearest x2 upsampling and its 3x3 convolution; the phase kernels are computed once."""
 
     def __init__(self, conv: nn.Conv2d, layers: Layers) -> None:
         super().__init__()

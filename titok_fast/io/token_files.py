@@ -46,7 +46,7 @@ def write_ids(
     if ids.ndim != 2 or len(ids) != len(files):
         raise ValueError(f"write_ids wants ids (n, K) and n names; got {ids.shape}, {len(files)}")
     if path.suffix.lower() == ".npz":
-        record = {"ids": ids, "files": np.array(files, np.str_)}
+        record: Any = {"ids": ids, "files": np.array(files, np.str_)}
         record["codebook_size"] = np.int64(codebook_size)
         write_atomic(path, lambda part: np.savez_compressed(part, **record))
         return

@@ -1,6 +1,6 @@
 """A small classifier of 32 x 32 clothes: the feature space in which the small model is measured.
 
-It stands in where no Inception weights can be had. Figures in its space carry its name.
+It replaces Inception where its weights are not available; results then carry the name below.
 """
 
 import json

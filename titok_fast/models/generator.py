@@ -57,7 +57,7 @@ class MaskedGenerator(PretrainedModel):
         raise NotImplementedError
 
     def compile(self, **options: Any) -> None:
-        """Compile the transformer in place; the sampling loop around it stays as it is."""
+        """Compile the transformer in place; the sampling loop around it is not compiled."""
         self.trunk = torch.compile(self.trunk, **options)  # type: ignore[method-assign]
 
     def class_ids(self, labels: Tensor) -> Tensor:

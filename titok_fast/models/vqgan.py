@@ -37,7 +37,7 @@ class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions. Where channels change, the input is *not* added back.
 
     There the shortcut convolution acts on the block's own result h, giving h + W h. The published
-    weights were trained so (google-research/maskgit does the same); W folds into the second kernel.
+    weights were trained this way (as in google-research/maskgit); W folds into the second kernel.
     """
 
     def __init__(self, c_in: int, c_out: int) -> None:
@@ -142,7 +142,7 @@ class PixelDecoder(nn.Module):
         return self._decode(codes)
 
     def compile(self, **options: Any) -> None:
-        """Compile in place, by the shapes `forward` runs: on a CPU one image at a time."""
+        """Compile in place, for the shapes that `forward` runs: on a CPU one image at a time."""
         self._decode = torch.compile(self._decode, **options)  # type: ignore[method-assign]
 
     def _decode(self, codes: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def uses_phases(x: Tensor) -> bool:
-    """Whether upsampling (B, C, H, W) goes by phases, see PHASES_FROM_PIXELS."""
+    """Whether upsampling (B, C, H, W) uses phases, see PHASES_FROM_PIXELS."""
     return x.shape[2] * x.shape[3] >= PHASES_FROM_PIXELS
 
 
