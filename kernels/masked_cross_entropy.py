@@ -2,9 +2,10 @@
 
 R token rows of width D, N codes. Every row counts with its own weight: 1 if masked, 0.1 if not.
 
-Design. Chunks of rows, whose logits (32 MiB of bf16) stay in L2: cuBLAS computes a chunk's logits; one kernel, a program of 256 threads per row, reads them in blocks of up to 8192, writes the
-row's loss and overwrites the logits with their gradient; two matmuls turn that into the gradients
-of hidden states and head. All of it runs in the forward; the backward only scales. Gradients are
+Design. Chunks of rows, whose logits (32 MiB of bf16) stay in L2: cuBLAS computes a chunk's logits;
+one kernel, a program of 256 threads per row, reads them in blocks of up to 8192, writes the row's
+loss and overwrites the logits with their gradient; two matmuls turn that into the gradients of
+hidden states and head. All of it runs in the forward; the backward only scales. Gradients are
 stored without the factor 1 / sum(weights), which would underflow in float16.
 Why. cut-cross-entropy 25.1 has neither bias nor smoothing. Liger 0.8 has both, but per-token
 weights only through reduction="none", which recomputes the logits in the backward.

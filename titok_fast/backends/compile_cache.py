@@ -54,10 +54,7 @@ def use_cache_dir(folder: str | Path | None = None) -> Path | None:
 
 
 def cache_dir() -> Path | None:
-    """The folder of `use_cache_dir`, the user's or the default one, created if need be.
-
-    None if it cannot be written to.
-    """
+    """The folder of `use_cache_dir`, created if absent; None if it cannot be written to."""
     current = os.environ.get(VARIABLE)
     try:
         return _make(_default() / _processor() if current is None else Path(current))

@@ -91,15 +91,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def fetch(
     source: str | Path, filename: str | None = None, revision: str | None = None
 ) -> tuple[Path, Path | None]:
-    """Find the weight file and, if there is one, the `config.json` of a source.
+    """Find the weight file, and `config.json` or None, of a source.
 
-    Args:
-        source: directory, weight file, or hub repository "owner/name".
-        filename: weight file inside the directory or repository.
-        revision: hub revision.
-
-    Returns:
-        Path of the weights, path of the configuration or None.
+    The source is a directory, a weight file, or a hub repository "owner/name"; `filename` names the
+    weight file inside the directory or repository.
 
     Raises:
         FileNotFoundError: nothing there; for a repository also: offline and not in the cache.

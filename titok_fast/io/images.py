@@ -238,9 +238,6 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, pad: int = 2
         columns: images per row; by default the grid is nearly square.
         pad: pixels between images and around the whole.
 
-    Returns:
-        RGB image, (columns * (W + pad) + pad) wide; unused cells stay white.
-
     Raises:
         ValueError: no image, several sizes, columns below 1 or pad below 0.
     """

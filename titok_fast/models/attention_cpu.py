@@ -1,7 +1,7 @@
 """Attention back end "products": whole matmuls with the (L, L) weights in memory, for CPUs.
 
 SDPA's CPU kernels work on blocks, which is slow in bfloat16; a few hundred positions need no
-blocks. Weights are computed a few images at a time, to stay in the cache, in the dtype of qkv.
+blocks. Computes weights of a few images at a time, which fit the cache, in the dtype of qkv.
 """
 
 from collections.abc import Iterator, Sequence

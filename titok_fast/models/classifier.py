@@ -72,11 +72,7 @@ class FashionClassifier(nn.Module):
     def from_pretrained(
         cls, source: str | Path, *, device: str | torch.device = "cpu"
     ) -> "FashionClassifier":
-        """Load saved weights, in eval mode and float32.
-
-        Args:
-            source: a directory that `save_pretrained` wrote, its weight file, or a hub repository.
-            device: where the weights go.
+        """Load weights of `save_pretrained`, in eval mode and float32; sources as in `fetch`.
 
         Raises:
             FileNotFoundError: nothing there.

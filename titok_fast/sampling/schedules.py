@@ -41,15 +41,10 @@ Share = TypeVar("Share", float, Tensor)
 
 
 def mask_ratio(schedule: str, r: Share) -> Share:
-    """Share of the tokens that is masked.
+    """Share of masked tokens by the schedule "arccos", "cosine", "linear" or "sqrt".
 
-    Args:
-        schedule: "arccos", "cosine", "linear" or "sqrt".
-        r: in sampling the share (0..1] of the steps that are done; in training uniforms in [0, 1),
-            a tensor of any shape.
-
-    Raises:
-        ValueError: an unknown schedule.
+    In sampling r is the share (0..1] of finished steps, in training a tensor of uniforms in [0, 1).
+    ValueError for an unknown schedule.
     """
     if schedule not in _RATIOS:
         raise ValueError(f"unknown mask schedule {schedule!r}; known: {', '.join(_RATIOS)}")
