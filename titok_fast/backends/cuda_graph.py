@@ -143,19 +143,15 @@ class GraphDraw:
             def draw(ids: Tensor, class_ids: Tensor, seeds: Tensor) -> Tensor:
                 return self._to_images(unmask(self._generator, ids, class_ids, seeds, config))
 
-            inputs = self._buffers(size)
+            cfg = self._generator.config
+            inputs = (  # of a valid draw: all masked, no class
+                torch.full((size, cfg.image_seq_len), cfg.mask_token_id, device=self._device),
+                torch.full((size,), cfg.no_class_id, device=self._device),
+                torch.zeros(size, dtype=torch.int64, device=self._device),
+            )
             self._recordings[key] = _Recording(inputs, self._capture(draw, inputs))
         self._recordings.move_to_end(key)
         return self._recordings[key]
-
-    def _buffers(self, size: int) -> tuple[Tensor, ...]:
-        """Inputs of a valid draw: all masked, no class."""
-        cfg = self._generator.config
-        return (
-            torch.full((size, cfg.image_seq_len), cfg.mask_token_id, device=self._device),
-            torch.full((size,), cfg.no_class_id, device=self._device),
-            torch.zeros(size, dtype=torch.int64, device=self._device),
-        )
 
 
 def bucket(count: int, batch_size: int) -> int:

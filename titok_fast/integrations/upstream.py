@@ -202,7 +202,6 @@ class FastUViTBert(FastImageBert):
     _trunk = UViTBert.trunk
 
     def _head(self) -> nn.Linear:
-        """The Linear from D to N."""
         return self.lm_head
 
 
