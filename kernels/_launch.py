@@ -69,12 +69,8 @@ def lazy_triton_op(
 
     Registering imports Inductor: 0.9 s that a CPU user need not spend. torch.compile may make the
     first call: it runs `register` while tracing and then sees the operator itself. Of several
-    threads one registers and the others wait.
-
-    Args:
-        name: of the operator in namespace `titok_fast`.
-        save: `setup_context` of `register_autograd`.
-        backward: the gradient; None for an operator without one.
+    threads one registers and the others wait. `save` and `backward` are the `setup_context` and
+    `backward` of `register_autograd`.
     """
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:

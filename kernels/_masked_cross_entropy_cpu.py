@@ -1,10 +1,10 @@
 """`masked_cross_entropy` with its gradient on a CPU: the kernel's design in PyTorch operations.
 
-Rows are taken in chunks. A chunk's logits become their own gradient in place, block by block, and
-two matmuls turn it into the gradients of hidden states and head; nothing of size R * N is saved for
+Works on chunks of rows. The gradient of a chunk's logits overwrites them, block by block, and two
+matmuls turn it into the gradients of hidden states and head; nothing of size R * N is saved for
 backward, which only scales. Plain autograd saves the logits in two dtypes and allocates two more
-tensors of their size in backward. The forward divides gradients by the sum of weights, where the
-division costs nothing: most losses are then used without a further factor.
+tensors of their size in backward. The forward divides gradients by the sum of weights, at no cost:
+most losses need no further factor then.
 """
 
 from typing import Any

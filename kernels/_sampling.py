@@ -51,22 +51,15 @@ def check_sampling(
     softmax_temperature: float = 1.0,
     guidance: float = 0.0,
 ) -> None:
-    """Check the scalars of a sampling op.
-
-    Raises:
-        ValueError: an unknown rule, a negative step, a temperature out of range, or a number that
-            is NaN or infinite in float32.
-    """
+    """Raise the ValueError of a sampling op unless its scalars are in range and finite."""
     if rule not in RULES:
         raise ValueError(f"{op} wants rule to be one of {RULES}; got {rule!r}")
     if not 0 <= step < MAX_NOISE_STEPS:
         raise ValueError(f"{op} wants step >= 0 and below {MAX_NOISE_STEPS}; got {step}")
-    # negated, so that NaN fails too
-    if not 0 < softmax_temperature <= LARGEST:
-        want = "softmax_temperature > 0 and finite in float32"
-        raise ValueError(f"{op} wants {want}; got {softmax_temperature}")
-    if not 0 <= noise_temperature <= LARGEST:
-        want = "noise_temperature >= 0 and finite in float32"
-        raise ValueError(f"{op} wants {want}; got {noise_temperature}")
-    if not -LARGEST <= guidance <= LARGEST:
-        raise ValueError(f"{op} wants guidance to be finite in float32; got {guidance}")
+    for fits, want, got in (  # no comparison holds for NaN
+        (0 < softmax_temperature <= LARGEST, "softmax_temperature > 0 and", softmax_temperature),
+        (0 <= noise_temperature <= LARGEST, "noise_temperature >= 0 and", noise_temperature),
+        (-LARGEST <= guidance <= LARGEST, "guidance to be", guidance),
+    ):
+        if not fits:
+            raise ValueError(f"{op} wants {want} finite in float32; got {got}")

@@ -1,9 +1,9 @@
 """Check arguments before a launch: shapes, dtypes, devices, and values where that is cheap.
 
-Reading values from a GPU waits for it, and a training loop handles NaN by its loss. So values are
+Reading values from a GPU waits for it, and a training loop finds NaN in its loss. So values are
 checked on a CPU if an op returns only ids, which would hide a NaN; and on every device if Python
 was started with TITOK_FAST_CHECK_VALUES=1, a slow debugging mode. They are never checked under
-torch.compile or while a CUDA graph is captured: there are no values then.
+torch.compile or while a CUDA graph is captured, when tensors have no values.
 """
 
 import os
@@ -51,10 +51,14 @@ def check_tensors(
         fits = len(shape) == len(letters) and x.dtype in dtypes and there == device
         if fits:
             for letter, size in zip(letters, shape, strict=True):
-                if sizes.setdefault(letter, size) != size:
+                if sizes.get(letter, size) != size:
                     fits = False
         if not fits:
-            raise ValueError(f"{op} wants {_misfit(name, device, tensors)}")
+            dims = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in letters)
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = f"{tuple(shape)} {x.dtype} on {there}"
+            raise ValueError(f"{op} wants {name} ({dims}) {kinds} on {device}; got {got}")
+        sizes.update(zip(letters, shape, strict=True))
     for letter, largest in limits.items():
         if not 1 <= sizes[letter] <= largest:
             most = f" and at most {largest}" if isfinite(largest) else ""
@@ -62,31 +66,10 @@ def check_tensors(
     return sizes
 
 
-def _misfit(
-    name: str,
-    device: torch.device,
-    tensors: Mapping[str, tuple[Tensor | None, str, Sequence[torch.dtype]]],
-) -> str:
-    """What the tensor `name` should be, given those before it, and what it is."""
-    known: dict[str, int] = {}
-    for earlier, (x, letters, _) in tensors.items():
-        if earlier == name:
-            break
-        if x is not None:
-            known |= zip(letters, x.shape, strict=True)
-    x, letters, dtypes = tensors[name]
-    assert x is not None
-    dims = ", ".join(f"{d}={known[d]}" if d in known else d for d in letters)
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{name} ({dims}) {kinds} on {device}; got {tuple(x.shape)} {x.dtype} on {x.device}"
-
-
 def looks_at_values(x: Tensor, *, ids_only: bool) -> bool:
-    """Whether an op checks the values of its arguments.
+    """Whether an op checks the values of its arguments, by the device and type of one, `x`.
 
-    Args:
-        x: an argument; its device and type decide.
-        ids_only: the op returns only ids and their scores, or `x` itself holds ids.
+    `ids_only`: the op returns only ids and their scores, or `x` itself holds ids.
     """
     always = ids_only and x.is_cpu and not runs_triton(x)
     if not (always or _asked_for):
@@ -108,7 +91,7 @@ def check_finite(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_in_range(op: str, name: str, x: Tensor | None, low: int, high: float) -> None:
-    """Raise a ValueError unless all of `x` lies in [low, high); high may be infinite."""
+    """Raise a ValueError unless all of `x` is in [low, high); high may be infinite."""
     if x is None or not x.numel():
         return
     least, most = (end.item() for end in x.detach().aminmax())

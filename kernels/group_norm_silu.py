@@ -34,6 +34,7 @@ from titok_fast.kernels._launch import lazy_triton_op, runs_triton
 from titok_fast.kernels._offline import OfflineCase
 from titok_fast.kernels._values import (
     FLOAT_OR_DOUBLE,
+    FLOAT_TYPES,
     TRITON_NAMES,
     check_finite,
     check_tensors,
@@ -155,7 +156,7 @@ def _checked(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Activation and x + residual, by the implementation that suits x."""
+    """Check the arguments; return activation and x + residual, by the implementation for x."""
     sizes = check_tensors(
         op,
         dict.fromkeys("CHW", math.inf),
@@ -209,16 +210,8 @@ def add_group_norm_silu(
 ) -> tuple[Tensor, Tensor]:
     """silu(group_norm(x + residual)), and the sum, which the next residual connection needs.
 
-    Args:
-        x: (B, C, H, W) as for `group_norm_silu`.
-        residual: as x, in shape, dtype, memory format and device.
-        weight: (C,) scale.
-        bias: (C,) shift.
-        groups: number of groups, a divisor of C.
-        eps: added to the variance.
-
-    Returns:
-        The activation and x + residual, both (B, C, H, W) in the dtype of x.
+    Arguments as in `group_norm_silu`; residual has the shape, dtype, memory format and device of x,
+    and so have both results.
 
     Raises:
         ValueError: as `group_norm_silu`, or residual does not match x.
@@ -229,8 +222,7 @@ def add_group_norm_silu(
 def offline_cases() -> list[OfflineCase]:
     """The pixel decoder's three widths at their largest resolutions, eight images."""
     both = (torch.bfloat16, torch.float32)
-    every = (torch.bfloat16, torch.float16, torch.float32)
-    shapes = ((512, 16, both), (256, 64, every), (128, 256, both))
+    shapes = ((512, 16, both), (256, 64, FLOAT_TYPES), (128, 256, both))
     return [
         case
         for C, side, dtypes in shapes
@@ -242,41 +234,34 @@ def offline_cases() -> list[OfflineCase]:
 def _cases(B: int, C: int, P: int, dtype: torch.dtype) -> list[OfflineCase]:
     tile, _, runs = _plan(P, C)
     G, one, kind = 32, B * P * C * dtype.itemsize, TRITON_NAMES[dtype]
-    pixels = {"P": "i32:16", "RUN": "i32:16"}
-    norm = dict.fromkeys(("mean_ptr", "rstd_ptr", "w_ptr", "b_ptr"), "*fp32")
-    sums = dict.fromkeys(("sum_ptr", "dot_ptr"), "*fp32")
-    parts = dict.fromkeys(("mean_ptr", "m2_ptr"), "*fp32")
-    added = dict.fromkeys(("x_ptr", "r_ptr", "total_ptr"), f"*{kind}") | parts | pixels
-    both = dict.fromkeys(("x_ptr", "dy_ptr"), f"*{kind}") | norm | sums
-    to_y = dict.fromkeys(("x_ptr", "y_ptr"), f"*{kind}") | norm | {"P": "i32:16"}
-    merge = parts | {"group_mean_ptr": "*fp32", "rstd_ptr": "*fp32"} | pixels
-    merge |= {"RUNS": "i32", "EPS": "fp32"}
     dims, whole = {"C": C} | tile, {"C": C, "G": G} | tile
-    merge_tile = {"BLOCK_R": triton.next_power_of_2(runs), "BLOCK_W": _merge_width(C // G)}
-    # kernel, signature, constexprs, operations per number, passes at least, passes unfused;
-    # unfused is channels-last PyTorch: one copy to channels-first, statistics, normalise, SiLU
+    merge = {"C": C, "G": G, "BLOCK_R": triton.next_power_of_2(runs)}
+    merge |= {"BLOCK_W": _merge_width(C // G)}
+    # kernel, its pointers to activations, constexprs, warps, operations per number, passes at
+    # least, passes unfused; unfused is channels-last PyTorch: one copy to channels-first,
+    # statistics, normalise, SiLU
     share = 8 * runs / (P * dtype.itemsize)  # of a pass: the statistics per run
+    summed = "x_ptr r_ptr total_ptr"
     rows = (
-        (moments_kernel, added, dims | {"ADD": False}, 6, 1, 3),
-        (moments_kernel, added, dims | {"ADD": True}, 7, 3, 6),
-        (apply_kernel, to_y, whole, 8, 2, 4),
-        (grad_sums_kernel, both | pixels, whole, 14, 2, 5),
-        (grad_input_kernel, both | {"dx_ptr": f"*{kind}", "P": "i32:16"}, whole, 17, 3, 6),
-        (merge_kernel, merge, {"C": C, "G": G} | merge_tile, 8 * runs / P, share, share),
+        (moments_kernel, summed, dims | {"ADD": False}, 4, 6, 1, 3),
+        (moments_kernel, summed, dims | {"ADD": True}, 4, 7, 3, 6),
+        (apply_kernel, "x_ptr y_ptr", whole, 4, 8, 2, 4),
+        (grad_sums_kernel, "x_ptr dy_ptr", whole, 8, 14, 2, 5),
+        (grad_input_kernel, "x_ptr dy_ptr dx_ptr", whole, 8, 17, 3, 6),
+        (merge_kernel, "", merge, 4, 8 * runs / P, share, share),
     )
     return [
-        OfflineCase(
-            kernel=kernel,
-            config=f"{C}x{P} {kind}" + (" add" if constexprs.get("ADD") else ""),
-            signature=signature,
-            constexprs=constexprs,
-            num_warps=8 if "dy_ptr" in signature else 4,
+        OfflineCase.of(
+            kernel,
+            f"{C}x{P} {kind}" + (" add" if constexprs.get("ADD") else ""),
+            {f"*{kind}": activations} | ({} if activations else {"i32": "RUNS", "fp32": "EPS"}),
+            constexprs,
+            num_warps=warps,
             num_stages=3,
-            expects_mma=False,
             vector_loads=kernel is not merge_kernel,  # that one reads a few KiB in all
             flops=float(operations * B * P * C),
             bytes_min=float(passes * one),
             bytes_unfused=float(unfused * one),
         )
-        for kernel, signature, constexprs, operations, passes, unfused in rows
+        for kernel, activations, constexprs, warps, operations, passes, unfused in rows
     ]

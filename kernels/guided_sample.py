@@ -12,6 +12,7 @@ Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arX
 """
 
 from math import inf, isnan
+from typing import Any
 
 import torch
 import triton
@@ -59,28 +60,18 @@ def guided_sample_ref(
 
 
 def _masked_rows(
-    logits: Tensor,
-    uncond_logits: Tensor | None,
-    mask: Tensor,
-    ids: Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    step: int,
-    guidance: float,
-    softmax_temperature: float,
-    noise_temperature: float,
-    rule: str,
+    logits: Tensor, uncond_logits: Tensor | None, mask: Tensor, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """The reference on the masked rows alone, for eager CPU tensors: a third fewer over a run.
 
     Their number is a shape: a GPU would wait for it, and a graph cannot hold it.
     """
+    seeds, noise, step, guidance, softmax_temperature, noise_temperature, rule = rest
     b, k = mask.nonzero(as_tuple=True)
     uncond = None if uncond_logits is None else uncond_logits[b, k]
     l = mix(logits[b, k], uncond, guidance, softmax_temperature)  # (R, N)
     rows = None if noise is None else noise[b, k]
     if rows is None and noise_temperature != 0.0:
-        assert seeds is not None  # guided_sample has checked
         rows = row_gumbel(seeds[b], step, k, l.shape[1], TOKEN_STREAM)
     candidates, scores = ids.clone(), torch.full(ids.shape, float("inf"))
     candidates[b, k], scores[b, k] = draw_ref(l, rows, noise_temperature, rule)
@@ -114,7 +105,7 @@ def _guided_sample(
     if B == 0:
         return candidates, scores
     source = "given" if noise is not None else "counter"
-    # a tensor that the kernel does not read stands in for None
+    # the kernel takes no None: pass a tensor that it does not read
     seeds = cond if seeds is None else seeds.contiguous()
     noise = cond if noise is None else noise.contiguous()
     tensors = (cond, uncond, mask.contiguous(), ids.contiguous(), seeds, noise, candidates, scores)
@@ -177,9 +168,9 @@ def guided_sample(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
-            not finite, or no source of noise. On a CPU also NaN in the noise or in the logits of a
-            masked token. A GPU checks that only under TITOK_FAST_CHECK_VALUES=1, since it would
-            wait; otherwise NaN gives an unspecified candidate in [0, N).
+            not finite, or no source of noise. Also NaN in the noise or in the logits of a masked
+            token: on a GPU, where the check waits, only under TITOK_FAST_CHECK_VALUES=1; otherwise
+            NaN gives an unspecified candidate in [0, N).
     """
     op = "guided_sample"
     check_tensors(
@@ -239,22 +230,16 @@ def _case(
 ) -> OfflineCase:
     kind, width = TRITON_NAMES[dtype], dtype.itemsize
     noise_flops, noise_passes = {"none": (0, 0), "given": (2, 3), "counter": (46, 15)}[noise]
-    pointers = dict.fromkeys(("cond_ptr", "uncond_ptr"), f"*{kind}") | {"mask_ptr": "*i1"}
-    pointers |= dict.fromkeys(("ids_ptr", "seeds_ptr", "candidates_ptr"), "*i64")
-    pointers |= dict.fromkeys(("noise_ptr", "scores_ptr"), "*fp32")
-    strides = ("cond_stride_b", "cond_stride_k", "uncond_stride_b", "uncond_stride_k")
-    scalars = dict.fromkeys(("K", "N", *strides), "i32:16") | {"step": "i32"}
-    scalars |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
-    return OfflineCase(
-        kernel=guided_sample_kernel,
-        config=f"{name} {kind} {noise} {rule}" + ("" if guided else " unguided"),
-        signature=pointers | scalars,
-        constexprs={"GUIDED": guided, "NOISE": noise, "PROBABILITY": rule == "probability"}
-        | {"BLOCK_N": _tile(N)},
+    flags = {"GUIDED": guided, "NOISE": noise, "PROBABILITY": rule == "probability"}
+    types = {"*i1": "mask_ptr", "*i64": "ids_ptr seeds_ptr candidates_ptr", "i32": "step"}
+    types |= {"fp32": "guidance inv_temperature noise_temperature"}
+    types |= {f"*{kind}": "cond_ptr uncond_ptr"}
+    return OfflineCase.of(
+        guided_sample_kernel,
+        f"{name} {kind} {noise} {rule}" + ("" if guided else " unguided"),
+        types,
+        flags | {"BLOCK_N": _tile(N)},
         num_warps=_WARPS,
-        num_stages=1,
-        expects_mma=False,
-        vector_loads=True,
         # temperature 1, guidance 3; two logarithms and the uniform 46
         flops=rows * N * (1.0 + 3 * guided + noise_flops),
         bytes_min=rows * ((1 + guided) * N * width + 4 * N * (noise == "given") + 21),

@@ -71,15 +71,14 @@ def lm_head_sample_ref(
 
 def _plan(R: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile, warps and stages: enough programs for few rows, enough reuse for many."""
-    if dtype == torch.float32 and R <= 128:
-        return {"BLOCK_R": 32, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
     if dtype == torch.float32:
-        return {"BLOCK_R": 64, "BLOCK_N": 128, "BLOCK_D": 16, "num_warps": 8, "num_stages": 3}
-    if R <= 32:
-        return {"BLOCK_R": 32, "BLOCK_N": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
-    if R <= 512:
-        return {"BLOCK_R": 64, "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_R": 128, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 4}
+        sizes = (32, 64, 32, 4, 3) if R <= 128 else (64, 128, 16, 8, 3)
+    elif R <= 512:
+        sizes = (32, 32, 128, 4, 4) if R <= 32 else (64, 64, 64, 4, 4)
+    else:
+        sizes = (128, 128, 32, 8, 4)
+    names = ("BLOCK_R", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages")
+    return dict(zip(names, sizes, strict=True))
 
 
 @lazy_triton_op("lm_head_sample")
@@ -109,7 +108,7 @@ def _lm_head_sample(
     tiles = triton.cdiv(N, plan["BLOCK_N"])
     parts = torch.empty((4, R, tiles), dtype=torch.float32, device=device)
     codes = torch.empty((R, tiles), dtype=torch.int32, device=device)
-    # a tensor that the kernel does not read stands in for None
+    # the kernel takes no None: pass a tensor that it does not read
     vectors = [codes if x is None else x.contiguous() for x in (rows, seeds, positions)]
     offset = weight if bias is None else bias.contiguous()
     sizes = (hidden.shape[0], R, N, D, hidden.stride(0), uncond.stride(0), weight.stride(0))
@@ -169,10 +168,10 @@ def lm_head_sample(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an unknown rule, a scalar out of range or
-            not finite, or no source of noise. On a CPU also hidden states that are not finite, and
-            rows or positions out of range. A GPU would have to wait: there these, and NaN in the
-            head, raise only under TITOK_FAST_CHECK_VALUES=1. Otherwise NaN gives an unspecified
-            candidate in [0, N), and a row out of range reads as zeros.
+            not finite, or no source of noise. Also hidden states that are not finite, and rows or
+            positions out of range: on a GPU, where the check waits, only under
+            TITOK_FAST_CHECK_VALUES=1, which also finds NaN in the head. Otherwise NaN gives an
+            unspecified candidate in [0, N), and a row out of range reads as zeros.
     """
     op = "lm_head_sample"
     sizes = check_tensors(
@@ -206,48 +205,34 @@ def offline_cases() -> list[OfflineCase]:
 
     The last of them is plain: no guidance, no bias, all rows, no noise.
     """
-    shapes = [("L-32 B=1", 32, 4096, 768), ("L-32 B=8", 256, 4096, 768)]
-    shapes += [("S-128 B=64", 8192, 4096, 1024), ("8k codes B=8", 512, 8192, 768)]
-    cases = [
-        _head_case(name, dtype, (R, N, D), "logit")
-        for name, R, N, D in shapes
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    name, R, N, D = shapes[1]
-    cases += [_head_case(name, dtype, (R, N, D), "probability") for dtype in FLOAT_TYPES]
-    cases.append(_head_case(name, torch.bfloat16, (R, N, D), "logit", plain=True))
+    both, L32 = (torch.float32, torch.bfloat16), ("L-32 B=8", 256, 4096, 768)
+    shapes = (("L-32 B=1", 32, 4096, 768), L32)
+    shapes += (("S-128 B=64", 8192, 4096, 1024), ("8k codes B=8", 512, 8192, 768))
+    cases = [_head_case(*shape, dtype, "logit") for shape in shapes for dtype in both]
+    cases += [_head_case(*L32, dtype, "probability") for dtype in FLOAT_TYPES]
+    cases.append(_head_case(*L32, torch.bfloat16, "logit", plain=True))
     return cases + [
         _pick_case(256, tiles, probability) for tiles in (64, 128) for probability in (False, True)
     ]
 
 
 def _head_case(
-    name: str, dtype: torch.dtype, shape: tuple[int, int, int], rule: str, plain: bool = False
+    name: str, R: int, N: int, D: int, dtype: torch.dtype, rule: str, plain: bool = False
 ) -> OfflineCase:
-    R, N, D = shape
-    kind = TRITON_NAMES[dtype]
-    streams, width = 1 if plain else 2, dtype.itemsize
+    kind, width, streams = TRITON_NAMES[dtype], dtype.itemsize, 1 if plain else 2
     plan = _plan(R, dtype)
-    warps, stages = plan.pop("num_warps"), plan.pop("num_stages")
-    sides = ("hidden_ptr", "uncond_ptr", "weight_ptr", "bias_ptr")
-    signature = dict.fromkeys(sides, f"*{kind}")
-    signature |= {"rows_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64"}
-    signature |= {"parts_ptr": "*fp32", "codes_ptr": "*i32"}
-    signature |= dict.fromkeys(("M", "R", "step"), "i32")
-    scalars = ("N", "D", "hidden_stride", "uncond_stride", "weight_stride")
-    signature |= dict.fromkeys(scalars, "i32:16")
-    signature |= dict.fromkeys(("guidance", "inv_temperature", "noise_temperature"), "fp32")
-    flags: dict[str, object] = dict.fromkeys(("GUIDED", "BIASED", "GATHERED", "NOISY"), not plain)
-    return OfflineCase(
-        kernel=head_kernel,
-        config=f"{name} D={D} {kind} {plan['BLOCK_R']}x{plan['BLOCK_N']} {rule}"
-        + (" plain" if plain else ""),
-        signature=signature,
-        constexprs=flags | {"PROBABILITY": rule == "probability", "EVEN_D": True} | plan,
-        num_warps=warps,
-        num_stages=stages,
+    options = {name: plan.pop(name) for name in ("num_warps", "num_stages")}
+    flags = dict.fromkeys(("GUIDED", "BIASED", "GATHERED", "NOISY"), not plain)
+    flags |= {"PROBABILITY": rule == "probability", "EVEN_D": True}
+    types = {"*i64": "rows_ptr seeds_ptr positions_ptr", "*i32": "codes_ptr", "i32": "M R step"}
+    types |= {"fp32": "guidance inv_temperature noise_temperature"}
+    return OfflineCase.of(
+        head_kernel,
+        f"{name} D={D} {kind} {plan['BLOCK_R']}x{plan['BLOCK_N']} {rule}" + " plain" * plain,
+        types | {f"*{kind}": "hidden_ptr uncond_ptr weight_ptr bias_ptr"},
+        flags | plan,
+        **options,
         expects_mma=dtype != torch.float32,
-        vector_loads=True,
         flops=2.0 * R * N * D + (1.0 if plain else 50.0) * R * N,
         bytes_min=width * (streams * R * D + N * D) + (12 * R if plain else width * N + 36 * R),
         # a head per stream, then guided_sample's 29 passes over their logits, or 6
@@ -256,17 +241,12 @@ def _head_case(
 
 
 def _pick_case(R: int, tiles: int, probability: bool) -> OfflineCase:
-    pointers = {"parts_ptr": "*fp32", "codes_ptr": "*i32"}
-    pointers |= {"candidates_ptr": "*i64", "scores_ptr": "*fp32"}
     moved = float(R * tiles * (20 if probability else 12) + 12 * R)
-    return OfflineCase(
-        kernel=pick_kernel,
-        config=f"R={R} tiles={tiles} {'probability' if probability else 'logit'}",
-        signature=pointers | {"R": "i32", "N": "i32:16", "tiles": "i32:16"},
-        constexprs={"PROBABILITY": probability, "BLOCK_T": tiles},
-        num_warps=4,
-        num_stages=1,
-        expects_mma=False,
+    return OfflineCase.of(
+        pick_kernel,
+        f"R={R} tiles={tiles} {'probability' if probability else 'logit'}",
+        {"*i32": "codes_ptr", "*i64": "candidates_ptr", "i32": "R"},
+        {"PROBABILITY": probability, "BLOCK_T": tiles},
         vector_loads=False,  # 64 values are half a value per thread: the launch is the cost
         flops=4.0 * R * tiles,
         bytes_min=moved,

@@ -2,10 +2,10 @@
 
 R token rows of width D, N codes. Every row counts with its own weight: 1 if masked, 0.1 if not.
 
-Design. Rows are taken in chunks whose logits (32 MiB of bf16) stay in L2: cuBLAS computes a chunk's
-logits; one kernel, a program of 256 threads per row, reads them in blocks of up to 8192, writes the
-row's loss and overwrites the logits with their gradient; two matmuls turn that into the gradients
-of hidden states and head. All of it runs in the forward; the backward only scales. Gradients are
+Design. Chunks of rows, whose logits (32 MiB of bf16) stay in L2: cuBLAS computes a chunk's logits;
+one kernel, a program of 256 threads per row, reads them in blocks of up to 8192, writes the row's
+loss and overwrites the logits with their gradient; two matmuls turn that into the gradients of
+hidden states and head. All of it runs in the forward; the backward only scales. Gradients are
 stored without the factor 1 / sum(weights), which would underflow in float16.
 Why. cut-cross-entropy 25.1 has neither bias nor smoothing. Liger 0.8 has both, but per-token
 weights only through reduction="none", which recomputes the logits in the backward.
@@ -244,16 +244,13 @@ def offline_cases() -> list[OfflineCase]:
 
 def _case(name: str, R: int, N: int, dtype: torch.dtype, grad: bool) -> OfflineCase:
     kind, width = TRITON_NAMES[dtype], dtype.itemsize
-    return OfflineCase(
-        kernel=_loss_kernel,
-        config=f"{name} {R}x{N} {kind}" + ("" if grad else " no grad"),
-        signature={"logits_ptr": f"*{kind}", "bias_ptr": "*fp32", "target_ptr": "*i64"}
-        | {"weight_ptr": "*fp32", "loss_ptr": "*fp32", "N": "i32:16", "SMOOTHING": "fp32"},
-        constexprs={"GRAD": grad, "BLOCK": _block(N)},
+    return OfflineCase.of(
+        _loss_kernel,
+        f"{name} {R}x{N} {kind}" + ("" if grad else " no grad"),
+        {f"*{kind}": "logits_ptr", "*i64": "target_ptr", "fp32": "SMOOTHING"},
+        {"GRAD": grad, "BLOCK": _block(N)},
         num_warps=8,
         num_stages=3,
-        expects_mma=False,
-        vector_loads=True,
         flops=(12.0 if grad else 8.0) * R * N,
         bytes_min=float(width * R * N * (2 if grad else 1) + 4 * N),
         # float32 log-softmax, smoothing sum, and both again in the backward

@@ -150,8 +150,8 @@ def _search_kernel(
         tl.store(out_ptr + rows * SPLITS + split, key, mask=rows < R)
 
 
-def plan_search(R: int, N: int, C: int) -> dict[str, int]:
-    """Tile sizes, warps, and the number of programs that share the codebook."""
+def plan_search(R: int, N: int, C: int) -> tuple[dict[str, int], int]:
+    """Tile sizes and warps, and the number of programs that share the codebook."""
     rows, codes = (16, 64) if R <= 2048 else (64, 64)
     blocks, tiles = triton.cdiv(R, rows), triton.cdiv(N, codes)
     splits = 1
@@ -163,20 +163,19 @@ def plan_search(R: int, N: int, C: int) -> dict[str, int]:
     # with 4 warps both operands of a 64x64 tile take all 255 registers; with 8 a small tile of wide
     # codes gets 64 registers and spills
     warps = 4 if rows == 16 and C > 128 else 8
-    return {"splits": splits, "rows": rows, "codes": codes, "channels": channels, "warps": warps}
+    tile = {"BLOCK_R": rows, "BLOCK_N": codes, "BLOCK_C": channels, "num_warps": warps}
+    return tile, splits
 
 
 def search_codes(z: Tensor, codebook: Tensor, unit: bool, packed: bool) -> Tensor:
     """(R,) indices, or (R, splits) packed pairs if `packed` or if the codebook is shared."""
     (R, C), N = z.shape, codebook.shape[0]
-    plan = plan_search(R, N, C)
-    splits = plan["splits"]
+    plan, splits = plan_search(R, N, C)
     direct = splits == 1 and not packed
     out = torch.empty((R,) if direct else (R, splits), dtype=torch.int64, device=z.device)
-    grid = (triton.cdiv(R, plan["rows"]), splits)
-    tile = {"BLOCK_R": plan["rows"], "BLOCK_N": plan["codes"], "BLOCK_C": plan["channels"]}
     args = (z, codebook, out, R, N, EPS, splits, C, unit, direct)
-    wrap_triton(_search_kernel)[grid](*args, **tile, num_warps=plan["warps"], num_stages=1)
+    grid = (triton.cdiv(R, plan["BLOCK_R"]), splits)
+    wrap_triton(_search_kernel)[grid](*args, **plan, num_stages=1)
     return out
 
 
@@ -196,10 +195,7 @@ def check_codes(op: str, z: Tensor, codebook: Tensor, metric: str) -> None:
 
 
 def find_codes(z: Tensor, codebook: Tensor, metric: str, *, ids_only: bool) -> Tensor:
-    """`nearest_code` for callers that return more than ids: with `ids_only` off, NaN passes.
-
-    It then shows in the codes or in the loss, where a training loop handles it.
-    """
+    """`nearest_code`; with `ids_only` off NaN passes, as it shows in the caller's codes or loss."""
     check_codes("nearest_code", z, codebook, metric)
     if looks_at_values(z, ids_only=ids_only):
         check_finite("nearest_code", z=z)
@@ -224,19 +220,19 @@ def nearest_code(z: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> T
         (R,) int64 in [0, N), without gradient.
 
     Raises:
-        ValueError: shapes, dtypes, devices or metric are none of the above. On a CPU also latents
-            that are not finite. A GPU would have to wait: there these, and a codebook that is not
-            finite, raise only under TITOK_FAST_CHECK_VALUES=1. Otherwise the row gets some valid
-            index.
+        ValueError: shapes, dtypes, devices or metric are none of the above. Also latents that are
+            not finite: on a GPU, where the check waits, only under TITOK_FAST_CHECK_VALUES=1, which
+            also checks the codebook. Otherwise the row gets some valid index.
     """
     return find_codes(z, codebook, metric, ids_only=True)
 
 
 def offline_cases() -> list[OfflineCase]:
     """The published tokenizers, that of pixels too, and codes as wide as the VAE's latents."""
+    full, half = torch.float32, torch.bfloat16
     cases = [
-        _case(name, dtype, R, N, C, unit)
-        for name, R, N, C, unit in (
+        _case(*shape, dtype)
+        for shape in (
             ("L-32 B=1", 32, 4096, 12, True),
             ("L-32 B=256", 8192, 4096, 12, True),
             ("SL-256 B=1", 256, 8192, 64, False),
@@ -245,37 +241,32 @@ def offline_cases() -> list[OfflineCase]:
             ("pixels B=64", 16384, 1024, 256, False),
             ("C=16 B=256", 8192, 4096, 16, True),
         )
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in (full, half)
     ]
     # a codebook that was cast with its model
-    half = torch.bfloat16
-    return [*cases, _case("SL-256 B=64 table", half, 16384, 8192, 64, False, table=half)]
+    return [*cases, _case("SL-256 B=64 table", 16384, 8192, 64, False, half, table=half)]
 
 
 def _case(
     name: str,
-    dtype: torch.dtype,
     R: int,
     N: int,
     C: int,
     unit: bool,
+    z: torch.dtype,
     table: torch.dtype = torch.float32,
 ) -> OfflineCase:
-    plan, kind = plan_search(R, N, C), TRITON_NAMES[dtype]
-    tile = {"BLOCK_R": plan["rows"], "BLOCK_N": plan["codes"], "BLOCK_C": plan["channels"]}
-    table_bytes = table.itemsize * N * C
-    return OfflineCase(
-        kernel=_search_kernel,
-        config=f"{name} {kind} {plan['rows']}x{plan['codes']} split {plan['splits']}",
-        signature={"z_ptr": f"*{kind}", "e_ptr": f"*{TRITON_NAMES[table]}", "out_ptr": "*i64"}
-        | {"R": "i32:16", "N": "i32:16", "EPS": "fp32", "SPLITS": "i32"},
-        constexprs={"C": C, "UNIT": unit, "DIRECT": plan["splits"] == 1} | tile,
-        num_warps=plan["warps"],
-        num_stages=1,
-        expects_mma=False,
-        vector_loads=True,
+    (tile, splits), kind = plan_search(R, N, C), TRITON_NAMES[z]
+    warps, table_bytes = tile.pop("num_warps"), table.itemsize * N * C
+    types = {f"*{kind}": "z_ptr e_ptr" if table == z else "z_ptr"}
+    return OfflineCase.of(
+        _search_kernel,
+        f"{name} {kind} {tile['BLOCK_R']}x{tile['BLOCK_N']} split {splits}",
+        types | {"*i64": "out_ptr", "fp32": "EPS", "i32": "SPLITS"},
+        {"C": C, "UNIT": unit, "DIRECT": splits == 1} | tile,
+        num_warps=warps,
         flops=2.0 * R * N * C,
-        bytes_min=R * (C * dtype.itemsize + 8) + table_bytes,
+        bytes_min=R * (C * z.itemsize + 8) + table_bytes,
         # rows to float32 and to unit length, then over (R, N): sum, matmul, subtract, argmin
-        bytes_unfused=R * C * (dtype.itemsize + 16) + table_bytes + 12 * N * C + 4 * R * N * 6,
+        bytes_unfused=R * (C * (z.itemsize + 16)) + table_bytes + 12 * N * C + 4 * R * N * 6,
     )

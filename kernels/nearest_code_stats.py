@@ -1,4 +1,4 @@
-"""Nearest codes with all that training needs from the quantiser: losses, gradients, code usage.
+"""Nearest codes with the losses, gradients and code counts that training needs.
 
 R latent rows, N codes, C channels, as in `nearest_code`.
 
@@ -216,19 +216,13 @@ def offline_cases() -> list[OfflineCase]:
 
 
 def _finish_case(name: str, R: int, N: int, C: int, unit: bool) -> OfflineCase:
-    splits = plan_search(R, N, C)["splits"]
-    outputs = {"ids_ptr": "*i64", "quantized_ptr": "*fp32", "error_ptr": "*fp32"}
-    return OfflineCase(
-        kernel=_finish_kernel,
-        config=name,
-        signature={"keys_ptr": "*i64", "z_ptr": "*fp32", "e_ptr": "*fp32"}
-        | outputs
-        | {"counts_ptr": "*i64", "R": "i32:16", "N": "i32:16", "EPS": "fp32"},
-        constexprs={"SPLITS": splits, "C": C, "UNIT": unit} | _finish_tile(C),
+    _, splits = plan_search(R, N, C)
+    return OfflineCase.of(
+        _finish_kernel,
+        name,
+        {"*i64": "keys_ptr ids_ptr counts_ptr", "fp32": "EPS"},
+        {"SPLITS": splits, "C": C, "UNIT": unit} | _finish_tile(C),
         num_warps=_WARPS,
-        num_stages=1,
-        expects_mma=False,
-        vector_loads=True,
         flops=8.0 * R * C,
         bytes_min=R * (8 * splits + 12 * C + 12) + 8 * N,
         # gather, two normalisations, two subtractions, a sum, two squared means, the histogram

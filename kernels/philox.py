@@ -8,7 +8,6 @@ torch functions here make the same bits. The last two words are 0, because torch
 has no others. Cost in a kernel (sm_90): about 65 instructions per code, half for two logarithms.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -90,7 +89,7 @@ def gumbel(seeds: Tensor, step: int, positions: Tensor, codes: int, stream: int)
     """Standard Gumbel noise of each code, in float32 from the bits of `philox_bits_ref`.
 
     u = (bits % 2**24) / 2**24 is exact in float32 and below 1; 2**-25 replaces 0, so -log(-log(u))
-    lies in [-2.86, 16.64]. It compiles, and never waits for a device.
+    lies in [-2.86, 16.64]. Works under torch.compile, and never waits for a device.
 
     Args:
         seeds: (B,) int64, one key per sample: all 64 bits count.
@@ -170,14 +169,9 @@ def _native_uniforms(
     keys[..., 0, 0], keys[..., 0, 1] = seeds, words << 32
     u = torch.empty((*shape, codes))
     if u.numel():  # torch refuses none
-        _native_philox()(u, torch.from_numpy(keys).view(torch.uint64))
+        # .default: resolving the overload costs as much as 500 draws
+        torch.ops.aten._philox_uniform_.default(u, torch.from_numpy(keys).view(torch.uint64))
     return u
-
-
-@lru_cache(maxsize=1)
-def _native_philox() -> Callable[[Tensor, Tensor], Tensor]:
-    """The operator without its overload resolution, which costs as much as 500 draws."""
-    return torch.ops.aten._philox_uniform_.default
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ Definition: `ImageBert.generate` of TiTok; rule "probability" as in MaskGIT (arX
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,26 +68,16 @@ def remask_ref(
     return candidates.masked_fill(masked, mask_id)
 
 
-def _remask_numpy(
-    candidates: Tensor,
-    scores: Tensor,
-    num_masked: Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    mask_id: int,
-    step: int,
-    noise_temperature: float,
-    rule: str,
-) -> Tensor:
+def _remask_numpy(candidates: Tensor, scores: Tensor, num_masked: Tensor, *rest: Any) -> Tensor:
     """The reference for eager CPU tensors: NumPy's calls cost half as much as torch's.
 
     Raises for NaN, which sorts last, and for a negative count.
     """
+    seeds, noise, mask_id, step, noise_temperature, rule = rest
     K, score, counts = scores.shape[1], scores.detach().numpy(), num_masked.tolist()
     confidence = score
     if noise_temperature != 0.0:
         if noise is None:
-            assert seeds is not None  # remask has checked
             confidence = remask_noise_numpy(seeds, step, K)
             confidence *= np.float32(noise_temperature)
             confidence += score
@@ -185,7 +176,7 @@ def _remask(
     source = "given" if noise is not None else "counter"
     flags: dict[str, object] = {"NOISE": "none" if noise_temperature == 0.0 else source}
     flags["PROBABILITY"] = rule == "probability"
-    # a tensor that the kernel does not read stands in for None
+    # the kernel takes no None: pass a tensor that it does not read
     seeds, noise = num_masked if seeds is None else seeds, scores if noise is None else noise
     tensors = [x.contiguous() for x in (candidates, scores, num_masked, seeds, noise)]
     block, scalars = triton.next_power_of_2(K), (mask_id, step, noise_temperature)
@@ -231,10 +222,10 @@ def remask(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, K above 1024, an unknown rule, a
-            temperature that is negative or not finite, or no source of noise. On a CPU also NaN
-            among scores or noise, or a negative num_masked. A GPU would have to wait: there these
-            raise only under TITOK_FAST_CHECK_VALUES=1. Otherwise a negative num_masked masks
-            nothing, and the order of NaN is unspecified.
+            temperature that is negative or not finite, or no source of noise. Also NaN among scores
+            or noise, or a negative num_masked: on a GPU, where the check waits, only under
+            TITOK_FAST_CHECK_VALUES=1; otherwise a negative num_masked masks nothing, and the order
+            of NaN is unspecified.
     """
     check_tensors(
         "remask",
@@ -260,19 +251,15 @@ def remask(
 
 def offline_cases() -> list[OfflineCase]:
     """32, 64 and 128 tokens, as published, and the limit, under both rules."""
-    pointers = {"candidates_ptr": "*i64", "scores_ptr": "*fp32", "num_masked_ptr": "*i64"}
-    pointers |= {"seeds_ptr": "*i64", "noise_ptr": "*fp32", "out_ptr": "*i64"}
-    scalars = {"K": "i32:16", "mask_id": "i32", "step": "i32", "noise_temperature": "fp32"}
+    types = {"*i64": "candidates_ptr num_masked_ptr seeds_ptr out_ptr", "i32": "mask_id step"}
     B = 8
     return [
-        OfflineCase(
-            kernel=_remask_kernel,
-            config=f"B={B} K={K} {rule}",
-            signature=pointers | scalars,
-            constexprs={"NOISE": "counter", "PROBABILITY": rule == "probability", "BLOCK_K": K},
+        OfflineCase.of(
+            _remask_kernel,
+            f"B={B} K={K} {rule}",
+            types | {"fp32": "noise_temperature"},
+            {"NOISE": "counter", "PROBABILITY": rule == "probability", "BLOCK_K": K},
             num_warps=_warps(K),
-            num_stages=1,
-            expects_mma=False,
             vector_loads=False,  # one value per thread: the launch is the cost
             flops=50.0 * B * K,
             bytes_min=20 * B * K + 16 * B,

@@ -156,23 +156,20 @@ def soft_codes(logits: Tensor, codebook: Tensor) -> Tensor:
 
 def offline_cases() -> list[OfflineCase]:
     """The legacy decoders: 256 pixels an image, 1024 codes of 256 channels."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return [_case(images, dtype) for images in (1, 64) for dtype in dtypes]
+    return [_case(images, dtype) for images in (1, 64) for dtype in FLOAT_TYPES]
 
 
 def _case(images: int, dtype: torch.dtype) -> OfflineCase:
     R, N, C = images * 256, 1024, 256
     kind, width, half = TRITON_NAMES[dtype], dtype.itemsize, dtype != torch.float32
     tile, options = _plan(R, C, half)
-    pointers = dict.fromkeys(("logits_ptr", "e_ptr", "out_ptr"), f"*{kind}")
-    return OfflineCase(
-        kernel=_soft_codes_kernel,
-        config=f"B={images} {kind}",
-        signature=pointers | dict.fromkeys(("R", "N", "C"), "i32:16"),
-        constexprs={"PRECISION": "ieee", **tile},
+    return OfflineCase.of(
+        _soft_codes_kernel,
+        f"B={images} {kind}",
+        {f"*{kind}": "logits_ptr e_ptr out_ptr"},
+        {"PRECISION": "ieee", **tile},
         **options,
         expects_mma=half,
-        vector_loads=True,
         flops=2.0 * R * N * C,
         bytes_min=width * (R * N + N * C + R * C),
         # softmax reads and writes (R, N), the matmul reads it again

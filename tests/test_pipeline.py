@@ -236,7 +236,7 @@ def test_out_of_memory_suggests_a_batch(
     ):
         with pytest.raises(MemoryError, match=r"batch_size=16: try batch_size=8\. \(.*emory"):
             call(16)
-        with pytest.raises(MemoryError, match="batch_size=1: even one picture does not fit"):
+        with pytest.raises(MemoryError, match="batch_size=1: even one image does not fit"):
             call(1)
 
 

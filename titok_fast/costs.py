@@ -1,9 +1,9 @@
-"""What a model costs on paper: parameters, FLOPs, bytes, and the time a device cannot go below.
+"""The cost of a model: parameters, FLOPs, bytes, and the least time on a device.
 
-The work counted is that of the published networks, nothing saved by rewriting (models/vqgan.py
-folds some of it away), so that rates of different implementations compare. Matmuls, convolutions
-and attention count, one multiply-add as 2 FLOPs; the draw, norms, activations and sums (about 1 %)
-do not. All costs are of one image.
+The counts are those of the published networks, without the work that models/vqgan.py saves by
+rewriting, so that rates of different implementations compare. Matmuls, convolutions and attention
+count, one multiply-add as 2 FLOPs; sampling, norms, activations and sums (about 1 %) do not. All
+costs are of one image.
 
 By formulas: torch's FlopCounterMode on meta modules finds the same FLOPs (tests/test_costs.py), but
 takes seconds for all presets and counts no activations.
@@ -25,8 +25,8 @@ class Cost:
     flops: int = 0
     parameters: int = 0  # weights and biases
     float32_parameters: int = 0  # those that are float32 in a model of any dtype (codebooks)
-    lookups: int = 0  # those read a row at a time (embedding tables), so not streamed
-    boundary: int = 0  # elements that enter and leave; no implementation moves fewer
+    lookups: int = 0  # those in embedding tables, of which a pass reads single rows
+    boundary: int = 0  # elements of inputs and outputs; no implementation moves fewer
     activations: int = 0  # elements moved if norms, activations and sums alone are fused
     weight_reads: int = 1  # per batch; the sampler streams its weights every step
 
@@ -160,7 +160,7 @@ def pixel_decoder_cost(config: VQGANConfig, side: int = 256) -> Cost:
 
 
 def _codebook(rows: int, N: int, C: int, moved: int) -> Cost:
-    """A matmul with a table of N codes of C channels; `moved` elements enter and leave."""
+    """A matmul with a table of N codes of C channels; `moved` elements of input and output."""
     return Cost(2 * rows * N * C, N * C, N * C, boundary=moved, activations=moved)
 
 
@@ -238,7 +238,7 @@ def parameters(config: TokenizerConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of a card: TFLOP/s dense, without sparsity, by dtype; memory in GB/s (1e9 bytes)."""
+    """Peaks of a GPU: dense TFLOP/s by dtype; memory bandwidth in GB/s (1e9 bytes)."""
 
     tflops: dict[str, float]
     gbps: float
@@ -262,16 +262,11 @@ DEVICES = {
 def speed_of_light(
     preset_or_name: Preset | str, device: str, dtype: str = "bfloat16", batch: int = 1
 ) -> dict[str, float]:
-    """Seconds below which no implementation of the published arithmetic can do a batch, by stage.
+    """Least seconds for a batch, by stage, of any implementation of the published arithmetic.
 
     max(FLOPs / peak, minimal bytes / bandwidth); the code search is always float32. An exact
-    rewrite that saves matmuls can pass under the bound of its stage.
-
-    Args:
-        preset_or_name: stages are those of `preset_costs`.
-        device: a key of DEVICES.
-        dtype: a key of DTYPE_BYTES.
-        batch: images, at least 1.
+    rewrite that saves matmuls can pass under the bound of its stage. Devices are the keys of
+    DEVICES, dtypes those of DTYPE_BYTES, stages those of `preset_costs`.
 
     Raises:
         ValueError: unknown preset, device or dtype, or a batch below 1.

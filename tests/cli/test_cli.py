@@ -360,7 +360,7 @@ def test_unreadable_picture_is_named(
 ) -> None:
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     assert run("reconstruct", tmp_path, f"--tokenizer={weights / 'tokenizer'}") == 2
-    assert "torn.jpg as a picture" in capsys.readouterr().err
+    assert "torn.jpg as an image" in capsys.readouterr().err
 
 
 STAY = "images written so far stay; run the same command again to draw the rest"

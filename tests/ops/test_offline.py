@@ -154,7 +154,7 @@ def test_a_gate_that_takes_too_long_fails(
 def test_cache_is_read_and_follows_the_source(tmp_path: Path) -> None:
     """A kernel that cannot be compiled: only a cache that knows it can answer."""
     kernel = SimpleNamespace(cache_key="one", __name__="_fake_kernel")
-    case = report.OfflineCase(kernel, "c", {}, {}, 4, 1, False, False, 1.0, 1.0, 1.0)
+    case = report.OfflineCase(kernel, "c", {}, {}, flops=1.0, bytes_min=1.0, bytes_unfused=1.0)
     code = report.MachineCode(40, 0, 0, 0, 0, 0, 0, 0, ["x_ptr"])
     entry = report.cache_path(case, 80, tmp_path)
     entry.write_text(json.dumps(asdict(code)))

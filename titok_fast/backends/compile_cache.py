@@ -1,7 +1,7 @@
-"""The folder where compiled code outlives the process, so that only the first one compiles.
+"""A folder for compiled code that outlives the process, so that only the first one compiles.
 
-torch.compile uses a folder of the system's temporary one, which a reboot empties. The C++ ops of
-cpu_int8_ops.py go to the same folder. Triton's kernels lie in the user's home already.
+torch.compile's own folder is in the system's temporary one, which a reboot empties. The C++ ops of
+cpu_int8_ops.py use the same folder. Triton keeps its kernels in the user's home already.
 """
 
 import os
@@ -18,14 +18,13 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def use_cache_dir(folder: str | Path | None = None) -> Path | None:
     """Let torch.compile keep its results in a folder that outlives processes and reboots.
 
-    Call it before anything is compiled: torch sets the same variable at its first compilation and
-    then keeps to it. A variable that the user has set always wins. Files in the folder are run as
-    code, so others must not be able to write there.
+    Call it before the first compilation, at which torch fixes its folder. A variable that the user
+    has set always wins. Files in the folder run as code, so others must not be able to write there.
 
     Args:
         folder: by default titok_fast/inductor in $XDG_CACHE_HOME or ~/.cache. Each kind of
-            processor gets a folder of its own inside: several may share a home, and torch does not
-            tell them apart.
+            processor gets a subfolder: several may share a home, and torch does not distinguish
+            them.
 
     Returns:
         The folder in use, or None for torch's own.
@@ -55,10 +54,7 @@ def use_cache_dir(folder: str | Path | None = None) -> Path | None:
 
 
 def cache_dir() -> Path | None:
-    """The folder of `use_cache_dir`, the user's or the default one, created if need be.
-
-    None if it cannot be written to.
-    """
+    """The folder of `use_cache_dir`, created if absent; None if it cannot be written to."""
     current = os.environ.get(VARIABLE)
     try:
         return _make(_default() / _processor() if current is None else Path(current))

@@ -27,13 +27,13 @@ _NO_EPILOGUE: tuple[str, list[float], str] = ("none", [], "")
 
 
 def int8_layers() -> Layers:
-    """The layers of this file, for `pack`; warns where their C++ ops cannot be compiled."""
+    """The layers of this file, for `pack`; warns if their C++ ops cannot be compiled."""
     warn_without_compiler()
     return Layers(Int8Linear, Int8Mlp, Int8Conv)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(O, ...) to int8 of the same shape, and the (O,) float32 scales that give it back."""
+    """(O, ...) to int8 of the same shape, and the (O,) float32 scales."""
     ints, scales = torch.empty_like(weight, dtype=torch.int8), torch.empty(len(weight))
     # in parts that stay in the cache: a fifth of the time
     for rows, into, scale in zip(

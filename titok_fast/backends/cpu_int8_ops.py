@@ -1,9 +1,9 @@
 """Fused elementwise steps between int8 matmuls on a CPU.
 
-Each reads and writes memory once. They are a C++ file without headers but the language's own, which
-the user's compiler makes a library of in a second, once per machine; later processes load it from
-the cache folder. It shares PyTorch's threads. Without a working compiler each runs as the PyTorch
-operations of its `_ref`, which also define what the compiled ones must compute.
+Each reads and writes memory once. The user's compiler builds cpu_int8_ops.cpp, which needs no
+PyTorch headers, in a second, once per machine; later processes load the library from the cache
+folder. It shares PyTorch's threads. Without a working compiler each op runs as the PyTorch
+operations of its `_ref`, which also define the results of the compiled ones.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ GELU_MIN, SILU_MIN = -0.17, -0.2785  # lower bounds of exact GELU (-0.16997) and
 
 _SOURCE = Path(__file__).with_name("cpu_int8_ops.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
-# only what torch means by these names: several kinds of processor may share a home
+# not -march=native: several kinds of processor may share a home
 _PROCESSOR_FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -56,7 +56,7 @@ def warn_without_compiler() -> None:
 
 
 def _library() -> Path:
-    """The library, compiled unless it lies in the cache folder."""
+    """The library, compiled unless the cache folder has it."""
     flags = (*_FLAGS, *_PROCESSOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
     folder = cache_dir() or Path(tempfile.mkdtemp(prefix="titok_fast_"))
@@ -89,6 +89,21 @@ def _for_c(value: Tensor | int | float) -> object:
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
 
 
+def _row_op(name: str, x: Tensor, *args: Tensor | float) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    rows, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
+    _call(name, x.dtype, x, *args, rows, scale, *x.shape)
+    return rows, scale
+
+
+def _image_op(name: str, x: Tensor, *args: Tensor | int | float) -> tuple[Tensor, float, int]:
+    x = x.contiguous(memory_format=torch.channels_last)
+    q, steps = torch.empty_like(x, dtype=torch.uint8), torch.empty(2)
+    _call(name, x.dtype, x, *args, q, steps)
+    step, zero = steps.tolist()
+    return q, step, int(zero)
+
+
 def _runs_compiled(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _SUFFIXES and compiled_ops() is not None
 
@@ -103,10 +118,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(R, D) float -> (R, D) uint8 with zero at 128, (R, 1) float32 scales."""
     if not _runs_compiled(x):
         return quantize_rows_ref(x)
-    x = x.contiguous()
-    rows, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
-    _call("quantize_rows", x.dtype, x, rows, scale, *x.shape)
-    return rows, scale
+    return _row_op("quantize_rows", x)
 
 
 def gelu_quantize_rows_ref(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,22 +130,13 @@ def gelu_quantize_rows_ref(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tens
 
 
 def gelu_quantize_rows(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize GELU(y * scale + bias), with GELU_MIN at 0.
+    """Quantize GELU(y * scale + bias), with GELU_MIN at 0: (R, D) uint8, (R, 1) float32 scales.
 
-    Args:
-        y: (R, D).
-        scale: (R, 1) float32.
-        bias: (D,) float32.
-
-    Returns:
-        (R, D) uint8 and (R, 1) float32 scales.
+    y is (R, D), scale (R, 1) float32, bias (D,) float32.
     """
     if not _runs_compiled(y):
         return gelu_quantize_rows_ref(y, scale, bias)
-    y = y.contiguous()
-    rows, new = torch.empty(y.shape, dtype=torch.uint8), torch.empty(len(y), 1)
-    _call("gelu_quantize_rows", y.dtype, y, scale, bias, GELU_MIN, rows, new, *y.shape)
-    return rows, new
+    return _row_op("gelu_quantize_rows", y, scale, bias, GELU_MIN)
 
 
 def dequantize_rows_(y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -164,11 +167,7 @@ def quantize_image(x: Tensor) -> tuple[Tensor, float, int]:
     """(1, C, H, W) float -> uint8, channels-last; the step, and the byte that stands for 0."""
     if not _runs_compiled(x):
         return quantize_image_ref(x)
-    x = x.contiguous(memory_format=torch.channels_last)
-    q, steps = torch.empty_like(x, dtype=torch.uint8), torch.empty(2)
-    _call("quantize_image", x.dtype, x, x.numel(), q, steps)
-    step, zero = steps.tolist()
-    return q, step, int(zero)
+    return _image_op("quantize_image", x, x.numel())
 
 
 def norm_silu_quantize_ref(
@@ -185,22 +184,10 @@ def norm_silu_quantize(
 ) -> tuple[Tensor, float, int]:
     """`quantize_image` of `group_norm_silu`, not rounded in between; the range starts at SILU_MIN.
 
-    Args:
-        x: (1, C, H, W).
-        weight: (C,) float32.
-        bias: (C,) float32.
-        groups: a divisor of C.
-        eps: added to the variance.
-
-    Returns:
-        (1, C, H, W) uint8, channels-last; the step, and the byte that stands for 0.
+    weight and bias are (C,) float32.
     """
     if not _runs_compiled(x):
         return norm_silu_quantize_ref(x, weight, bias, groups, eps)
-    x = x.contiguous(memory_format=torch.channels_last)
-    q, steps = torch.empty_like(x, dtype=torch.uint8), torch.empty(2)
     C, pixels = x.shape[1], x.shape[2] * x.shape[3]
     norm = weight, bias, groups, eps
-    _call("norm_silu_quantize", x.dtype, x, *norm, pixels, C, SILU_MIN, q, steps)
-    step, zero = steps.tolist()
-    return q, step, int(zero)
+    return _image_op("norm_silu_quantize", x, *norm, pixels, C, SILU_MIN)

@@ -1,9 +1,9 @@
-"""Networks prepared for inference on a CPU: weights in oneDNN's own layout, kernels folded once.
+"""Prepare networks for inference on a CPU: weights in oneDNN's own layout, kernels folded once.
 
 `pack` replaces the layers of a model in place. The new ones have no parameters: the model cannot be
-trained, saved or moved. For float32 and bfloat16; cpu_int8.py has the same layers in 8 bits. Why
-not torch.compile with frozen weights: it reorders the same way, but needs half a minute for each
-shape, and measured slower on these networks (waterfall).
+trained, saved or moved. For float32 and bfloat16; cpu_int8.py has the same layers in 8 bits.
+torch.compile with frozen weights reorders the same way, but needs half a minute for each shape, and
+measured slower on these networks (waterfall).
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ class PackedConv(nn.Module):
 
 
 class PackedResnetBlock(nn.Module):
-    """A ResnetBlock whose shortcut is folded into its second kernel once and for all."""
+    """A ResnetBlock whose shortcut is folded into its second kernel once."""
 
     def __init__(self, block: ResnetBlock, layers: Layers) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class PackedResnetBlock(nn.Module):
 
 
 class PackedUpsample(nn.Module):
-    """Nearest x2 upsampling and its 3x3 convolution; the phase kernels are made once."""
+    """Nearest x2 upsampling and its 3x3 convolution; the phase kernels are computed once."""
 
     def __init__(self, conv: nn.Conv2d, layers: Layers) -> None:
         super().__init__()
@@ -123,10 +123,6 @@ PACKED_LAYERS = Layers(PackedLinear, PackedMlp, PackedConv)
 @torch.no_grad()
 def pack(model: nn.Module, layers: Layers) -> None:
     """Replace the layers of all transformer blocks and pixel decoders inside `model`, in place.
-
-    Args:
-        model: on the CPU, float32 or bfloat16.
-        layers: the number format.
 
     Raises:
         ValueError: the model is not on the CPU, or of another dtype.

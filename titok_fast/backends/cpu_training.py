@@ -34,24 +34,20 @@ Grads = Sequence[Tensor | None]
 
 
 def recompute_in_backward(block: PreNormBlock | PostNormBlock) -> None:
-    """Replace a block's forward, in place; parameters and results stay as they are.
+    """Replace the forward of a block on the CPU, in place; parameters and results do not change.
 
-    Args:
-        block: on the CPU, with float32 parameters; runs in float32 or under bfloat16 autocast.
+    For float32 parameters, in float32 or under bfloat16 autocast.
     """
     forward: Callable[..., Tensor] = _pre_norm if isinstance(block, PreNormBlock) else _post_norm
     block.forward = partial(forward, block)  # type: ignore[method-assign]
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory it frees for its next update.
+    """Let this process keep freed memory for its next update; False if the C library cannot.
 
-    An update allocates and frees gigabytes of gradients and activations. glibc would give them back
-    to the system and take fresh pages of 4 KiB for the next: under a hypervisor a good part of the
-    update's time. Peak memory is the same, give or take fragments.
-
-    Returns:
-        Whether the C library has this setting (glibc).
+    An update allocates and frees gigabytes of gradients and activations. glibc would return them to
+    the system and take fresh pages of 4 KiB for the next, which under a hypervisor takes a good
+    part of the update's time. Peak memory is the same, except for fragmentation.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -211,7 +207,7 @@ class _OpLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *grads_h, grad = grads  # grads_h: where h was returned as well
+        *grads_h, grad = grads  # grads_h: one if h was returned as well, else none
         x, weight, *rest = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, *needs_rest = ctx.needs_input_grad
         op_grads: Grads = [None] * (1 + len(rest))

@@ -1,19 +1,17 @@
-"""Drawing as one CUDA graph for each batch size: labels and seeds in, bytes of images out.
+"""Draw images by one CUDA graph for each batch size, from labels and seeds to bytes.
 
 A draw is thousands of small kernels, and most take less time than their launch. One call replays
-them all: the sampling loop and the decoder have static shapes and never wait for the device
-(tests/backends/test_cuda_graph.py).
+them all: the sampling loop and the decoder have static shapes and never wait for the device.
 
-Not yet run on a GPU. Without one the tests prove that what is recorded asks the device for nothing,
-and, with a stand-in for the recorder, that the pictures are those of the plain pipeline; the tests
-marked `gpu` do the same with the real one.
+Not yet run on a GPU. On a CPU the tests prove that the recorded work never waits for the device,
+and, with a fake recorder, that the images are those of the plain pipeline; the tests marked `gpu`
+do the same with the real one.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,36 +20,24 @@ from titok_fast.config import SamplingConfig
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.sampling.unmask import unmask
 
-MAX_GRAPHS = 64  # a sweep over settings would fill the memory: each graph has kernels and a result
-_WARMUPS = 3  # compile and tune at the first call, settle the libraries' choices at the others
+MAX_GRAPHS = 64  # each holds memory for kernels and a result, and a sweep over settings makes many
+_WARMUPS = 3  # the first call compiles and tunes; libraries choose algorithms in the others
 
 
-class Capture(Protocol):
-    """Records work on tensors whose memory stays the same."""
-
-    def __call__(
-        self, work: Callable[..., Tensor], inputs: Sequence[Tensor]
-    ) -> Callable[[], Tensor]:
-        """Record `work(*inputs)`.
-
-        Returns:
-            Runs the work again on what the inputs hold by then. Every call returns the same tensor,
-            valid until any other recording of this object runs.
-        """
+# Records `work(*inputs)`, and returns a function that runs it again on the inputs' new values. That
+# function returns the same tensor each time, valid until another recording of the object runs.
+Capture = Callable[[Callable[..., Tensor], Sequence[Tensor]], Callable[[], Tensor]]
 
 
 class CudaCapture:
     """Records CUDA graphs that share one private memory pool.
 
-    They may share it because none runs while another's result is still wanted.
-
-    Args:
-        device: a CUDA device.
+    They may share it because none runs while another's result is still in use.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # one stream for all: blocks of the pool are only reused on the stream that had them
+        # one stream for all: a block of the pool is reused only on the stream that allocated it
         self._stream = torch.cuda.Stream(device)
 
     def __call__(
@@ -72,7 +58,7 @@ class CudaCapture:
             before.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                # thread_local: another thread may write pictures or load data meanwhile
+                # thread_local: another thread may write images or load data meanwhile
                 with torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
@@ -103,21 +89,17 @@ class _Recording:
 class GraphDraw:
     """Draws batches by replaying recordings, one for each bucket and SamplingConfig.
 
-    For one stream at a time: a call reuses the memory of the one before.
-
-    Args:
-        generator: in eval mode.
-        pictures: (B, K) ids to (B, S, S, 3) uint8, without a wait for the device.
-        capture: what records; by default CUDA graphs on the generator's device.
+    For one stream at a time: a call reuses the memory of the one before. `to_images` turns (B, K)
+    ids into (B, S, S, 3) uint8 without a wait for the device; `capture` is by default CudaCapture.
     """
 
     def __init__(
         self,
         generator: MaskedGenerator,
-        pictures: Callable[[Tensor], Tensor],
+        to_images: Callable[[Tensor], Tensor],
         capture: Capture | None = None,
     ) -> None:
-        self._generator, self._pictures = generator, pictures
+        self._generator, self._to_images = generator, to_images
         self._device = generator.lm_head.weight.device
         self._capture = capture or CudaCapture(self._device)
         self._recordings: OrderedDict[tuple[int, SamplingConfig], _Recording] = OrderedDict()
@@ -133,23 +115,23 @@ class GraphDraw:
         *,
         batch_size: int,
     ) -> Tensor:
-        """Draw a batch; its first call for a bucket and settings records, which takes a while.
+        """Draw a batch; the first call for a bucket and settings records, which takes a while.
 
         Args:
             ids: (B, K) int64, the mask id where a token is to be drawn; checked by the caller.
             class_ids: (B,) int64 in token space.
-            seeds: (B,) int64, one per picture, so a picture does not depend on the bucket.
+            seeds: (B,) int64, one per image, so an image does not depend on the bucket.
             config: settings.
-            batch_size: largest B to come; the last bucket is as large.
+            batch_size: largest B, and largest bucket.
 
         Returns:
-            (B, S, S, 3) uint8 on the device, the caller's own.
+            (B, S, S, 3) uint8 on the device, in new memory.
         """
         count = len(ids)
         with self._lock:
             recording = self._recording(bucket(count, batch_size), config)
             for buffer, values in zip(recording.inputs, (ids, class_ids, seeds), strict=True):
-                buffer[:count].copy_(values)  # the rows behind keep what an earlier call had
+                buffer[:count].copy_(values)  # later rows keep their values of an earlier call
             return recording.replay()[:count].clone()
 
     def _recording(self, size: int, config: SamplingConfig) -> _Recording:
@@ -159,28 +141,19 @@ class GraphDraw:
                 self._recordings.popitem(last=False)
 
             def draw(ids: Tensor, class_ids: Tensor, seeds: Tensor) -> Tensor:
-                return self._pictures(unmask(self._generator, ids, class_ids, seeds, config))
+                return self._to_images(unmask(self._generator, ids, class_ids, seeds, config))
 
-            inputs = self._buffers(size)
+            cfg = self._generator.config
+            inputs = (  # of a valid draw: all masked, no class
+                torch.full((size, cfg.image_seq_len), cfg.mask_token_id, device=self._device),
+                torch.full((size,), cfg.no_class_id, device=self._device),
+                torch.zeros(size, dtype=torch.int64, device=self._device),
+            )
             self._recordings[key] = _Recording(inputs, self._capture(draw, inputs))
         self._recordings.move_to_end(key)
         return self._recordings[key]
 
-    def _buffers(self, size: int) -> tuple[Tensor, ...]:
-        """Inputs of a valid draw: all masked, no class."""
-        cfg = self._generator.config
-        return (
-            torch.full((size, cfg.image_seq_len), cfg.mask_token_id, device=self._device),
-            torch.full((size,), cfg.no_class_id, device=self._device),
-            torch.zeros(size, dtype=torch.int64, device=self._device),
-        )
-
 
 def bucket(count: int, batch_size: int) -> int:
-    """Rows of the recording for `count` pictures: the next power of two, at most `batch_size`.
-
-    Args:
-        count: 0..batch_size; none take the smallest recording.
-        batch_size: the most pictures at once, which need not be a power of two.
-    """
+    """Rows of the recording for `count` images: the next power of two, at most `batch_size`."""
     return min(1 << (max(count, 1) - 1).bit_length(), batch_size)

@@ -1,8 +1,8 @@
-"""The fast mode: which techniques exist, which work together, and which are on by default.
+"""The techniques of the fast mode: their names, defaults, checks and application.
 
-Each changes the networks of a pipeline in place, and none changes what is sampled beyond rounding:
-`python bench/waterfall.py` has a row of speed and quality for each. "graph" changes no network:
-cuda_graph.py records the whole draw.
+Each changes the networks of a pipeline in place, except "graph", which records the whole draw
+(cuda_graph.py). None changes samples beyond rounding: `python bench/waterfall.py` measures the
+speed and quality of each.
 """
 
 from collections.abc import Collection, Mapping
@@ -25,21 +25,16 @@ TECHNIQUES = {
     "graph": "CUDA: the whole draw recorded once for each batch size, then replayed",
 }
 DEFAULTS = {"cpu": ("packed", "products"), "cuda": ("inductor", "graph")}
-# B and 2B rows for each batch size. Beyond torch's limit of 8 shapes it runs the plain network
+# shapes per network: B and 2B rows for each batch size. Beyond its limit, by default 8, torch runs
+# the plain network
 _SHAPES = 64
 _RECORDING_MODES = ("reduce-overhead", "max-autotune")
 
 
 def resolve_fast(fast: bool | str, device_type: str) -> tuple[str, ...]:
-    """The techniques behind `fast=` and `--fast`.
+    """The techniques of `fast=` and `--fast`: none for False, for True the device's defaults.
 
-    Args:
-        fast: False for none, True for the device's defaults, which keep the dtype, or "int8", the
-            fastest on a CPU.
-        device_type: of torch.device.
-
-    Raises:
-        ValueError: another value.
+    The defaults keep the dtype; "int8" is the fastest on a CPU. ValueError for another value.
     """
     if fast is False:
         return ()
@@ -58,13 +53,7 @@ def check_techniques(
     dtype: torch.dtype,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse what cannot work, before anything changes.
-
-    Args:
-        techniques: of one pipeline.
-        device_type: of torch.device.
-        dtype: of the weights.
-        options: of torch.compile.
+    """Check the techniques and the options of torch.compile before any network changes.
 
     Raises:
         ValueError: an unknown technique, one for another device or dtype, two that exclude each
@@ -110,13 +99,7 @@ def apply_techniques(networks: Collection[nn.Module], techniques: Collection[str
 def compile_networks(
     tokenizer: TiTok, generator: MaskedGenerator | None, options: Mapping[str, Any]
 ) -> None:
-    """The technique "inductor", in place.
-
-    Args:
-        tokenizer: on its device.
-        generator: likewise.
-        options: of torch.compile.
-    """
+    """Apply the technique "inductor", in place, with these options of torch.compile."""
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _SHAPES)
     given: dict[str, Any] = {"dynamic": False} | dict(options)

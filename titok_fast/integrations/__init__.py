@@ -1,4 +1,4 @@
-"""Other people's objects on this package's kernels: `accelerate` in place, `restore` to undo.
+"""Run objects of other libraries on this package's kernels: `accelerate`, undone by `restore`.
 
 | object | what runs on kernels |
 | --- | --- |
@@ -9,12 +9,12 @@
 | `VQModel` (diffusers), or its quantizer | code search, training included |
 | `AmusedScheduler` (diffusers) | `step` |
 
-What stays the same: weights, `state_dict`, hooks, signatures, return types, and the results. Ids
-are equal, after sampling too, because the kernels are given the noise that the object itself would
-have drawn, and the random stream stands where it would have stood; only codes or tokens whose
-scores differ by float32 rounding (about 1e-6) may change places. Pixels agree to rounding.
-A call outside the table (training mode where only evaluation is listed, autocast, an option such as
-a mask or top-k) runs the object's own code, as if it had not been accelerated.
+Weights, `state_dict`, hooks, signatures, return types and results do not change. Ids are equal,
+after sampling too, because the kernels get the noise that the object itself would have drawn, and
+the random generator ends in the same state; only codes or tokens whose scores differ by float32
+rounding (about 1e-6) may swap. Pixels agree to rounding. A call outside the table (training mode
+where only evaluation is listed, autocast, an option such as a mask or top-k) runs the object's own
+code.
 
 Objects are recognised by the name of their class and of its module: nothing is imported for it.
 Reading order: _swap, upstream, vector_quantize, diffusers.
@@ -54,16 +54,13 @@ _KINDS: tuple[tuple[str, str, Callable[[Any], Plan]], ...] = (
 
 
 def accelerate(obj: T) -> T:
-    """Let an object of another library run on this package's kernels, in place.
+    """Make an object of another library run on this package's kernels, in place; return it.
 
     Copies and pickles of an accelerated object are plain ones. Accelerating twice changes nothing.
 
     Args:
-        obj: an instance of a class in the table above, itself and not a subclass or a wrapper
-            (for DistributedDataParallel or torch.compile, pass the module inside).
-
-    Returns:
-        The same object.
+        obj: an instance of a class in the table above, not of a subclass or a wrapper (for
+            DistributedDataParallel or torch.compile, pass the module inside).
 
     Raises:
         ValueError: an unknown class, or an option that the kernels do not cover; the message says
@@ -82,13 +79,7 @@ def accelerate(obj: T) -> T:
 
 
 def restore(obj: T) -> T:
-    """Undo `accelerate`: every part gets its own class, and so its own code, again.
-
-    Args:
-        obj: an accelerated object, or a module that contains some.
-
-    Returns:
-        The same object.
+    """Undo `accelerate` in an object, or in all parts of a module; return it.
 
     Raises:
         ValueError: nothing in it is accelerated.

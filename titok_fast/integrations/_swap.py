@@ -1,8 +1,8 @@
-"""Makes an object fast in place, and undoes it: its class is exchanged for a subclass.
+"""Accelerate an object in place by exchanging its class for a subclass, and undo it.
 
 The subclass overrides a method or two and adds no state, so parameters, hooks, configuration and
-`isinstance` are untouched, the object's own code stays within reach as `super()`, and restoring is
-one assignment. (torch.nn.utils.parametrize and FSDP2 exchange classes in the same way.)
+`isinstance` do not change, the object's own code is `super()`, and restoring is one assignment.
+(torch.nn.utils.parametrize and FSDP2 exchange classes in the same way.)
 """
 
 from functools import cache
@@ -46,11 +46,7 @@ def swap(plan: Plan) -> None:
 
 
 def swap_back(obj: Any) -> None:
-    """Give a fast object its class again.
-
-    Raises:
-        ValueError: another tool has exchanged the class since.
-    """
+    """Restore the class of a fast object; ValueError if another tool has exchanged it since."""
     if "accelerated_from" not in vars(type(obj)):
         raise ValueError(
             f"restore cannot undo a {type(obj).__name__} whose class was changed again after "

@@ -12,13 +12,13 @@ from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.nearest_code_stats import nearest_code_stats
 from titok_fast.kernels.remask import remask
 
-# what the replaced step takes for the logarithm of a known token's and of a vanishing probability
+# the replaced step's logarithms of the probability of a known token, and of a probability of 0
 _KNOWN_SCORE = math.log(torch.finfo(torch.float32).max)
 _LEAST_SCORE = math.log(1e-20)
 
 
 class FastVQ(Fast, nn.Module):
-    """Nearest code without the matrix of distances; losses and gradients as they were."""
+    """Nearest code without the matrix of distances; same losses and gradients."""
 
     embedding: nn.Embedding
     beta: float
@@ -118,7 +118,7 @@ def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def plan_vq_model(obj: Any) -> Plan:
-    """Parts of a `VQModel`: its quantizer; the convolutions are left as they are."""
+    """Parts of a `VQModel`: its quantizer; the convolutions do not change."""
     return plan_vq_quantizer(obj.quantize)
 
 

@@ -15,15 +15,15 @@ from titok_fast.config import SamplingConfig
 from titok_fast.integrations._swap import Fast, Plan, check_codebook, refuse
 from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.remask import MAX_TOKENS, remask
-from titok_fast.kernels.soft_codes import soft_codes
 from titok_fast.models import vqgan
 from titok_fast.models.generator import UViTBert
 from titok_fast.models.quantizer import VectorQuantizer
+from titok_fast.models.tokenizer import expected_codes
 from titok_fast.sampling.schedules import Step, steps
 
 
 class FastQuantizer(Fast, nn.Module):
-    """Nearest code without the matrix of distances; losses and gradients as they were."""
+    """Nearest code without the matrix of distances; same losses and gradients."""
 
     metric = VectorQuantizer.metric
     forward = VectorQuantizer.forward
@@ -41,14 +41,11 @@ class FastTiTok(Fast, nn.Module):
         logits = self.decoder(z_quantized)
         if not self.finetune_decoder:
             return logits
-        B, N, H, W = logits.shape
-        rows = logits.permute(0, 2, 3, 1).reshape(B * H * W, N)
-        codes = soft_codes(rows, self.pixel_quantize.embedding.weight)
-        return self.pixel_decoder(codes.view(B, H, W, -1).permute(0, 3, 1, 2))
+        return self.pixel_decoder(expected_codes(logits, self.pixel_quantize.embedding.weight))
 
 
 class FastConv(Fast, nn.Conv2d):
-    """Padding inside the convolution, not a padded copy before it. Sizes 1 and 3, stride 1."""
+    """Padding inside the convolution instead of a padded copy. Sizes 1 and 3, stride 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H, W)."""
@@ -75,7 +72,7 @@ class FastWideningBlock(Fast, nn.Module):
 
 
 class FastLevel(Fast, nn.Module):
-    """A resolution that upsamples at its end: four small convolutions for one large."""
+    """A resolution that upsamples at its end: four small convolutions replace a large one."""
 
     block: nn.ModuleList
     upsample_conv: Any
@@ -95,7 +92,7 @@ class FastLastLevel(Fast, nn.Module):
 
 
 class FastPixelDecoder(Fast, nn.Module):
-    """Channels-last throughout, as upstream's is on the output of its einsum."""
+    """Channels-last throughout, as upstream's is after its einsum."""
 
     forward = vqgan.PixelDecoder.forward
     _decode = vqgan.PixelDecoder._decode
@@ -160,7 +157,7 @@ class FastImageBert(Fast, nn.Module):
         if step.last:
             return candidates
         wanted = int(ids.shape[1] * step.mask_ratio)
-        # upstream's quirk: the count of sample 0 is everybody's
+        # upstream applies the count of sample 0 to all
         count = (mask[:1].sum(dim=1) - 1).clamp(max=wanted).clamp(min=1).expand(ids.shape[0])
         return remask(
             candidates,
@@ -205,12 +202,11 @@ class FastUViTBert(FastImageBert):
     _trunk = UViTBert.trunk
 
     def _head(self) -> nn.Linear:
-        """The Linear from D to N."""
         return self.lm_head
 
 
 def _noise(like: Tensor, scale: float) -> Tensor:
-    """Upstream's Gumbel noise, scaled first, as it does; drawn at scale 0 too, for the stream."""
+    """Upstream's scaled Gumbel noise; drawn at scale 0 too, as upstream advances its generator."""
     u = torch.empty_like(like).uniform_(0, 1)
     if scale:
         u.clamp_(min=1e-20).log_().neg_().clamp_(min=1e-20).log_().neg_().mul_(scale)
@@ -230,7 +226,7 @@ def plan_quantizer(obj: Any) -> Plan:
 
 
 def plan_titok(obj: Any) -> Plan:
-    """Parts of a `TiTok`: all kernels a tokenizer of its kind has use for."""
+    """Parts of a `TiTok`: itself, its quantizer, and its pixel decoder if it has one."""
     if obj.quantize_mode != "vq":
         refuse(
             obj,

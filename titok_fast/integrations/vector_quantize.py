@@ -1,8 +1,8 @@
 """vector_quantize_pytorch: `VectorQuantize` in evaluation, Euclidean and cosine.
 
-In training that class needs the matrix of distances, or updates its codebook while it searches; so
-training is left to its own code. Its other quantizers (residual, grouped) hold this one: accelerate
-their layers.
+In training that class needs the matrix of distances, or updates its codebook while it searches, so
+it runs its own code. The library's other quantizers (residual, grouped) contain this one:
+accelerate their layers.
 """
 
 from typing import Any

@@ -1,5 +1,5 @@
-"""Files in and out: everything that touches the disk goes through here.
+"""Read and write files: images, arrays, tensors, tokens and sample folders.
 
-Writes are atomic, reads execute nothing, and uint8 conversion, resize and crop happen here alone.
+Writes are atomic, reads execute no code, and only this package converts, resizes and crops images.
 Reading order: files, images, batches, npz, token_files, sample_folder.
 """

@@ -1,4 +1,4 @@
-"""Many images a batch at a time, and how a caller gets them: PIL, NumPy or torch."""
+"""Run work on many images in batches, and return images as PIL, NumPy or torch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,16 +18,13 @@ Progress = Callable[[int], object]
 def in_batches(
     total: int, size: int, work: Callable[[slice], Tensor], progress: Progress | None
 ) -> Iterator[Tensor]:
-    """Call `work` on one slice of 0..total after the other.
+    """Call `work` on one slice of 0..total after the other, and yield its results on the CPU.
 
     Args:
         total: number of images; for 0, `work` still gets one empty slice, to check its input.
         size: images at once, 1 or more.
         work: computes the result of a slice, on any device.
         progress: called with the number of images finished since the last call.
-
-    Yields:
-        Results on the CPU, in order.
 
     Raises:
         ValueError: a size below 1.
@@ -65,5 +62,5 @@ def _memory_advice(size: int) -> Iterator[None]:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and "allocate memory" not in str(error):  # the CPU allocator's RuntimeError
             raise
-        advice = f"try batch_size={size // 2}" if size > 1 else "even one picture does not fit"
+        advice = f"try batch_size={size // 2}" if size > 1 else "even one image does not fit"
         raise MemoryError(f"out of memory with batch_size={size}: {advice}. ({error})") from error

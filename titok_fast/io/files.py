@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, tensor files read without executing anything."""
+"""Write files atomically, read tensor files without executing code, and find weights."""
 
 import os
 import pickle
@@ -80,7 +80,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             f"never executed. Save it as safetensors. ({str(error).splitlines()[0]})"
         ) from error
     except (PermissionError, MemoryError):
-        raise  # these say nothing about the file
+        raise  # not the file's fault
     except Exception as error:  # damaged files make the unpickler raise a dozen types
         raise ValueError(f"{path} is truncated or not a torch file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -91,15 +91,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def fetch(
     source: str | Path, filename: str | None = None, revision: str | None = None
 ) -> tuple[Path, Path | None]:
-    """Find the weight file and, if there is one, the `config.json` of a source.
+    """Find the weight file, and `config.json` or None, of a source.
 
-    Args:
-        source: directory, weight file, or hub repository "owner/name".
-        filename: weight file inside the directory or repository.
-        revision: hub revision.
-
-    Returns:
-        Path of the weights, path of the configuration or None.
+    The source is a directory, a weight file, or a hub repository "owner/name"; `filename` names the
+    weight file inside the directory or repository.
 
     Raises:
         FileNotFoundError: nothing there; for a repository also: offline and not in the cache.

@@ -1,4 +1,4 @@
-"""Pictures in and out: the only place that resizes, crops and converts to or from uint8.
+"""Read, resize, crop, convert and write images; no other file converts to or from uint8.
 
 The resize is the one TiTok was evaluated with: PIL's antialiased bicubic on the shorter edge, then
 a center crop. A tensor-mode or non-antialiased resize gives other pixels and another rFID.
@@ -25,20 +25,14 @@ _MAX_ASPECT = 100
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read one picture of any PIL mode as RGB, upright.
+    """Read one image file as RGB, upright.
 
     Transparency is composited on white, the EXIF orientation applied, 16-bit grey scaled to 8 bits;
     of an animation the first frame is taken.
 
-    Args:
-        path: picture file in any format that Pillow reads.
-
-    Returns:
-        RGB image, fully decoded, the file closed.
-
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: empty, truncated, not a picture, over twice PIL.Image.MAX_IMAGE_PIXELS, or in a
+        ValueError: empty, truncated, not an image, over twice PIL.Image.MAX_IMAGE_PIXELS, or in a
             mode without a defined way to RGB.
     """
     path = Path(path)
@@ -50,7 +44,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     except Exception as error:  # damaged files make Pillow raise a dozen types
         empty = path.is_file() and path.stat().st_size == 0
         reason = "the file is empty" if empty else f"{type(error).__name__}: {error}"
-        message = f"load_image: cannot read {path} as a picture: {reason}"
+        message = f"load_image: cannot read {path} as an image: {reason}"
         raise ValueError(f"{message}; replace the file or leave it out") from error
 
 
@@ -61,7 +55,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("mode F (float) has no defined range; convert it to 8 bits first")
     if image.has_transparency_data:
-        # Pillow leads out of premultiplied grey by this way only
+        # Pillow converts premultiplied grey (La) to LA only
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -80,12 +74,12 @@ def _grey16_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(images: ImageLike | Sequence[ImageLike], size: int) -> Tensor:
-    """Turn pictures into a batch that the tokenizer takes.
+    """Turn images into a batch for the tokenizer.
 
     All but float tensors may have any size: they are resized and center-cropped on the host.
 
     Args:
-        images: one or a list or tuple of: path; PIL image (any mode, EXIF orientation is applied);
+        images: one, or a list or tuple, of: path; PIL image (any mode, EXIF orientation applied);
             numpy uint8 (H, W, 3) or (B, H, W, 3); torch uint8, or floats in [0, 1], (3, H, W) or
             (B, 3, H, W).
         size: side S of the result in pixels.
@@ -105,20 +99,20 @@ def to_tensor(images: ImageLike | Sequence[ImageLike], size: int) -> Tensor:
     parts = [_convert(item, size, f"to_tensor, item {i}") for i, item in enumerate(items)]
     devices = sorted({str(part.device) for part in parts})
     if len(devices) > 1:
-        raise ValueError(f"to_tensor wants all pictures on one device; got {devices}; move them")
+        raise ValueError(f"to_tensor wants all images on one device; got {devices}; move them")
     return torch.cat(parts) if parts else torch.empty(0, 3, size, size)
 
 
 def _convert(item: ImageLike, size: int, name: str) -> Tensor:
     """One item of `to_tensor` -> (B, 3, S, S) float32."""
     if isinstance(item, str | os.PathLike):
-        return _fit_pictures([load_image(item)], size, name)
+        return _fit_images([load_image(item)], size, name)
     if isinstance(item, Image.Image):
         try:
-            picture = _to_rgb(item)
+            image = _to_rgb(item)
         except (OSError, ValueError) as error:  # decoding happens here: Image.open is lazy
             raise ValueError(f"{name}: cannot convert this PIL image to RGB: {error}") from error
-        return _fit_pictures([picture], size, name)
+        return _fit_images([image], size, name)
     if isinstance(item, np.ndarray):
         return _convert_array(item, size, name)
     if isinstance(item, Tensor):
@@ -132,7 +126,7 @@ def _convert_array(array: np.ndarray, size: int, name: str) -> Tensor:
         hint = "pass floats in [0, 1] as a torch tensor (3, H, W)"
         raise ValueError(f"{name}: wants a numpy array of uint8; got {array.dtype}; {hint}")
     if array.ndim not in (3, 4) or array.shape[-1] != 3:
-        hint = "pass grey or transparent pictures as PIL images, channels-first ones as tensors"
+        hint = "pass grey or transparent images as PIL images, channels-first ones as tensors"
         raise ValueError(f"{name}: wants (H, W, 3) or (B, H, W, 3); got {array.shape}; {hint}")
     batch = array if array.ndim == 4 else array[None]
     # a copy: torch takes neither negative strides nor read-only memory
@@ -164,13 +158,12 @@ def _fit_batch(batch: Tensor, size: int, name: str) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, S, S) float32 on the same device."""
     if batch.shape[1:3] == (size, size):
         return _scale(batch)
-    pictures = [Image.fromarray(x) for x in batch.cpu().contiguous().numpy()]
-    return _fit_pictures(pictures, size, name).to(batch.device)
+    return _fit_images(to_pil(batch), size, name).to(batch.device)
 
 
-def _fit_pictures(pictures: list[Image.Image], size: int, name: str) -> Tensor:
-    """RGB pictures of any sizes -> (B, 3, S, S) float32."""
-    fitted = [np.asarray(_resize_crop(picture, size, name)) for picture in pictures]
+def _fit_images(images: list[Image.Image], size: int, name: str) -> Tensor:
+    """RGB images of any sizes -> (B, 3, S, S) float32."""
+    fitted = [np.asarray(_resize_crop(image, size, name)) for image in images]
     # the reshape gives an empty list its shape
     return _scale(torch.from_numpy(np.array(fitted, np.uint8).reshape(-1, size, size, 3)))
 
@@ -181,27 +174,26 @@ def _scale(batch: Tensor) -> Tensor:
     return planes.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _resize_crop(picture: Image.Image, size: int, name: str) -> Image.Image:
+def _resize_crop(image: Image.Image, size: int, name: str) -> Image.Image:
     """Shorter edge to `size`, then the center square; pixel for pixel what torchvision gives."""
-    width, height = picture.size
+    width, height = image.size
     short, long = min(width, height), max(width, height)
     if short < 1 or long > _MAX_ASPECT * short:
         wanted = f"sides above zero and at most {_MAX_ASPECT} times each other"
         raise ValueError(f"{name}: wants {wanted}; got {width} x {height}; crop it first")
     new_long = int(size * long / short)  # torchvision truncates here ...
     new_size = (size, new_long) if width <= height else (new_long, size)
-    if new_size != picture.size:
-        picture = picture.resize(new_size, Image.Resampling.BICUBIC)
+    if new_size != image.size:
+        image = image.resize(new_size, Image.Resampling.BICUBIC)
     left, top = (round((side - size) / 2.0) for side in new_size)  # ... and rounds half to even
-    return picture.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + size, top + size))
 
 
 def to_uint8(pixels: Tensor, *, rounding: Literal["truncate", "round"] = "truncate") -> Tensor:
-    """Turn decoded pixels into bytes.
+    """Turn decoded pixels into bytes, by float32 arithmetic: bfloat16 has no fraction above 128.
 
     Args:
-        pixels: (B, 3, H, W), any floating dtype; values outside [0, 1] are clamped. The arithmetic
-            is float32: bfloat16 has no fraction above 128, so truncating would fail.
+        pixels: (B, 3, H, W), any floating dtype; values outside [0, 1] are clamped.
         rounding: "truncate" for samples, as the published sampling script does; "round" (half to
             even) for reconstructions, as the published evaluation does. Mixing them moves FID.
 
@@ -226,13 +218,7 @@ def to_uint8(pixels: Tensor, *, rounding: Literal["truncate", "round"] = "trunca
 
 
 def to_pil(pixels: Tensor | np.ndarray) -> list[Image.Image]:
-    """Turn bytes into PIL images.
-
-    Args:
-        pixels: (B, H, W, 3) uint8, as `to_uint8` returns it, on any device.
-
-    Returns:
-        B RGB images.
+    """(B, H, W, 3) uint8, as `to_uint8` returns it, to B RGB images.
 
     Raises:
         ValueError: wrong shape or dtype.
@@ -245,15 +231,12 @@ def to_pil(pixels: Tensor | np.ndarray) -> list[Image.Image]:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, pad: int = 2) -> Image.Image:
-    """Lay equally large pictures out in rows on white.
+    """Arrange images in rows on white.
 
     Args:
         images: at least one image, all of one size.
-        columns: pictures per row; by default the grid is as square as it gets.
-        pad: pixels between pictures and round the whole.
-
-    Returns:
-        RGB image, (columns * (W + pad) + pad) wide; cells left over stay white.
+        columns: images per row; by default the grid is nearly square.
+        pad: pixels between images and around the whole.
 
     Raises:
         ValueError: no image, several sizes, columns below 1 or pad below 0.
@@ -273,11 +256,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, pad: int = 2
 
 
 def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
-    """Write a PNG so that readers see the old file or the whole new one, never a part.
-
-    Args:
-        path: file name ending in .png, in a folder that exists.
-        image: picture in a mode that PNG knows.
+    """Write a PNG atomically, in a folder that exists.
 
     Raises:
         ValueError: another suffix.
@@ -292,18 +271,13 @@ def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
 
 
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
-    """Find the jpg, jpeg, png and webp files under a folder, at any depth.
+    """The jpg, jpeg, png and webp files in a folder, at any depth, or one such file; sorted.
 
-    Args:
-        path: folder, or one such file. Hidden files are skipped: some systems leave them beside
-            each picture, under its suffix.
-
-    Returns:
-        Paths in sorted order, at least one.
+    Hidden files are skipped: some systems leave one beside each image, with its suffix.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        ValueError: no picture there.
+        ValueError: no image there.
     """
     path = Path(path)
     if not path.exists():
@@ -317,14 +291,6 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair of pictures.
-
-    Args:
-        a: (B, H, W, 3) uint8.
-        b: the same shape.
-
-    Returns:
-        (B,) float64 in dB; inf for equal pictures.
-    """
+    """Peak signal-to-noise ratio of each pair in two (B, H, W, 3) uint8: (B,) float64, in dB."""
     error = (a.double() - b.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255.0**2 / error)

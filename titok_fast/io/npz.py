@@ -31,12 +31,9 @@ def as_batch(images: np.ndarray, labels: np.ndarray | None) -> Batch:
 
 
 class NpzPictures:
-    """Images of an archive, read as they are asked for.
+    """Images of a .npz archive, read on demand.
 
     Classes are `arr_1` where the archive has one, or follow from the comment of `write_archive`.
-
-    Args:
-        path: .npz file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -95,7 +92,7 @@ def _archive_labels(archive: zipfile.ZipFile, count: int) -> np.ndarray | None:
 
 
 def open_npz(path: str | Path) -> zipfile.ZipFile:
-    """A .npz file as the zip it is: `read_array` takes arrays from it without pickle.
+    """Open a .npz file as a zip archive, for `read_array`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -121,11 +118,7 @@ def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def archive_exists(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the archive of this very run is there already.
-
-    Args:
-        path: of the archive.
-        manifest: as `write_archive` was given.
+    """Whether `write_archive` has written an archive with this manifest already.
 
     Raises:
         FileExistsError: another file is there.
@@ -144,25 +137,21 @@ def archive_exists(path: Path, manifest: dict[str, Any]) -> bool:
 
 def write_archive(
     path: Path,
-    pictures: Iterable[np.ndarray],
+    images: Iterable[np.ndarray],
     size: int,
     manifest: dict[str, Any],
     progress: Callable[[int], object],
 ) -> None:
     """Write an archive, an image in memory at a time, atomically.
 
-    The manifest is the archive's comment, which readers of arrays do not see: it tells a later run
-    that its work is done.
+    The manifest is the archive's comment: it tells a later run that its work is done.
 
     Args:
         path: name ending in .npz, in a folder that exists.
-        pictures: arrays (S, S, 3) uint8 in index order, as many as the manifest's `num`.
+        images: arrays (S, S, 3) uint8 in index order, as many as the manifest's `num`.
         size: S.
         manifest: plain JSON values, under 65536 bytes in all.
         progress: called with the number of images written since the last call.
-
-    Raises:
-        OSError: it cannot be written; nothing is left.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (manifest["num"], size, size, 3)}
 
@@ -173,8 +162,8 @@ def write_archive(
             entry = zipfile.ZipInfo("arr_0.npy")
             with archive.open(entry, "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                for picture in pictures:
-                    member.write(np.ascontiguousarray(picture).data)
+                for image in images:
+                    member.write(np.ascontiguousarray(image).data)
                     progress(1)
 
     write_atomic(path, fill)

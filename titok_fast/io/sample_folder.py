@@ -1,7 +1,7 @@
-"""The folder of a sampling run: images that are whole or absent, and what made them.
+"""The folder of a sampling run: whole image files, and a manifest of the settings.
 
-What is done is what lies in the folder: no second record could disagree with it. No two processes
-write the same file, so any number of them may share a folder, on network file systems too.
+The files themselves say which images are done: no second record could disagree with them. No two
+processes write the same file, so any number of them may share a folder, even over a network.
 """
 
 import json
@@ -20,22 +20,20 @@ from titok_fast.io.images import load_image, save_png, to_pil
 MANIFEST = "manifest.json"
 _PNG = re.compile(r"(\d{6,})_(\d+)\.png")
 _RAW = re.compile(r"(\d{6,})-(\d{6,})\.u8")
-# what write_atomic leaves behind when its process is killed
+# temporary files that write_atomic leaves behind when its process is killed
 _PART = re.compile(r"\.(\d{6,}.*\.(png|u8)|manifest\.json\..*\.json)")
 _WRITERS = 4  # deflating an image takes longer than drawing one on a fast device
 
 
-class PngFolder:
-    """Images as `000000_7.png`: their index and their label.
-
-    Args:
-        folder: where they lie; exists.
-        size: side S of an image in pixels.
-        labels: (n,) label of each image.
-    """
+class _Folder:
+    """Images of a run in a folder that exists: their side S in pixels and their (n,) labels."""
 
     def __init__(self, folder: Path, size: int, labels: np.ndarray) -> None:
         self.folder, self.size, self.labels = folder, size, labels
+
+
+class PngFolder(_Folder):
+    """Images as `000000_7.png`: their index and their label."""
 
     def done(self) -> np.ndarray:
         """(n,) bool: which images are there."""
@@ -71,17 +69,8 @@ class PngFolder:
         return self.folder / f"{index:06d}_{self.labels[index]}.png"
 
 
-class RawFolder:
-    """Runs of images as bytes on their way to an archive: `000008-000016.u8` holds 8..15.
-
-    Args:
-        folder: where they lie; exists.
-        size: side S of an image in pixels.
-        labels: (n,) label of each image.
-    """
-
-    def __init__(self, folder: Path, size: int, labels: np.ndarray) -> None:
-        self.folder, self.size, self.labels = folder, size, labels
+class RawFolder(_Folder):
+    """Runs of images as bytes on their way to an archive: `000008-000016.u8` holds 8..15."""
 
     def done(self) -> np.ndarray:
         """(n,) bool: which images are there; a file of a wrong length counts as absent."""
@@ -117,29 +106,19 @@ class RawFolder:
     def _runs(self) -> list[tuple[int, int, Path]]:
         matches = [(_RAW.fullmatch(path.name), path) for path in self.folder.iterdir()]
         runs = [(int(match[1]), int(match[2]), path) for match, path in matches if match]
-        picture = self.size * self.size * 3
-        return sorted(run for run in runs if run[2].stat().st_size == (run[1] - run[0]) * picture)
+        size = self.size * self.size * 3
+        return sorted(run for run in runs if run[2].stat().st_size == (run[1] - run[0]) * size)
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder, and see that files can be written there.
-
-    Raises:
-        OSError: it cannot be made or written to.
-    """
+    """Make a folder, and check that files can be written there; OSError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any], stem: str = "") -> list[str]:
-    """What two manifests disagree on, one phrase for each setting.
-
-    Args:
-        found: what an earlier run, or another rank, recorded.
-        wanted: what is asked now.
-        stem: prefix of the names, for nested settings.
-    """
+    """The settings that differ between two manifests, one phrase each; `stem` prefixes names."""
     phrases = []
     for key in sorted(found.keys() | wanted.keys()):
         a, b = found.get(key), wanted.get(key)
@@ -151,11 +130,11 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], stem: str = "") -
 
 
 def claim_folder(folder: Path, manifest: dict[str, Any], *, force: bool = False) -> None:
-    """Record in an empty folder what will fill it, or see that it was begun with the same.
+    """Write the manifest into an empty folder, or check that an earlier run wrote the same.
 
     Args:
         folder: exists.
-        manifest: settings that decide what the images look like; plain JSON values.
+        manifest: settings that decide the images; plain JSON values.
         force: delete the images of an earlier run with other settings.
 
     Raises:
@@ -171,23 +150,23 @@ def claim_folder(folder: Path, manifest: dict[str, Any], *, force: bool = False)
                 f"{folder} holds {others[0]} but no {MANIFEST} of an earlier run: choose an empty "
                 "folder"
             )
-        write_atomic(path, json.dumps(manifest, indent=2).encode())
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("wants a JSON object")
-        changed = differences(found, manifest)
-    except ValueError as error:
-        changed = [f"{path} is damaged: {error}"]
-    if changed and not force:
-        raise ValueError(
-            f"{folder} was begun with other settings: {'; '.join(changed)}. Repeat those, choose "
-            "another folder, or pass --force to replace its images"
-        )
-    if changed:
+    else:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("wants a JSON object")
+            changed = differences(found, manifest)
+        except ValueError as error:
+            changed = [f"{path} is damaged: {error}"]
+        if not changed:
+            return
+        if not force:
+            raise ValueError(
+                f"{folder} was begun with other settings: {'; '.join(changed)}. Repeat those, "
+                "choose another folder, or pass --force to replace its images"
+            )
         empty_folder(folder)
-        write_atomic(path, json.dumps(manifest, indent=2).encode())
+    write_atomic(path, json.dumps(manifest, indent=2).encode())
 
 
 def empty_folder(folder: Path) -> None:
@@ -199,7 +178,7 @@ def empty_folder(folder: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Delete what killed writers left; nothing may be writing there."""
+    """Delete the temporary files of killed writers; nothing may be writing there."""
     for path in folder.iterdir():
         if _PART.fullmatch(path.name):
             path.unlink(missing_ok=True)

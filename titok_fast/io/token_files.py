@@ -20,25 +20,15 @@ SUFFIXES = (".npz", ".json")
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Contents of a file of ids.
+    """Contents of a file of ids."""
 
-    Attributes:
-        ids: (n, K) integers.
-        files: n names of the pictures they came from.
-        codebook_size: N of the tokenizer that made them.
-    """
-
-    ids: np.ndarray
-    files: list[str]
-    codebook_size: int
+    ids: np.ndarray  # (n, K) int64
+    files: list[str]  # n names of the images they came from
+    codebook_size: int  # N of the tokenizer that made them
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse names that end in neither .npz nor .json.
-
-    Raises:
-        ValueError: another suffix.
-    """
+    """Raise ValueError unless the name ends in .npz or .json."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"a file of ids wants a name ending in .npz or .json; got {path}")
 
@@ -46,13 +36,7 @@ def check_suffix(path: Path) -> None:
 def write_ids(
     path: str | Path, ids: np.ndarray, files: Sequence[str], *, codebook_size: int
 ) -> None:
-    """Write ids atomically.
-
-    Args:
-        path: name ending in .npz or .json, in a folder that exists.
-        ids: (n, K) int16, int32 or int64; JSON does not keep the type.
-        files: n names.
-        codebook_size: N, one more than the largest id possible.
+    """Write (n, K) integer ids and n names atomically, as .npz or .json, in a folder that exists.
 
     Raises:
         ValueError: another suffix, or not one name per row.
@@ -62,23 +46,16 @@ def write_ids(
     if ids.ndim != 2 or len(ids) != len(files):
         raise ValueError(f"write_ids wants ids (n, K) and n names; got {ids.shape}, {len(files)}")
     if path.suffix.lower() == ".npz":
-        names = np.array(files, dtype=np.str_)
-        write_atomic(
-            path,
-            lambda part: np.savez_compressed(
-                part, ids=ids, files=names, codebook_size=np.int64(codebook_size)
-            ),
-        )
+        record: Any = {"ids": ids, "files": np.array(files, np.str_)}
+        record["codebook_size"] = np.int64(codebook_size)
+        write_atomic(path, lambda part: np.savez_compressed(part, **record))
         return
-    record = {"codebook_size": codebook_size, "files": list(files), "ids": ids.tolist()}
-    write_atomic(path, json.dumps(record).encode())
+    content = {"codebook_size": codebook_size, "files": list(files), "ids": ids.tolist()}
+    write_atomic(path, json.dumps(content).encode())
 
 
 def read_ids(path: str | Path) -> TokenFile:
-    """Read what `write_ids` wrote.
-
-    Args:
-        path: name ending in .npz or .json.
+    """Read a file of `write_ids`.
 
     Raises:
         FileNotFoundError: no such file.

@@ -1,9 +1,9 @@
-"""One attention call with four back ends: torch's SDPA, plain matmuls, flash-attn, xformers.
+"""Attention by one of four back ends: torch's SDPA, plain matmuls, flash-attn, xformers.
 
 SDPA is the default: on CUDA it runs flash kernels itself. The name comes from an argument, else
 from the environment variable TITOK_FAST_ATTENTION, else it is "sdpa". "products" is for CPUs
 (attention_cpu.py). "auto" takes the first back end that works here and agrees with SDPA on a small
-input. A named back end that cannot work raises.
+input. A named back end that cannot work raises an error.
 
 There is no kernel of our own for the short sequences: beside SDPA's 64 x 64 kernels the most it
 could save is 4 % of a block (docs/design.md).
@@ -28,7 +28,7 @@ class BackendError(RuntimeError):
 
 
 def backend_name(requested: str | None) -> str:
-    """The back end asked for by argument or environment, "sdpa" if by neither.
+    """The back end named by the argument, else by the environment, else "sdpa".
 
     Raises:
         ValueError: a name that does not exist.
@@ -44,15 +44,9 @@ def backend_name(requested: str | None) -> str:
 
 
 def attend(qkv: Tensor, backend: str = "sdpa", dropout: float = 0.0) -> Tensor:
-    """Full self-attention, scale head_dim**-0.5.
+    """Full self-attention, scale d**-0.5: (B, L, 3, H, d) q, k and v -> (B, L, H * d).
 
-    Args:
-        qkv: (B, L, 3, H, d) queries, keys and values.
-        backend: one of BACKENDS or "auto".
-        dropout: probability on attention weights; 0 outside training.
-
-    Returns:
-        (B, L, H * d) in qkv's dtype.
+    `dropout` is the probability on attention weights.
 
     Raises:
         BackendError: the back end cannot handle this device or dtype.
@@ -120,12 +114,12 @@ def _first_working(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
             if agrees_with_sdpa(backend, device_type, dtype, head_dim):
                 return backend
         except (BackendError, RuntimeError, NotImplementedError, ValueError):
-            continue  # "auto" means: the next one
+            continue
     return "sdpa"
 
 
 def agrees_with_sdpa(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Numeric self-test on 33 positions, the published sequence length least kind to tiles."""
+    """Numeric self-test on 33 positions, the published sequence length that fits tiles worst."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, 33, 3, 2, head_dim, generator=generator).to(device_type, dtype)
     got, want = attend(qkv, backend).float(), attend(qkv.float(), "sdpa")

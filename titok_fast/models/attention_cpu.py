@@ -1,7 +1,7 @@
 """Attention back end "products": whole matmuls with the (L, L) weights in memory, for CPUs.
 
 SDPA's CPU kernels work on blocks, which is slow in bfloat16; a few hundred positions need no
-blocks. Weights are computed a few images at a time, to stay in the cache, in the dtype of qkv.
+blocks. Computes weights of a few images at a time, which fit the cache, in the dtype of qkv.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,9 @@ def dropout_mask(
 ) -> tuple[Tensor | None, float]:
     """Draw the arguments of `apply_dropout`: a mask, True where a value stays, and the scale.
 
-    The mask is None where dropout is 0. True has a probability of 1 - dropout, to 2**-17: one
-    64-bit number decides four values. On a CPU NumPy draws them, from a seed that torch draws:
-    its generator is faster.
+    The mask is None where dropout is 0. True has probability 1 - dropout, to 2**-17: one 64-bit
+    number decides four values. On a CPU NumPy, whose generator is faster, draws them from a seed
+    that torch draws.
     """
     if not dropout:
         return None, 1.0

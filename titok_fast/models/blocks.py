@@ -81,16 +81,7 @@ class PostNormBlock(nn.Module):
 
 
 def set_attention(module: nn.Module, backend: str | None) -> None:
-    """Choose the attention back end of every block inside `module`.
-
-    Args:
-        module: a model.
-        backend: of attention.BACKENDS, or "auto"; None reads TITOK_FAST_ATTENTION, else "sdpa".
-
-    Raises:
-        ValueError: unknown name.
-        BackendError: the package behind the name cannot be used.
-    """
+    """Set the attention back end of every block inside `module`; see `backend_name`."""
     name = backend_name(backend)
     for part in module.modules():
         if isinstance(part, Attention):

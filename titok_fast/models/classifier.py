@@ -1,6 +1,6 @@
 """A small classifier of 32 x 32 clothes: the feature space in which the small model is measured.
 
-It stands in where no Inception weights can be had. Figures in its space carry its name.
+It replaces Inception where its weights are not available; results then carry the name below.
 """
 
 import json
@@ -17,7 +17,7 @@ NAME = "fashion-classifier"
 CLASSES = 10
 SIDE = 32
 _WIDTHS = (32, 64, 96)
-_MEAN, _SPREAD = 0.22, 0.33  # of the training pictures, black border included
+_MEAN, _SPREAD = 0.22, 0.33  # of the training images, black border included
 
 
 def _stage(c_in: int, c_out: int, kernel: int) -> nn.Sequential:
@@ -31,7 +31,7 @@ def _stage(c_in: int, c_out: int, kernel: int) -> nn.Sequential:
 
 
 class FashionClassifier(nn.Module):
-    """Ten clothes from the mean of the colours; 0.27 million parameters."""
+    """Classifies ten kinds of clothes in grey images; 0.27 million parameters."""
 
     dim = 128
 
@@ -39,21 +39,14 @@ class FashionClassifier(nn.Module):
         super().__init__()
         a, b, c = _WIDTHS
         self.body = nn.Sequential(_stage(1, a, 5), _stage(a, b, 3), _stage(b, c, 3))
-        # over places, not their mean: it tells shirts from coats by where things are
+        # not pooled over positions: they tell shirts from coats
         self.mix = nn.Sequential(nn.Flatten(), nn.Linear(c * (SIDE // 8) ** 2, self.dim), nn.SiLU())
         self.head = nn.Linear(self.dim, CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
-        """What is measured: the input of the last layer.
+        """The features for FID: (B, 3, 32, 32) in [0, 1] -> (B, 128), the input of the last layer.
 
-        Args:
-            x: (B, 3, 32, 32) in [0, 1].
-
-        Returns:
-            (B, 128) in the weights' dtype.
-
-        Raises:
-            ValueError: images of another shape.
+        Images of another shape are a ValueError.
         """
         if x.ndim != 4 or x.shape[1:] != (3, SIDE, SIDE):
             raise ValueError(
@@ -79,11 +72,7 @@ class FashionClassifier(nn.Module):
     def from_pretrained(
         cls, source: str | Path, *, device: str | torch.device = "cpu"
     ) -> "FashionClassifier":
-        """Load saved weights, in eval mode and float32.
-
-        Args:
-            source: a directory that `save_pretrained` wrote, its weight file, or a hub repository.
-            device: where the weights go.
+        """Load weights of `save_pretrained`, in eval mode and float32; sources as in `fetch`.
 
         Raises:
             FileNotFoundError: nothing there.

@@ -11,21 +11,16 @@ from titok_fast.kernels.nearest_code_stats import count_codes
 
 @dataclass(frozen=True)
 class UsageReport:
-    """Use of a codebook over the ids seen."""
+    """Usage of a codebook over the counted ids."""
 
-    tokens: int  # ids seen
+    tokens: int  # ids counted
     dead: int  # codes never used
     usage: float  # share of codes used at least once, 0..1
     entropy_bits: float  # of the codes' frequencies; log2(N) if all are used alike
 
 
 class CodeUsage:
-    """Counts ids over steps; the report counts those of all ranks.
-
-    Args:
-        N: codebook size.
-        device: of the ids.
-    """
+    """Counts ids of N codes over steps; the report sums over ranks."""
 
     def __init__(self, N: int, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(N, dtype=torch.int64, device=device)
@@ -35,7 +30,7 @@ class CodeUsage:
         self.counts += count_codes(ids, len(self.counts))
 
     def report(self) -> UsageReport:
-        """Use since the last reset, summed over ranks: every rank must call it."""
+        """Usage since the last reset, summed over ranks: every rank must call it."""
         counts = sum_over_ranks(self.counts.clone())
         tokens, used = int(counts.sum()), int((counts > 0).sum())
         share = counts[counts > 0].double() / max(tokens, 1)

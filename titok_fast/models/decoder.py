@@ -14,9 +14,9 @@ from titok_fast.models.blocks import PreNormBlock
 
 
 class TiTokDecoder(nn.Module):
-    """ViT over [class, mask tokens, latents]; the rows of the mask tokens become the picture.
+    """ViT over [class, mask tokens, latents]; the rows of the mask tokens become the image.
 
-    In the 2D variant each latent is added to the mask token of its place.
+    In the 2D variant each latent is added to the mask token of its position.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -42,16 +42,9 @@ class TiTokDecoder(nn.Module):
             self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, z_quantized: Tensor) -> Tensor:
-        """Decode a batch of codes.
+        """(B, C, 1, K) codes -> (B, 1024, G, G) proxy-code logits (legacy), or (B, 3, S, S) pixels.
 
-        Args:
-            z_quantized: (B, C, 1, K) codes in the weights' dtype.
-
-        Returns:
-            Legacy: proxy-code logits (B, 1024, G, G). Else: pixels (B, 3, S, S), not clamped.
-
-        Raises:
-            ValueError: codes of another shape.
+        Pixels are not clamped. Codes of another shape are a ValueError.
         """
         K, C = self.config.num_latent_tokens, self.config.token_size
         if z_quantized.ndim != 4 or z_quantized.shape[1:] != (C, 1, K):
@@ -79,9 +72,9 @@ class TiTokDecoder(nn.Module):
 
 
 def unfold_tokens(x: Tensor, grid: int, p: int) -> Tensor:
-    """(B, grid*grid, p*p*c) -> (B, c, grid*p, grid*p), each token laid out as its p x p square.
+    """(B, grid*grid, p*p*c) -> (B, c, grid*p, grid*p): each token becomes a p x p square.
 
-    Within a token the c channels of a place are neighbours, so this is not pixel_shuffle's order.
+    Within a token the c channels of a pixel are adjacent; pixel_shuffle expects another order.
     """
     B, _, channels = x.shape
     x = x.view(B, grid, grid, p, p, channels // (p * p)).permute(0, 5, 1, 3, 2, 4)

@@ -31,17 +31,10 @@ class TiTokEncoder(nn.Module):
         self.conv_out = nn.Linear(D, channels)  # upstream's 1x1 convolution
 
     def forward(self, pixel_values: Tensor, latent_tokens: Tensor) -> Tensor:
-        """Encode a batch.
+        """(B, 3, S, S) images in [0, 1] and (K, D) latent tokens -> (B, C, 1, K) latents.
 
-        Args:
-            pixel_values: (B, 3, S, S) in [0, 1], S = crop_size, in the weights' dtype.
-            latent_tokens: (K, D) parameters of the tokenizer.
-
-        Returns:
-            (B, C, 1, K) latents, not normalised; (B, 2C, 1, K) mean and log-variance for a VAE.
-
-        Raises:
-            ValueError: images of another shape.
+        Not normalised; for a VAE (B, 2C, 1, K) mean and log-variance. Images of another shape are a
+        ValueError.
         """
         S, B = self.config.crop_size, pixel_values.shape[0]
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, S, S):

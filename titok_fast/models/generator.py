@@ -17,11 +17,11 @@ from titok_fast.sampling.masking import Noise, mask_tokens
 from titok_fast.sampling.reference import generate
 from titok_fast.sampling.unmask import sample
 
-Config = GeneratorConfig | Mapping[str, Any] | DictConfig  # the last two in the official form
+Config = GeneratorConfig | Mapping[str, Any] | DictConfig  # the last two in upstream's form
 
 
 class MaskedGenerator(PretrainedModel):
-    """What both generators share: token space, official `forward` and `generate`."""
+    """Base of both generators: token space, upstream's `forward` and `generate`."""
 
     config_class = GeneratorConfig
     model_type: str
@@ -46,14 +46,9 @@ class MaskedGenerator(PretrainedModel):
         return self.lm_head.weight.dtype
 
     def hidden(self, ids: Tensor, class_ids: Tensor) -> Tensor:
-        """Last hidden states of the image positions.
+        """(B, K) ids with masks and (B,) class ids in token space -> (B, K, D) last hidden states.
 
-        Args:
-            ids: (B, K) int64 image tokens or mask.
-            class_ids: (B,) int64 in token space: label + N + 1, or no_class_id.
-
-        Returns:
-            (B, K, D) in the weights' dtype; `lm_head` makes them logits (B, K, N).
+        `lm_head` makes them logits (B, K, N).
         """
         return self.trunk(torch.cat([class_ids[:, None], ids], dim=1))[:, 1:]
 
@@ -62,7 +57,7 @@ class MaskedGenerator(PretrainedModel):
         raise NotImplementedError
 
     def compile(self, **options: Any) -> None:
-        """Compile the transformer in place; the sampling loop around it stays as it is."""
+        """Compile the transformer in place; the sampling loop around it is not compiled."""
         self.trunk = torch.compile(self.trunk, **options)  # type: ignore[method-assign]
 
     def class_ids(self, labels: Tensor) -> Tensor:
@@ -75,15 +70,9 @@ class MaskedGenerator(PretrainedModel):
         condition: Tensor | None = None,
         cond_drop_prob: float = 0.1,
     ) -> Tensor:
-        """Logits, with the label dropped for a random share of the samples.
+        """(B, K) int64 ids with masks and (B,) int64 labels -> (B, K, N) logits.
 
-        Args:
-            input_ids: (B, K) int64 image tokens or mask.
-            condition: (B,) int64 labels.
-            cond_drop_prob: 0 never drops, 1 always does; a uniform per sample is always drawn.
-
-        Returns:
-            (B, K, N) logits in the weights' dtype.
+        Drops each label with probability `cond_drop_prob`, for which it always draws a uniform.
         """
         if input_ids is None or condition is None:
             raise ValueError("forward wants input_ids (B, K) and condition (B,)")
@@ -105,24 +94,12 @@ class MaskedGenerator(PretrainedModel):
         *,
         seeds: Tensor | None = None,
     ) -> Tensor:
-        """Upstream's `generate`.
+        """Upstream's `generate`: (B,) int64 labels -> (B, K) int64 ids in [0, N).
 
-        Without `seeds` this is the reference sampler: after the same torch.manual_seed it gives
-        upstream's ids on the same device. With `seeds` it is the fast sampler, whose result for a
-        sample depends on its seed, label and settings only.
-
-        Args:
-            condition: (B,) int64 labels.
-            guidance_scale: this and the next five are fields of SamplingConfig.
-            guidance_decay: see there.
-            guidance_scale_pow: see there.
-            randomize_temperature: see there.
-            softmax_temperature_annealing: see there.
-            num_sample_steps: see there.
-            seeds: (B,) int64, one per sample.
-
-        Returns:
-            (B, K) int64 ids in [0, N).
+        Without `seeds`, (B,) int64, this is the reference sampler: after the same torch.manual_seed
+        it gives upstream's ids on the same device. With `seeds` it is the fast sampler, whose
+        result for a sample depends on its seed, label and settings only. The settings are those of
+        SamplingConfig.
 
         Raises:
             ValueError: a label or setting out of range.
@@ -140,10 +117,7 @@ class MaskedGenerator(PretrainedModel):
         return sample(self, condition, seeds, config)
 
     def masking_input_tokens(self, input_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask a random share of each row for training, by the arccos schedule.
-
-        Args:
-            input_tokens: (B, K) int64.
+        """Mask a random share of each row of (B, K) int64 ids for training, by the arccos schedule.
 
         Returns:
             (B, K) ids with masks, (B, K) bool, True where masked (at least one per row).

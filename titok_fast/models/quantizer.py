@@ -39,13 +39,13 @@ class VectorQuantizer(nn.Module):
 
     @property
     def metric(self) -> str:
-        """Of the distance, as the kernels call it."""
+        """Name of the distance in the kernels."""
         return "cosine" if self.use_l2_norm else "euclidean"
 
     def nearest(self, rows: Tensor) -> Tensor:
         """(M, C) latents, any float dtype -> (M,) int64 ids of the nearest codes.
 
-        A NaN gets some id: where targets of a training come from here, its loss meets the NaN too.
+        A NaN gets some id; a training loss computed from the same latents is NaN too.
         """
         return find_codes(rows.float(), self.embedding.weight, self.metric, ids_only=False)
 
@@ -55,10 +55,7 @@ class VectorQuantizer(nn.Module):
         return F.normalize(codes, dim=-1) if self.use_l2_norm else codes
 
     def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Quantize, with the gradient passed straight through.
-
-        Args:
-            z: (B, C, H, W) latents, any float dtype.
+        """Quantize (B, C, H, W) latents of any float dtype, with a straight-through gradient.
 
         Returns:
             (B, C, H, W) float32 codes, and a dictionary: `min_encoding_indices` (B, H, W) int64,

@@ -1,4 +1,4 @@
-"""TiTok: image -> K tokens -> image. Composition only. Upstream: modeling/titok.py."""
+"""TiTok: image -> K tokens -> image, composed of the other files. Upstream: modeling/titok.py."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,12 +20,7 @@ Config = TokenizerConfig | Mapping[str, Any] | DictConfig  # the last two in the
 
 
 class TiTok(PretrainedModel):
-    """The tokenizer, all published variants.
-
-    Args:
-        config: what the model is.
-        attention: back end, see attention.py.
-    """
+    """The tokenizer, all published variants. `attention` names a back end of attention.py."""
 
     config_class = TokenizerConfig
 
@@ -85,32 +80,18 @@ class TiTok(PretrainedModel):
         return self.quantize(z)
 
     def decode(self, z_quantized: Tensor) -> Tensor:
-        """Codes to pixels.
+        """(B, C, 1, K) codes of any float dtype -> (B, 3, S, S) pixels, not clamped.
 
-        Args:
-            z_quantized: (B, C, 1, K), any float dtype.
-
-        Returns:
-            (B, 3, S, S) not clamped, in the weights' dtype; from a stage-1 model (legacy head, no
-            pixel decoder) the proxy-code logits (B, 1024, G, G).
+        In the weights' dtype. A stage-1 model (legacy head, no pixel decoder) returns proxy-code
+        logits (B, 1024, G, G).
         """
         x = self.decoder(z_quantized.to(self.dtype))
         if not self.config.finetune_decoder:
             return x
-        B, N, H, W = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(B * H * W, N)
-        codes = soft_codes(rows, self.pixel_quantize.embedding.weight)  # expectation, not argmax
-        codes = codes.view(B, H, W, self.config.pixel.z_channels)
-        return self.pixel_decoder(codes.permute(0, 3, 1, 2))
+        return self.pixel_decoder(expected_codes(x, self.pixel_quantize.embedding.weight))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens to pixels.
-
-        Args:
-            tokens: (B, K) or (B, 1, K) integer ids in [0, N); for a VAE a (B, C, 1, K) latent.
-
-        Returns:
-            As `decode`.
+        """As `decode`, from (B, K) or (B, 1, K) integer ids; for a VAE from a (B, C, 1, K) latent.
 
         Raises:
             ValueError: another number of tokens, or an id outside the codebook.
@@ -146,6 +127,13 @@ class TiTok(PretrainedModel):
         """Reconstruct: `decode` of `encode`, with the second value of `encode`."""
         z_quantized, result = self.encode(x)
         return self.decode(z_quantized), result
+
+
+def expected_codes(logits: Tensor, codebook: Tensor) -> Tensor:
+    """(B, N, H, W) logits and (N, C) codes -> (B, C, H, W) expected codes, not their argmax."""
+    B, N, H, W = logits.shape
+    rows = logits.permute(0, 2, 3, 1).reshape(B * H * W, N)
+    return soft_codes(rows, codebook).view(B, H, W, codebook.shape[1]).permute(0, 3, 1, 2)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """MaskGIT-VQGAN: a convolutional 2D tokenizer, 16x down, whose decoder ends two-stage TiTok.
 
-Upstream: modeling/modules/maskgit_vqgan.py. Activations are channels-last throughout, but for
-narrow networks on a CPU. Two exact rewrites save work, on the fly so that weights stay as
-published: the shortcut folds into the second kernel of its block, and nearest upsampling folds into
-the 3x3 convolution that follows.
+Upstream: modeling/modules/maskgit_vqgan.py. Activations are channels-last, except in a narrow
+network on a CPU. Two exact rewrites save work, at each call so that weights stay as published: the
+shortcut folds into the second kernel of its block, and nearest upsampling into the 3x3 convolution
+after it.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from titok_fast.models.quantizer import VectorQuantizer
 from titok_fast.models.weights import PretrainedModel
 
 # Below this many input pixels, folding the 3x3 kernel costs more than it saves (measured on CPU at
-# 512 channels and 16 x 16). By image, not batch, so that a picture does not depend on its batch.
+# 512 channels and 16 x 16). By image, not batch, so that an image does not depend on its batch.
 PHASES_FROM_PIXELS = 32 * 32
 
 
@@ -37,7 +37,7 @@ class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions. Where channels change, the input is *not* added back.
 
     There the shortcut convolution acts on the block's own result h, giving h + W h. The published
-    weights were trained so (google-research/maskgit does the same); W folds into the second kernel.
+    weights were trained this way (as in google-research/maskgit); W folds into the second kernel.
     """
 
     def __init__(self, c_in: int, c_out: int) -> None:
@@ -142,7 +142,7 @@ class PixelDecoder(nn.Module):
         return self._decode(codes)
 
     def compile(self, **options: Any) -> None:
-        """Compile in place, by the shapes `forward` runs: on a CPU one image at a time."""
+        """Compile in place, for the shapes that `forward` runs: on a CPU one image at a time."""
         self._decode = torch.compile(self._decode, **options)  # type: ignore[method-assign]
 
     def _decode(self, codes: Tensor) -> Tensor:
@@ -178,10 +178,8 @@ class MaskGitVQGAN(PretrainedModel):
                 f"MaskGitVQGAN wants images (B, 3, H, W), sides multiples of {f}; "
                 f"got {tuple(x.shape)}"
             )
-        z = self.encoder(x).permute(0, 2, 3, 1)  # (B, G, G, C)
-        return self.quantize.nearest(z.reshape(-1, z.shape[-1])).view(
-            z.shape[0], z.shape[1] * z.shape[2]
-        )
+        z = self.encoder(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, G*G, C)
+        return self.quantize.nearest(z.reshape(-1, z.shape[-1])).view(z.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -213,7 +211,7 @@ class MaskGitVQGAN(PretrainedModel):
 
 
 def _laid_out(x: Tensor, first: nn.Conv2d) -> Tensor:
-    """X in the memory format in which the network that begins with the layer `first` runs fastest.
+    """X in the memory format that is fastest for a network with the first layer `first`.
 
     PyTorch's CPU GroupNorm takes one group at a time in channels-last memory: with fewer than four
     channels in each it is up to 20 times slower there (128 x 32 x 32 x 32 in bfloat16, backward).
@@ -232,18 +230,11 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Nearest x2 upsampling, then a 3x3 convolution with zero padding 1.
+    """Nearest x2 upsampling, then a 3x3 convolution: (B, C, H, W) -> (B, O, 2H, 2W).
 
     Of an output pixel's 9 weights some meet the same input pixel: adding those weights first
     leaves a 2x2 convolution for each of the four output phases, 4/9 of the multiplications.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (O, C, 3, 3).
-        bias: (O,).
-
-    Returns:
-        (B, O, 2H, 2W), in the memory format of x.
+    Keeps the memory format of x.
     """
     if not uses_phases(x):
         return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
@@ -252,7 +243,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def uses_phases(x: Tensor) -> bool:
-    """Whether upsampling (B, C, H, W) goes by phases, see PHASES_FROM_PIXELS."""
+    """Whether upsampling (B, C, H, W) uses phases, see PHASES_FROM_PIXELS."""
     return x.shape[2] * x.shape[3] >= PHASES_FROM_PIXELS
 
 
@@ -272,13 +263,9 @@ def fold_phases(weight: Tensor) -> Tensor:
 
 
 def interleave_phases(windows: Tensor) -> Tensor:
-    """What the phase kernels make of the padded input, to the picture.
+    """Output (B, 4O, H + 1, W + 1) of the phase kernels -> (B, O, 2H, 2W), channels-last.
 
-    Args:
-        windows: (B, 4 * O, H + 1, W + 1); phase (a, b) takes those that start at (a, b).
-
-    Returns:
-        (B, O, 2 * H, 2 * W), channels-last.
+    Phase (a, b) takes the windows that start at (a, b).
     """
     B, O, H, W = windows.shape[0], windows.shape[1] // 4, windows.shape[2] - 1, windows.shape[3] - 1
     windows = windows.permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Published weights to our names and back; directories, files and hub repositories.
+"""Load and save weights, and convert parameter names between upstream's and ours.
 
 Only this file knows upstream's parameter names. Nothing here executes code from a file.
 """
@@ -50,12 +50,7 @@ _IGNORED = ("model.embeddings.position_ids", "model.embeddings.token_type_ids")
 
 
 def to_official(state: Mapping[str, Tensor], kind: str) -> State:
-    """Our state dict under upstream's names and shapes.
-
-    Args:
-        state: from `model.state_dict()`.
-        kind: "tokenizer", "ViT", "UViT" or "vqgan" (`PretrainedModel.kind`).
-    """
+    """Our state dict under upstream's names and shapes; `kind` as in `PretrainedModel.kind`."""
     official: State = {}
     rules = {"tokenizer": _TOKENIZER_RULES, "ViT": _BERT_RULES}.get(kind, ())
     for name, tensor in state.items():
@@ -76,12 +71,9 @@ def to_official(state: Mapping[str, Tensor], kind: str) -> State:
 def from_official(
     official: Mapping[str, Tensor], template: Mapping[str, Tensor], kind: str
 ) -> State:
-    """Upstream's state dict under our names and shapes.
+    """Upstream's state dict under the names and shapes of our state dict `template`.
 
-    Args:
-        official: tensors by upstream's names, already checked against `to_official(template)`.
-        template: our state dict, of any device, for names and shapes.
-        kind: as in `to_official`.
+    The names in `official` have been checked against `to_official(template)`.
     """
     state: State = {}
     for name, ours in template.items():
@@ -93,11 +85,7 @@ def from_official(
 def check_tensors(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: object
 ) -> None:
-    """Names and shapes must agree, values must be finite.
-
-    Raises:
-        ValueError: lists every missing, extra, misshapen and non-finite tensor.
-    """
+    """Raise a ValueError that lists every missing, extra, misshapen and non-finite tensor."""
     missing = [
         f"missing {name} {tuple(t.shape)}" for name, t in wanted.items() if name not in found
     ]
@@ -138,11 +126,11 @@ class PretrainedModel(nn.Module):
 
     config_class: ClassVar[type]
     config: Any
-    inference_only = False  # `pack` has replaced layers by ones without parameters
+    inference_only = False  # True after `pack` has replaced layers by ones without parameters
 
     @property
     def kind(self) -> str:
-        """Which table of upstream names applies."""
+        """Which table of upstream's names applies: "tokenizer", "ViT", "UViT" or "vqgan"."""
         if isinstance(self.config, TokenizerConfig):
             return "tokenizer"
         return self.config.model_type if isinstance(self.config, GeneratorConfig) else "vqgan"
@@ -168,7 +156,7 @@ class PretrainedModel(nn.Module):
                 file, or a mapping of that form.
             filename: the weight file inside the directory or repository.
             revision: hub revision.
-            device: where the weights go.
+            device: of the weights.
             dtype: floating type of the weights; codebooks stay float32.
             attention: back end, see attention.py.
 

@@ -1,4 +1,4 @@
-"""Labels to tokens: schedules, the reference sampler and the fast loop of iterative unmasking.
+"""Draw tokens for labels: schedules, the reference sampler and the fast sampler.
 
 A sampler sees a generator through the Protocol in `network`, so models may import samplers.
 `masking` holds the same steps for training.

@@ -1,4 +1,4 @@
-"""Training the generator: which tokens are masked, which labels dropped, and the loss.
+"""Train the generator: choose masked tokens and dropped labels, and compute the loss.
 
 Upstream: ImageBert.masking_input_tokens and MLMLoss; the schedules beside arccos are those of
 google-research/maskgit. Every uniform is an argument, so that one rank and many draw the same.
@@ -13,7 +13,7 @@ from titok_fast.kernels.masked_cross_entropy import masked_cross_entropy
 from titok_fast.sampling.schedules import mask_ratio
 
 _EPS = 1e-8  # of the weighted means, as published
-_ACCURACY_ELEMENTS = 1 << 22  # logits held at once where only their largest is wanted
+_ACCURACY_ELEMENTS = 1 << 22  # logits held at once for an argmax
 
 
 class Noise(NamedTuple):
@@ -31,18 +31,9 @@ def draw_noise(B: int, K: int, generator: torch.Generator) -> Noise:
 
 
 def mask_counts(uniforms: Tensor, K: int, schedule: str = "arccos") -> Tensor:
-    """How many of K tokens to mask.
+    """How many of K tokens to mask, from (B,) uniforms: (B,) float32 whole numbers in [1, K].
 
-    Args:
-        uniforms: (B,) float32 in [0, 1).
-        K: tokens per sample.
-        schedule: "arccos", "cosine", "linear" or "sqrt".
-
-    Returns:
-        (B,) float32 whole numbers in [1, K]: K times the ratio, rounded half to even.
-
-    Raises:
-        ValueError: an unknown schedule.
+    K times the ratio of the schedule (see `mask_ratio`), rounded half to even.
     """
     # upstream also clips the ratio to [1e-6, 1], which changes no count
     return (K * mask_ratio(schedule, uniforms.float())).round().clamp(min=1)
@@ -51,13 +42,7 @@ def mask_counts(uniforms: Tensor, K: int, schedule: str = "arccos") -> Tensor:
 def mask_tokens(
     ids: Tensor, noise: Noise, mask_token_id: int, schedule: str = "arccos"
 ) -> tuple[Tensor, Tensor]:
-    """Mask a random share of every sample's tokens.
-
-    Args:
-        ids: (B, K) int64 image tokens.
-        noise: on the same device.
-        mask_token_id: N.
-        schedule: see `mask_counts`.
+    """Mask a random share of the (B, K) int64 tokens of every sample, on the noise's device.
 
     Returns:
         (B, K) int64 ids with masks; (B, K) bool, True where masked, at least one per sample.
@@ -97,7 +82,7 @@ def masked_token_loss(
     unmasked_weight: float = 0.1,
     total_weight: Tensor | None = None,
 ) -> Tensor:
-    """Smoothed cross-entropy, weighted by `token_weights`: sum(w * ce) / (sum(w) + 1e-8).
+    """Smoothed cross-entropy, weighted by `token_weights`: sum(w * ce) / (sum(w) + 1e-8), a scalar.
 
     Head and loss are one op: see kernels/masked_cross_entropy.py.
 
@@ -109,13 +94,7 @@ def masked_token_loss(
         label_smoothing: share of the target spread over all codes, [0, 1).
         unmasked_weight: of the positions that were not masked.
         total_weight: scalar that replaces sum(w). Ranks and accumulated batches, whose gradients
-            are averaged, give the mean of their sums: the average is then that of one large batch.
-
-    Returns:
-        Float32 scalar.
-
-    Raises:
-        ValueError: shapes differ.
+            are averaged, pass the mean of their sums, so the average is that of one large batch.
     """
     _check_tokens(hidden, targets, mask)
     weights = token_weights(mask, unmasked_weight)
@@ -134,21 +113,10 @@ def masked_token_loss(
 
 @torch.no_grad()
 def masked_accuracy(hidden: Tensor, head: nn.Linear, targets: Tensor, mask: Tensor) -> Tensor:
-    """Share of masked tokens whose likeliest code is the right one.
+    """Share of masked tokens whose likeliest code is right: the mean over samples, as published.
 
-    Costs another matmul with the head, so it is for the steps that are logged.
-
-    Args:
-        hidden: (B, K, D), any float dtype.
-        head: `lm_head`, D -> N.
-        targets: (B, K) int64, the ids before masking.
-        mask: (B, K) bool, True where masked.
-
-    Returns:
-        Float32 scalar: the mean over samples of each sample's share, as published.
-
-    Raises:
-        ValueError: shapes differ.
+    Costs another matmul with the head, so it is for steps that are logged. Arguments as in
+    `masked_token_loss`.
     """
     _check_tokens(hidden, targets, mask)
     rows, step = hidden.flatten(0, 1), max(1, _ACCURACY_ELEMENTS // head.out_features)

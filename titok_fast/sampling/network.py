@@ -1,4 +1,4 @@
-"""What a sampler needs of a generator, so that models may import the samplers."""
+"""The Protocol of a generator for samplers, so that models may import the samplers."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -26,15 +26,9 @@ class Generator(Protocol):
 
 
 def check_labels(labels: Tensor, classes: int, names: Sequence[str] = ()) -> None:
-    """Refuse labels that are no class.
+    """Raise ValueError unless labels are one integer in 0..classes-1 per sample.
 
-    Args:
-        labels: to check.
-        classes: number of classes.
-        names: of the classes, for the message; may be empty.
-
-    Raises:
-        ValueError: not one integer per sample, or outside 0..classes-1.
+    `names` of the classes, if there are any, go into the message.
     """
     if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(

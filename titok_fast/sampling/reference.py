@@ -1,4 +1,4 @@
-"""The sampler as a definition: plain, eager, float32, in upstream's order of random draws.
+"""The reference sampler: plain, eager, float32, in upstream's order of random draws.
 
 After the same torch.manual_seed it gives upstream's ids (modeling/maskgit.py), with one repair:
 each sample masks by its own count, where upstream applies sample 0's to all. They agree when all
@@ -24,15 +24,7 @@ def _gumbel_like(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(model: Generator, labels: Tensor, config: SamplingConfig) -> Tensor:
-    """Draw the tokens of a batch with TiTok's rule.
-
-    Args:
-        model: a generator in eval mode.
-        labels: (B,) int64.
-        config: settings with schedule "arccos" and confidence "logit", the only ones upstream has.
-
-    Returns:
-        (B, K) int64 ids in [0, N).
+    """Draw the tokens of (B,) labels with TiTok's rule: (B, K) int64 ids in [0, N).
 
     Raises:
         ValueError: another schedule or confidence, or a label out of range.

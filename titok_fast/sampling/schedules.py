@@ -1,4 +1,4 @@
-"""Numbers of a sampling run that depend on the step alone, computed once on the host in float64.
+"""Schedules of a sampling run: masks, guidance and noise of each step, on the host in float64.
 
 Float64 matters: the cosine schedule at r = 2/3 loses a token in float32. Formulas: upstream's
 modeling/maskgit.py for TiTok, google-research/maskgit for the other mask schedules.
@@ -41,15 +41,10 @@ Share = TypeVar("Share", float, Tensor)
 
 
 def mask_ratio(schedule: str, r: Share) -> Share:
-    """Share of the tokens that is masked.
+    """Share of masked tokens by the schedule "arccos", "cosine", "linear" or "sqrt".
 
-    Args:
-        schedule: "arccos", "cosine", "linear" or "sqrt".
-        r: in sampling the share (0..1] of the steps that are done; in training uniforms in [0, 1),
-            a tensor of any shape.
-
-    Raises:
-        ValueError: an unknown schedule.
+    In sampling r is the share (0..1] of finished steps, in training a tensor of uniforms in [0, 1).
+    ValueError for an unknown schedule.
     """
     if schedule not in _RATIOS:
         raise ValueError(f"unknown mask schedule {schedule!r}; known: {', '.join(_RATIOS)}")
@@ -78,23 +73,21 @@ def guidance_weight(config: SamplingConfig, step: int) -> float:
 def steps(config: SamplingConfig) -> list[Step]:
     """All steps of a run, in order."""
     T = config.num_sample_steps
-    plan = []
-    for s in range(T):
-        r = (s + 1) / T
-        noise = config.randomize_temperature * (1.0 - r)
-        anneals = config.softmax_temperature_annealing
-        step = Step(
-            index=s,
-            mask_ratio=mask_ratio(config.schedule, r),
-            guidance=guidance_weight(config, s),
-            softmax_temperature=0.5 + 0.8 * (1 - r) if anneals else 1.0,
-            # MaskGIT draws tokens at temperature 1 throughout; TiTok's draw turns greedy
-            token_noise=noise if config.confidence == "logit" else 1.0,
-            remask_noise=noise,
-            last=s == T - 1,
-        )
-        plan.append(step)
-    return plan
+    return [_step(config, s, (s + 1) / T) for s in range(T)]
+
+
+def _step(config: SamplingConfig, index: int, r: float) -> Step:
+    noise = config.randomize_temperature * (1.0 - r)
+    return Step(
+        index=index,
+        mask_ratio=mask_ratio(config.schedule, r),
+        guidance=guidance_weight(config, index),
+        softmax_temperature=0.5 + 0.8 * (1 - r) if config.softmax_temperature_annealing else 1.0,
+        # MaskGIT draws tokens at temperature 1 throughout; TiTok's draw turns greedy
+        token_noise=noise if config.confidence == "logit" else 1.0,
+        remask_noise=noise,
+        last=index == config.num_sample_steps - 1,
+    )
 
 
 def masked_after(config: SamplingConfig, K: int) -> list[int]:

@@ -1,9 +1,9 @@
-"""Labels to tokens, fast: iterative unmasking without a host wait.
+"""Draw tokens for labels: the fast sampler, iterative unmasking without a host wait.
 
-The distribution is the reference sampler's (reference.py). What differs: guidance is one doubled
-batch, and none where its weight is 0; the two halves are mixed in the last hidden state, which is
-exact because the head is linear; noise is a function of (seed, step, position, code), so a sample
-does not depend on its batch, its place in it, or its rank.
+The distribution is the reference sampler's (reference.py). Three things differ: guidance is one
+doubled batch, and none where its weight is 0; it mixes the two halves in the last hidden state,
+which is exact because the head is linear; noise is a function of (seed, step, position, code), so a
+sample does not depend on its batch, its place in it, or its rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ _MASK64 = (1 << 64) - 1
 def sample_seeds(seed: int, count: int, first: int = 0) -> Tensor:
     """Seeds of samples first .. first+count-1 of a run, whose seed is any integer: (count,) int64.
 
-    SplitMix64 of (seed, index), so neighbouring runs share nothing, and sample i has the same seed
-    whatever batch or rank draws it.
+    SplitMix64 of (seed, index): neighbouring runs share no seed, and sample i has the same seed in
+    any batch and on any rank.
     """
     start = _mix(seed & _MASK64)
     values = [
@@ -73,11 +73,7 @@ def sample(
 def draw_inputs(
     generator: Generator, labels: Tensor, seeds: Tensor, tokens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the arguments of `sample`, and move those of `unmask` to the generator's device.
-
-    Returns:
-        (B, K) ids, (B,) class ids and (B,) seeds, all int64.
-    """
+    """Check the arguments of `sample`; return ids, class ids and seeds for `unmask`."""
     cfg, device = generator.config, generator.lm_head.weight.device
     labels = labels.long() if labels.numel() == 0 else labels
     check_labels(labels, cfg.condition_num_classes)
@@ -116,18 +112,9 @@ def unmask(
     config: SamplingConfig,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Draw the masked tokens. No host wait and static shapes, so that a CUDA graph can record it.
+    """`sample` of checked arguments (`draw_inputs`): (B, K) ids, (B,) class ids in token space.
 
-    Args:
-        generator: a generator in eval mode.
-        ids: (B, K) int64, mask id where a token is to be drawn.
-        class_ids: (B,) int64 in token space (`generator.class_ids(labels)`).
-        seeds: (B,) int64.
-        config: settings.
-        on_step: called after each step.
-
-    Returns:
-        (B, K) int64 ids in [0, N).
+    No host wait and static shapes, so that a CUDA graph can record it.
     """
     B, K = ids.shape
     mask_id, no_class_id = generator.config.mask_token_id, generator.config.no_class_id
@@ -171,13 +158,7 @@ def unmask(
 
 
 def maskable(ids: Tensor, config: SamplingConfig, mask_id: int) -> int | Tensor:
-    """Tokens that the mask ratio counts from: all K by TiTok's rule, by MaskGIT's the masked (B,).
-
-    Args:
-        ids: (B, K) int64 at the start of the run.
-        config: settings.
-        mask_id: N.
-    """
+    """Base of the mask ratio: K by TiTok's rule; by MaskGIT's the (B,) masked tokens of `ids`."""
     return ids.shape[1] if config.confidence == "logit" else (ids == mask_id).sum(dim=1)
 
 
@@ -192,20 +173,9 @@ def end_step(
     seeds: Tensor,
     rule: str,
 ) -> Tensor:
-    """Tokens after a step: known ones stay, the least confident of the others are masked again.
+    """(B, K) ids after a step: keep known ones, mask the least confident of the others again.
 
-    Args:
-        ids: (B, K) int64 before the step.
-        candidates: (B, K) int64 in [0, N), drawn for all positions.
-        scores: (B, K) float32, their confidence.
-        step: this step; the last masks nothing again.
-        base: from `maskable`.
-        mask_id: N.
-        seeds: (B,) int64.
-        rule: "logit" or "probability".
-
-    Returns:
-        (B, K) int64 ids.
+    Candidates and their scores are (B, K), drawn for all positions; `base` is from `maskable`.
     """
     mask = ids == mask_id
     candidates = torch.where(mask, candidates, ids)
@@ -224,16 +194,7 @@ def end_step(
 
 
 def num_masked(mask: Tensor, base: int | Tensor, mask_ratio: float) -> Tensor:
-    """How many tokens of each image stay masked after a step: fewer than before, at least one.
-
-    Args:
-        mask: (B, K) bool, masked before the step.
-        base: tokens that the ratio counts from (`maskable`).
-        mask_ratio: share of them that the schedule leaves masked.
-
-    Returns:
-        (B,) int64.
-    """
+    """(B,) int64 tokens that stay masked after a step: fewer than in `mask`, at least one."""
     most = mask.sum(dim=1).sub_(1)
     if isinstance(base, int):
         return most.clamp_(1, max(1, floor(base * mask_ratio)))
