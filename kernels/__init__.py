@@ -7,9 +7,8 @@ first; then `nearest_code_stats`, `soft_codes` and `group_norm_silu` (tokenizer)
 `guided_sample`, `lm_head_sample` and `remask` (sampling) and `masked_cross_entropy` (training);
 files with an underscore hold shared checks, operator registration, device code and CPU code.
 
-Letters, the same in every file: B images, S image side, H x W = P pixels, G groups of channels,
-K tokens per image, N codebook size, C channels, D width, L sequence length, R flattened rows (M
-where only R of M rows are read).
+Letters are those of `docs/design.md`; in these files also H x W = P pixels, G groups of channels,
+and M where only M of R rows are read.
 """
 
 if __name__ != "titok_fast.kernels":
