@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lib.harness import environment, say
-from lib.options import add_json, in_mode, plain_parser, result_path, save
+from lib.harness import say
+from lib.options import SHARED, in_mode, new_record, parser, save, stem
 from lib.quality_tables import figures_table
 from lib.tables import recipe_times_table
 from torch import Tensor
@@ -188,27 +188,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     where = f":{args.data}" if args.data else ""
     train, test = (open_pictures(f"fashion-mnist:{s}{where}") for s in ("train", "eval"))
     options = {"count": args.count, "seed": args.seed, "batch_size": args.batch_size}
-    record = {
-        "benchmark": "fashion",
-        "environment": environment("cpu"),
-        "protocol": {
-            "model": MODEL,
-            "trained": "in this package" if args.weights is None else "local files",
-            "features": f"{NAME}, {network.dim} features, float32",
-            "reference": f"Fashion-MNIST, {len(train)} training pictures, 32 x 32",
-            "real": f"{len(test)} test pictures",
-            "samples": args.count,
-            "seed": args.seed,
-            "sampling": asdict(pipe.sampling),
-            "rounding": "reconstructions rounded to bytes, samples truncated",
-        },
-        "figures": quality(pipe, network, train, test, **options),
-    }
+    record = new_record(
+        "fashion",
+        "cpu",
+        model=MODEL,
+        trained="in this package" if args.weights is None else "local files",
+        features=f"{NAME}, {network.dim} features, float32",
+        reference=f"Fashion-MNIST, {len(train)} training pictures, 32 x 32",
+        real=f"{len(test)} test pictures",
+        samples=args.count,
+        seed=args.seed,
+        sampling=asdict(pipe.sampling),
+        rounding="reconstructions rounded to bytes, samples truncated",
+    )
+    record["figures"] = quality(pipe, network, train, test, **options)
     if args.plots:
-        stem = result_path(args.json or ".", record).stem
         record["sheets"] = {}
         for name, sheet in sheets(pipe, test, args.seed).items():
-            path = args.plots / f"{stem}-{name}.png"
+            path = args.plots / f"{stem(args.json, record)}-{name}.png"
             save_png(path, to_pil(sheet[None])[0])
             record["sheets"][name] = path.name
     save(args.json, record)
@@ -248,19 +245,15 @@ def times(runs: Path) -> list[dict[str, Any]]:
 
 def run_times(args: argparse.Namespace) -> dict[str, Any]:
     """Read the logs, and write what was asked for."""
-    record = {
-        "benchmark": "recipe-times",
-        "environment": environment("cpu"),
-        "protocol": {"timing": "first line of each run's log to the last, pauses included"},
-        "cases": times(args.times),
-    }
+    timing = "first line of each run's log to the last, pauses included"
+    record = new_record("recipe-times", "cpu", timing=timing) | {"cases": times(args.times)}
     save(args.json, record)
     return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = plain_parser(__doc__)
+    p = parser(__doc__, "json")
     add = p.add_argument
     weights = "folder with `tokenizer` and `generator`; default: those in the package"
     add("--weights", type=Path, metavar="DIR", help=weights)
@@ -271,14 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--count", type=int, default=10_000, metavar="N", help="samples; default: 10000")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=100, metavar="N", help="default: 100")
-    add_json(p)
-    add("--plots", type=Path, metavar="DIR", help="write the two sheets of pictures there")
+    plots = SHARED["plots"] | {"help": "write the two sheets of pictures there"}
+    add("--plots", **plots)
     add("--times", type=Path, metavar="RUNS", help="read minutes of training there instead")
     args = p.parse_args(argv)
     if args.count < 10 or args.batch_size < 1:
         p.error("--count wants at least 10, --batch-size at least 1")
-    if args.plots is not None and not args.plots.is_dir():
-        p.error(f"--plots: no folder {args.plots}")
     try:
         record = run(args) if args.times is None else run_times(args)
     except (OSError, ValueError) as error:

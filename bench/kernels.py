@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from lib.harness import environment, precision, spread, summary, synchronize, table
+from lib.harness import precision, spread, summary, synchronize, table
 from lib.kernels.cases import Case, Rival, Spec
 from lib.kernels.ops import BUILDERS
 from lib.kernels.timing import peaks, time_calls
-from lib.options import save
+from lib.options import new_record, parser, save
 
 BUDGET_S, QUICK_BUDGET_S = 5.0, 0.5  # for the timed rounds of a case
 _COLUMNS = [
@@ -159,14 +159,9 @@ def run(
 ) -> dict[str, Any]:
     """Measure a plan; `keep` saves the record after each case: an interruption loses one."""
     clock = "device events" if device.type == "cuda" else "wall clock"
-    protocol = {"timing": f"{clock}, caches flushed, random order", "budget_s": budget_s}
-    record: dict[str, Any] = {
-        "benchmark": "kernels",
-        "environment": environment(device),
-        "protocol": protocol,
-        "peaks": peaks(device),
-        "cases": [],
-    }
+    timing = f"{clock}, caches flushed, random order"
+    record = new_record("kernels", device, timing=timing, budget_s=budget_s)
+    record["peaks"] = peaks(device)
     for i, spec in enumerate(specs):
         print(f"{i + 1}/{len(specs)} {spec}", file=sys.stderr, flush=True)
         rows = measure(spec, build(spec, device), device, compiled=compiled, budget_s=budget_s)
@@ -178,17 +173,13 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table; 0 unless one of ours is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    p = parser(__doc__, "json", "device")
+    add = p.add_argument
     add("--quick", action="store_true", help="few shapes, short, no torch.compile")
     compile_help = "also the reference through torch.compile; on by default unless --quick"
     add("--compile", action=argparse.BooleanOptionalAction, default=None, help=compile_help)
     add("--only", choices=BUILDERS, nargs="+", metavar="NAME", help="these ops")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+    args = p.parse_args(argv)
 
     device = torch.device(args.device)
     specs = [s for s in plan(device.type == "cuda", args.quick) if s.op in (args.only or BUILDERS)]

@@ -21,7 +21,16 @@ import numpy as np
 import torch
 from lib.candidates import arithmetic, say
 from lib.harness import NOT_MEASURED, summary, table, time_interleaved
-from lib.options import add_single, check, chosen_mode, in_mode, save, start_record
+from lib.options import (
+    COUNT,
+    check,
+    chosen_mode,
+    in_mode,
+    names_of,
+    save,
+    single_parser,
+    start_record,
+)
 from lib.peers.systems import PAPER_A100, SYSTEMS, System
 from lib.weights import build, draw_only
 
@@ -185,23 +194,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a system failed."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, known = p.add_argument, {s.name: s for s in SYSTEMS}
-    add("--peers", metavar="A,B", help=f"default: all of {', '.join(known)}")
-    add("--batch-size", type=int, metavar="B", help="images at once; CPU: 1; CUDA: 32")
-    add_single(p, "ours also")
+    p = single_parser(__doc__, "ours also")
+    add = p.add_argument
+    add("--peers", **names_of([s.name for s in SYSTEMS]))
+    add("--batch-size", **COUNT, metavar="B", help="images at once; CPU: 1; CUDA: 32")
     add("--ours", nargs="+", choices=tuple(PRESETS), metavar="NAME", help=argparse.SUPPRESS)
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # small networks, for tests
     args = p.parse_args(argv)
-    names = args.peers.split(",") if args.peers else list(known)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        p.error(f"--peers: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    args.systems = sorted((known[name] for name in names), key=SYSTEMS.index)
-    on_cuda = check(p, args, "batch_size", "repeats", "threads")
-    args.batch_size = (32 if on_cuda else 1) if args.batch_size is None else args.batch_size
+    args.systems = [s for s in SYSTEMS if s.name in args.peers]
+    check(p, args, batch_size=(1, 32))
     args.weights_dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     args.modes = list(dict.fromkeys(("eager", chosen_mode(p, args))))
     record = run(args)

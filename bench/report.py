@@ -8,7 +8,6 @@ newest commit measured counts, with all its files: numbers of two commits never 
 Benchmarks that write one whole file per run show the newest file of each device, model and batch.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from lib.cost_model import comparison_table
 from lib.harness import NOT_YET, RATES, table
+from lib.options import parser
 from lib.peers.systems import PAPER_A100
 from lib.quality_tables import figures_table, newest_quality, trends_table
 from lib.summaries import (
@@ -244,9 +244,7 @@ def fill(texts: Mapping[Path, str], files: Files, results: Path) -> dict[Path, s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
     p.add_argument("--check", action="store_true", help="compare, write nothing")
     p.add_argument("--results", type=Path, metavar="FOLDER", help="default: ROOT/bench/results")
     p.add_argument("--root", type=Path, default=ROOT, metavar="FOLDER", help="of the documents")

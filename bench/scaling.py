@@ -25,14 +25,15 @@ import torch
 from lib import cost_model
 from lib.harness import NOT_MEASURED, say, summary, timed
 from lib.options import (
-    add_single,
+    COUNT,
     check,
     chosen_mode,
     in_mode,
-    plain_parser,
-    result_path,
+    names_of,
     save,
+    single_parser,
     start_record,
+    stem,
 )
 from lib.tables import scaling_table
 from lib.workloads import Workload, draw, measure, pipeline, settings
@@ -210,29 +211,19 @@ def report_cost_model(found: Mapping[str, Any]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a workload failed, or the cost model missed its goal."""
-    p = plain_parser(__doc__)
+    p = single_parser(__doc__, "all workloads", "plots")
     add = p.add_argument
-    add("--axes", metavar="A,B", default=",".join(AXES), help=f"default: {','.join(AXES)}")
-    add("--max-batch", type=int, metavar="B", help="CPU: 8; CUDA: 64")
-    add("--plots", metavar="DIR", help="also a plot there, named after the run")
-    text = (
-        "fit and check the cost model instead: on a record of this script, or on a run of its own"
-    )
-    add("--cost-model", nargs="?", const="", metavar="FILE", help=text)
+    add("--axes", **names_of(AXES))
+    add("--max-batch", **COUNT, metavar="B", help="CPU: 8; CUDA: 64")
+    what = "fit and check the cost model: on a record of this script, or on a run of its own"
+    add("--cost-model", nargs="?", const="", metavar="FILE", help=what)
     add("--floors", action="store_true", help="print the floors of A100 and H100 instead")
-    add_single(p, "all workloads")
     args = p.parse_args(argv)
     if args.floors:
         print("Floors, ms per image, bfloat16, batch 128:\n\n" + cost_model.floors_table())
         return 0
-    on_cuda = check(p, args, "max_batch", "repeats", "threads")
-    args.axes, args.mode = args.axes.split(","), chosen_mode(p, args)
-    unknown = [axis for axis in args.axes if axis not in AXES]
-    if unknown:
-        p.error(f"--axes: unknown {', '.join(unknown)}; known: {', '.join(AXES)}")
-    args.max_batch = (64 if on_cuda else 8) if args.max_batch is None else args.max_batch
-    if args.plots is not None and not Path(args.plots).is_dir():
-        p.error(f"--plots wants an existing folder; got {args.plots}")
+    check(p, args, max_batch=(8, 64))
+    args.mode = chosen_mode(p, args)
     if args.cost_model is not None:
         try:
             record = cost_model_record(args)
@@ -247,8 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plots is not None:
         from lib import plots
 
-        stem = result_path(args.json or ".", record).stem
-        plots.write(plots.scaling(record), Path(args.plots) / f"{stem}.svg")
+        plots.write(plots.scaling(record), args.plots / f"{stem(args.json, record)}.svg")
     return int(any("error" in case for case in record["cases"]))
 
 

@@ -8,11 +8,12 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from lib.harness import peak_memory, precision, say, summary, time_interleaved, timed
-from lib.stages import StageClock
+from lib.stages import StageClock, watch
 from torch import Tensor, nn
 
 from titok_fast import TiTokPipeline
@@ -97,6 +98,29 @@ class Candidate:
                 return self.call()
             with self.clock:
                 return self.call()
+
+
+def candidate(
+    implementation: str,
+    dtype: str,
+    mode: str,
+    model: Any,
+    call: Callable[[], object],
+    probe: Callable[[], dict[str, Tensor]] = dict,
+    *,
+    context: Callable[[], AbstractContextManager[None]] | None = None,
+    clocked: bool = True,
+) -> Candidate:
+    """A `Candidate` that calls `model`, ours or upstream's; a clock goes into it, in place.
+
+    By default it runs in the arithmetic of its precision: upstream in bfloat16 under autocast.
+    """
+    device = next(model.tokenizer.parameters()).device
+    autocast = device.type if implementation.startswith("upstream") and dtype == "bf16" else None
+    context = context or partial(arithmetic, dtype, autocast)
+    weights = weight_bytes(model)  # before the clock goes in
+    clock = watch(model.tokenizer, device) if clocked else None
+    return Candidate(implementation, dtype, mode, call, probe, context, weights, clock)
 
 
 def measure(

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.candidates import Candidate, arithmetic, in_dtypes, shared, weight_bytes
+from lib.candidates import Candidate, arithmetic, candidate, in_dtypes, shared
 from lib.harness import say, timed
 from lib.options import load
-from lib.stages import watch
 from lib.techniques import TECHNIQUES, applied
 from lib.waterfall_quality import compare, labels_of, outputs, reference_ids
 from lib.waterfall_rows import Row
@@ -87,7 +86,6 @@ class Inputs:
     def _upstream(self, row: Row) -> Prepared:
         assert self.rival is not None
         theirs = shared(self.rival)
-        weights = weight_bytes(theirs)
         mode = "compiled" if row.name == "upstream-compiled" else "eager"
         if mode == "compiled":
             # their loop calls `forward`, not the module
@@ -95,21 +93,15 @@ class Inputs:
             theirs.tokenizer.decoder.compile(dynamic=False)
             theirs.tokenizer.pixel_decoder.compile(dynamic=False)
         dtype = self.shipped if row.name == "upstream-fp32" else "bf16"
-        context = partial(arithmetic, dtype, self.device.type if dtype == "bf16" else None)
         draw = partial(theirs.draw, labels_of(0, self.batch).to(self.device), self.config)
-        clock = watch(theirs.tokenizer, self.device)
-        return Prepared(
-            Candidate(row.name, dtype, mode, draw, dict, context, weights, clock), theirs, 0.0
-        )
+        return Prepared(candidate(row.name, dtype, mode, theirs, draw), theirs, 0.0)
 
     def _ours(self, row: Row) -> Prepared:
         low = row.weights != "float32"
-        own, dtype = shared(self._pipes["bfloat16" if low else "float32"]), self.shipped
-        if low:
-            dtype = "bf16"
+        own = shared(self._pipes["bfloat16" if low else "float32"])
+        dtype = "bf16" if low else self.shipped
         fast = [name for name in row.techniques if TECHNIQUES[name].kind == "fast"]
         seconds = timed(partial(own.compile, fast), self.device) if fast else 0.0
-        weights = weight_bytes(own)  # before the clock goes in
         draw = partial(
             own,
             labels_of(0, self.batch),
@@ -118,11 +110,8 @@ class Inputs:
             output="tensor",
             **asdict(self.config),
         )
-        clock, context = watch(own.tokenizer, self.device), partial(_as_row, row, dtype)
-        mode = "compiled" if fast else "eager"
-        return Prepared(
-            Candidate(row.name, dtype, mode, draw, dict, context, weights, clock), own, seconds
-        )
+        mode, context = "compiled" if fast else "eager", partial(_as_row, row, dtype)
+        return Prepared(candidate(row.name, dtype, mode, own, draw, context=context), own, seconds)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def test_figures_are_those_of_the_pictures(measured: tuple[Path, Path, dict[str,
             return float((judge(images).argmax(1) == torch.tensor(labels)).float().mean())
 
     records = [test.read(i) for i in range(TEST)]
-    originals = np.stack([np.array(Image.fromarray(r.image).convert("RGB")) for r in records])
+    originals = np.stack([np.array(Image.fromarray(r.values).convert("RGB")) for r in records])
     labels = [int(r.label) for r in records]
     made = pipe.reconstruct([Image.fromarray(o) for o in originals], output="numpy")
     error = ((originals.astype(float) - made) ** 2).mean(axis=(1, 2, 3))
@@ -128,7 +128,7 @@ def test_quality_stands_beside_the_speed(
 def test_mistakes_are_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--count=5"], "--count wants at least 10"),
-        ([f"--plots={tmp_path / 'none'}"], "--plots: no folder"),
+        ([f"--plots={tmp_path / 'none'}"], "--plots: wants an existing folder"),
         ([f"--classifier={tmp_path / 'none'}"], "none is neither a directory"),
     ):
         refused(capsys, fashion, words, message)

@@ -79,8 +79,8 @@ def test_a_child_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batch-size", "0"], "--batch-size wants at least 1; got 0"),
-        (["--threads", "-1"], "--threads wants at least 1; got -1"),
+        (["--batch-size", "0"], "--batch-size: wants at least 1; got 0"),
+        (["--threads", "-1"], "--threads: wants at least 1; got -1"),
         (["--modes", "graph"], "invalid choice: 'graph'"),
         (["--model", "titok-x"], "invalid choice: 'titok-x'"),
     ],

@@ -201,8 +201,8 @@ def test_what_does_not_fit_or_fails_is_a_row(
     [
         (["--peers", "dit,maskgit"], "unknown dit; known: ldm-8"),
         (["--dtype", "tf32"], "tf32 exists on CUDA devices only"),
-        (["--batch-size", "0"], "--batch-size wants at least 1; got 0"),
-        (["--repeats", "0"], "--repeats wants at least 1; got 0"),
+        (["--batch-size", "0"], "--batch-size: wants at least 1; got 0"),
+        (["--repeats", "0"], "--repeats: wants at least 1; got 0"),
     ],
 )
 def test_options_are_refused_before_any_work(

@@ -234,15 +234,15 @@ def test_stage_clock_of_a_slow_part() -> None:
 @pytest.mark.parametrize(
     ("main", "words", "message"),
     [
-        ("sampling", ["--models", "titok-xl"], "unknown titok-xl; known: titok-l-32"),
+        ("sampling", ["--models", "titok-xl"], "--models: invalid choice: 'titok-xl'"),
         ("sampling", ["--models", "titok-bl-64-vq8k"], "has no generator"),
         ("sampling", ["--dtype", "tf32"], "tf32 exists on CUDA devices only"),
-        ("sampling", ["--batch", "0"], "--batch wants at least 1; got [0]"),
-        ("sampling", ["--repeats", "0"], "--repeats wants at least 1; got 0"),
+        ("sampling", ["--batch", "0"], "--batch: wants at least 1; got 0"),
+        ("sampling", ["--repeats", "0"], "--repeats: wants at least 1; got 0"),
         ("sampling", ["--steps", "0"], "num_sample_steps wants"),
         ("sampling", ["--upstream", "/nowhere"], "modeling/titok.py"),
         ("sampling", ["--weights", "a,b", "--models", "tiny", "titok-l-32"], "wants one name"),
-        ("reconstruction", ["--threads", "0"], "--threads wants at least 1"),
+        ("reconstruction", ["--threads", "0"], "--threads: wants at least 1"),
     ],
 )
 def test_options_are_refused_before_any_work(
@@ -254,7 +254,7 @@ def test_options_are_refused_before_any_work(
 
 def test_defaults_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def defaults(*words: str) -> Any:
-        return options.parse(options.parser("", sampling.MODELS), list(words))
+        return options.parse_matrix(options.matrix_parser(""), list(words), sampling.MODELS)
 
     on_cpu = defaults("--device", "cpu")
     assert on_cpu.models == ("titok-l-32",)

@@ -223,9 +223,9 @@ def test_plots_of_scaling_and_peers(tmp_path: Path) -> None:
     [
         (["--axes", "batch,width"], "unknown width; known: batch"),
         (["--dtype", "tf32"], "tf32 exists on CUDA devices only"),
-        (["--max-batch", "0"], "--max-batch wants at least 1; got 0"),
+        (["--max-batch", "0"], "--max-batch: wants at least 1; got 0"),
         (["--compile", "packed,magic"], "--compile: unknown techniques ['magic']"),
-        (["--plots", "/nowhere"], "--plots wants an existing folder"),
+        (["--plots", "/nowhere"], "--plots: wants an existing folder"),
     ],
 )
 def test_options_are_refused_before_any_work(

@@ -257,8 +257,8 @@ def test_an_ended_run_goes_on(
     ("words", "said"),
     [
         (["--only", "width"], "--only: unknown width"),
-        (["--budget", "0"], "--budget wants at least 1; got 0"),
-        (["--plots", "/nowhere/at/all"], "--plots wants an existing folder"),
+        (["--budget", "0"], "--budget: wants at least 1; got 0"),
+        (["--plots", "/nowhere/at/all"], "--plots: wants an existing folder"),
         (["--classifier", "/nowhere/at/all"], "run titok-fast train recipes/fashion/classifier"),
     ],
 )

@@ -468,11 +468,11 @@ def test_upstream_is_side_by_side(official_size: None, tmp_path: Path, compiled:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "titok-xl"], "--model wants a preset with a generator; got titok-xl"),
-        (["--model", "titok-bl-64-vq8k"], "got titok-bl-64-vq8k; known: titok-l-32, titok-b-64"),
+        (["--model", "titok-xl"], "--model: invalid choice: 'titok-xl'"),
+        (["--model", "titok-bl-64-vq8k"], "--model: invalid choice: 'titok-bl-64-vq8k'"),
         (["--rows", "plain,int4"], "--rows: unknown int4; known: upstream-fp32"),
-        (["--batch-size", "0"], "--batch-size wants at least 1; got 0"),
-        (["--repeats", "0"], "--repeats wants at least 1; got 0"),
+        (["--batch-size", "0"], "--batch-size: wants at least 1; got 0"),
+        (["--repeats", "0"], "--repeats: wants at least 1; got 0"),
         (["--upstream", "/nowhere"], "modeling/titok.py"),
     ],
 )
