@@ -80,22 +80,11 @@ def quality(
 ) -> dict[str, Any]:
     """Measure a tokenizer and its generator against real pictures.
 
-    Args:
-        pipe: both.
-        network: feature space; knows the classes.
-        train: real pictures that every Frechet distance is taken to.
-        test: real pictures that the model has not seen; the originals of the reconstructions.
-        count: pictures to draw, class i % classes.
-        seed: of the run that draws them.
-        batch_size: pictures at once.
-
-    Returns:
-        `psnr` in dB and `codebook_usage` (0..1) of reconstructions; `accuracy_real`,
-        `accuracy_reconstructions`, `label_agreement` (0..1); Frechet distances to the training set
-        `fid_real` (the floor), `fid_reconstructions`, `fid_samples`; `fid_to_originals` of the
-        reconstructions, the protocol of rFID; `precision`, `recall` of the samples among `test`;
-        `fast_modes`: the four figures of samples again for each of FAST_MODES, in bfloat16, and
-        `psnr_to_float32` in dB, of pictures decoded from the same tokens by it and in float32.
+    `count` pictures are drawn, class i % classes. Every Frechet distance is taken to the training
+    set (`fid_real`: the floor), but for `fid_to_originals`, the protocol of rFID. `precision` and
+    `recall` of samples are among the test set. Shares are 0..1. `fast_modes` has the figures of
+    samples again for each of FAST_MODES, in bfloat16, and `psnr_to_float32` in dB, of pictures
+    decoded from the same tokens.
     """
     measure = partial(measure_pictures, networks=[network], batch_size=batch_size)
     say("real pictures")
@@ -152,16 +141,10 @@ def _psnr_to(pipe: TiTokPipeline, other: TiTokPipeline, test: Pictures) -> float
 
 
 def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, np.ndarray]:
-    """Pictures to look at, not chosen by hand.
+    """Pictures (H, W, 3) uint8 to look at, not chosen by hand.
 
-    Args:
-        pipe: tokenizer and generator.
-        test: real pictures with classes.
-        seed: of the samples.
-
-    Returns:
-        "reconstructions": the first pictures of the set, rows of originals over what came back.
-        "samples": a row for each class. Both (H, W, 3) uint8.
+    "reconstructions": the first of the test set, rows of originals over what came back. "samples":
+    a row for each class.
     """
     originals, _ = test.read(range(_IN_ROW * _ROWS))
     made = pipe.reconstruct(_floats(originals), output="tensor")
@@ -213,13 +196,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def times(runs: Path) -> list[dict[str, Any]]:
-    """The training runs in a folder, in the order they began.
-
-    Args:
-        runs: folder with a folder for each run.
-
-    Returns:
-        `run`, `updates`, `minutes` and `started`, in seconds since 1970.
+    """Run, updates, minutes and start (seconds since 1970) of the trainings in a folder, in order.
 
     Raises:
         ValueError: there is no run, or a log holds fewer than two updates.

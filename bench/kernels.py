@@ -77,11 +77,7 @@ def check(rival: Rival) -> str | None:
 def measure(
     spec: Spec, case: Case, device: torch.device, *, compiled: bool, budget_s: float
 ) -> list[dict[str, Any]]:
-    """Judge all implementations of one case and time those that are right.
-
-    Returns:
-        A row each, "ours" first; "status" is "ok" where it was timed.
-    """
+    """Judge all implementations of a case, time those that are right; a row each, "ours" first."""
     rivals = dict(case.rivals)
     status = {"ours": check(rivals["ours"]) or "ok"}
     if status["ours"] == "ok":
@@ -107,12 +103,7 @@ def measure(
 
 
 def add_rates(rows: Sequence[dict[str, Any]], peak: dict[str, Any]) -> None:
-    """Add GB/s, the share of the device's peak, and the speed relative to upstream's.
-
-    Args:
-        rows: of one case.
-        peak: as `peaks` returns it.
-    """
+    """Add GB/s, the share of the device's peak, and the speed over upstream's to a case's rows."""
     upstream = next((r["seconds"]["median"] for r in rows if _is(r, "upstream")), None)
     for row in rows:
         if "seconds" not in row:

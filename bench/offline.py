@@ -98,13 +98,7 @@ def report_row(case: OfflineCase, arch: int, code: MachineCode) -> dict[str, Any
 
 
 def failures(row: dict[str, Any], expects_mma: bool, vector_loads: bool) -> list[str]:
-    """The rules that a row breaks, in words.
-
-    Args:
-        row: with arch ("sm_80") and the figures of `MachineCode`.
-        expects_mma: True: tensor-core instructions must be there; False: they must not.
-        vector_loads: whether there must be streams, read in 128 bits and with 64-bit offsets.
-    """
+    """The rules that a row breaks; `vector_loads` asks for wide streams with 64-bit offsets."""
     limit = LIMITS[int(row["arch"].removeprefix("sm_"))].shared - _SHARED_RESERVED
     broken = []
     if row["spill_bytes"] or row["stack_bytes"]:

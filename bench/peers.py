@@ -46,11 +46,7 @@ Rivals = Mapping[str, Callable[[], object]]
 
 
 def interpolated_sum(points: Mapping[int, float], steps: int) -> float:
-    """Seconds of steps 0 .. steps-1 from those of some: linear between them, constant outside.
-
-    Raises:
-        ValueError: no point, or one that is not a step of the run.
-    """
+    """Seconds of steps 0 .. steps-1 from those of some: linear between them, constant outside."""
     if not points or min(points) < 0 or max(points) >= steps:
         raise ValueError(f"interpolated_sum wants points in 0..{steps - 1}; got {sorted(points)}")
     known = sorted(points)
@@ -116,14 +112,8 @@ def estimate(
 ) -> dict[str, Any]:
     """Samples/s of a peer from the times of its parts, and how much faster ours are.
 
-    Args:
-        system: the published system.
-        times: seconds of "step <index>", of "decode", and of "<model> <mode>" for ours.
-        steps_per_call: steps in one call of a step.
-        batch: images in each call.
-
-    Returns:
-        The measured part of a row; times of steps are per step, in ms.
+    `times` has seconds of "step <index>", of "decode", and of "<model> <mode>" for ours. Those of
+    steps come back per step, in ms.
     """
     step_ms, compared = {}, []
     decode = summary([1000 * s for s in times["decode"]])

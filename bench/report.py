@@ -136,13 +136,7 @@ SECTIONS = (*_PER_DEVICE, *_PER_RUN, *_SHORT)
 
 
 def section(files: Files, name: str, folder: str = "bench/results") -> str:
-    """What stands between a pair of markers.
-
-    Args:
-        files: of the results.
-        name: one of SECTIONS.
-        folder: where the pictures lie, as seen from the document.
-    """
+    """What stands between a pair of markers; `folder` is where pictures lie for the document."""
     if name in _SHORT:
         return _SHORT[name](files)
     parts = []
@@ -214,12 +208,7 @@ def documents(root: Path) -> list[Path]:
 
 
 def fill(texts: Mapping[Path, str], files: Files, results: Path) -> dict[Path, str]:
-    """The documents with their sections rewritten.
-
-    Args:
-        texts: each document's text, by its path.
-        files: of the results.
-        results: the folder of the files and their pictures.
+    """The documents, texts by path, with their sections rewritten; `results` is the files' folder.
 
     Raises:
         ValueError: a section is missing, stands twice, or is unknown.

@@ -78,10 +78,7 @@ def candidates(
 
 
 def quality(model: str) -> dict[str, Any] | None:
-    """What stands beside a model's speed: label agreement (0..1), FID, and FID of real images.
-
-    None where fashion.py has not measured it.
-    """
+    """Label agreement (0..1), FID, and FID of real images; None where it is not measured."""
     record = newest_quality(model)
     if record is None:
         return None

@@ -50,15 +50,9 @@ FIT = (Workload(), Workload(batch=4), Workload("titok-b-64", tokens=256), Worklo
 
 
 def axis_workloads(axis: str, cores: int, devices: int | None) -> list[Workload]:
-    """All workloads of an axis.
+    """All workloads of an axis: L-32, batch 1 and 8 steps where the axis does not vary that.
 
-    Args:
-        axis: one of AXES.
-        cores: CPU threads to go up to.
-        devices: CUDA devices; None on a CPU.
-
-    Returns:
-        Workloads of L-32, batch 1 and 8 steps where the axis does not vary that.
+    They go up to the CPU's `cores`, or the CUDA `devices` (None on a CPU).
     """
     if axis == "batch":
         return [Workload(batch=B) for B in BATCHES]
@@ -94,10 +88,7 @@ def left_out(workload: Workload, max_batch: int, cores: int) -> str | None:
 def measure_ranks(
     workload: Workload, *, device: torch.device, dtype: str, repeats: int, mode: str = "eager"
 ) -> dict[str, Any]:
-    """A row of a workload whose `ranks` processes begin each round together.
-
-    Its "seconds" are those of the slowest rank in each round; memory is not measured.
-    """
+    """A row of a workload whose ranks begin each round together; the slowest gives "seconds"."""
     context = torch.multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(workload.ranks), context.SimpleQueue()
     row: dict[str, Any] = workload.row() | {"dtype": dtype, "mode": mode}
@@ -180,11 +171,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cost_model_record(args: argparse.Namespace) -> dict[str, Any]:
-    """The record of --cost-model: of a file of this script's, or of a run of its own.
-
-    Raises:
-        ValueError: the file's run has measured too little to fit on.
-    """
+    """The record of --cost-model: of a file of this script's, or of a run of its own."""
     if args.cost_model != "":
         record = json.loads(Path(args.cost_model).read_text())
         if "cost_model" not in record:

@@ -165,9 +165,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def floor_seconds(case: dict[str, Any], rates: dict[str, float]) -> float | None:
     """Seconds that the matmuls of a row's update take at the matmul rates of its run.
 
-    Those of the forward count three times, as the backward computes two gradients, and those of the
-    proxy codes once, in float32 (TF32 on CUDA). Exact rewrites can go below it. None for stage 2,
-    whose losses have networks that costs.py does not count.
+    Those of the forward count three times, as the backward computes two gradients, those of the
+    proxy codes once, in float32 (TF32 on CUDA). None for stage 2, whose losses costs.py does not
+    count.
     """
     found = preset(case["model"])
     single = "tf32" if "tf32" in rates else "fp32-ieee"

@@ -24,10 +24,7 @@ T = TypeVar("T")
 
 
 def shared(model: T) -> T:
-    """A copy of a pipeline (or of anything with a tokenizer and a generator) on the same tensors.
-
-    Compiling it or watching its stages leaves the original as it is.
-    """
+    """A copy of a pipeline (or upstream's models) on the same tensors, to compile or to watch."""
     memo = {id(t): t for module in _modules(model) for t in _tensors(module)}
     return copy.deepcopy(model, memo)
 
@@ -65,17 +62,10 @@ def arithmetic(name: str, autocast: str | None = None) -> Iterator[None]:
 class Candidate:
     """One implementation in one precision.
 
-    Attributes:
-        implementation: "ours", "reference" or "upstream".
-        dtype: a name that harness.precision knows.
-        mode: one of options.MODES.
-        call: the work that is timed, inside `context`.
-        probe: its output for fixed inputs, compared with that of the first candidate: "ids"
-            (integers) and "pixels" (floats), either may be absent.
-        context: arithmetic to run both in.
-        weight_bytes: what this candidate alone would hold in memory.
-        clock: times the stages of each call.
-        images: in one call, where this differs from `measure`.
+    `call` is the work that is timed. `probe` gives its output for fixed inputs, which is compared
+    with that of the first candidate: "ids" (integers) and "pixels" (floats), either may be absent.
+    Both run in `context`. `weight_bytes` is what it alone would hold. `images` differ from those of
+    `measure` where given.
     """
 
     implementation: str
@@ -131,14 +121,7 @@ def measure(
     repeats: int | None = None,
     prefix: str = "",
 ) -> list[dict[str, Any]]:
-    """Measure candidates for the same work, alternating.
-
-    Args:
-        candidates: the first one is what the others' outputs are compared with.
-        images: images in one call.
-        device: where they run.
-        repeats: timed rounds; by default as many as fit ROUND_BUDGET_S.
-        prefix: of progress lines.
+    """Measure candidates for the same work, alternating, as many rounds as fit ROUND_BUDGET_S.
 
     Returns:
         A row per candidate, in order. One that ran out of memory or failed to compile has "error",
@@ -182,9 +165,7 @@ def measure(
 def _first_calls(c: Candidate, device: torch.device) -> tuple[float, dict[str, Any]]:
     """Seconds of a second call, and the first-call time and memory for the row.
 
-    Other candidates stay loaded, so memory is what the calls add to it, plus the own weights. The
-    first call's lasting additions (packed weights, workspaces) count, its compiler's do where they
-    last.
+    Memory is the candidate's weights, and what its calls add to all that is loaded.
     """
     idle = peak_memory(lambda: None, device)
     first = timed(c.run, device)

@@ -62,10 +62,6 @@ class Machine:
 def fit(stages: Sequence[Work], seconds: Sequence[float]) -> Machine:
     """The constants, none negative, that make the squares of the relative errors smallest.
 
-    Args:
-        stages: work of each measured stage, as many as there are kinds or more.
-        seconds: its time, positive.
-
     Raises:
         ValueError: fewer stages than constants, or a time that is not positive.
     """
@@ -165,10 +161,7 @@ def worst(lines: Sequence[Mapping[str, Any]], *, fitted: bool = False) -> dict[s
 
 
 def floors(batch: int = 128) -> list[dict[str, Any]]:
-    """Rows of the least ms per image on each A100 and H100, per stage, in bfloat16.
-
-    The batch streams the weights once; a stage is bound by its FLOPs or by its bytes.
-    """
+    """Least ms per image on A100s and H100s in bfloat16; a batch streams the weights once."""
     rows = []
     for card in (name for name in DEVICES if name.startswith(("a100", "h100"))):
         for name, known in PRESETS.items():
@@ -193,12 +186,8 @@ def floors_table(batch: int = 128) -> str:
 def analysis(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload]) -> dict[str, Any]:
     """The cost model of a run, for its record.
 
-    Args:
-        rows: the run's cases.
-        fitted: workloads to fit on.
-
     Raises:
-        ValueError: too few of them were measured.
+        ValueError: too few of the workloads to fit on were measured.
         ImportError: there is no scipy.
     """
     machine = fit_rows(rows, fitted)

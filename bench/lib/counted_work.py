@@ -41,16 +41,9 @@ def _transformer(
 
 
 def work(system: Preset, batch: int, dtype: str) -> dict[str, Work]:
-    """Work of each stage for a batch, by kind.
+    """Work of each stage for a batch, by kind; "head" is head and draw of one step, all masked.
 
-    Args:
-        system: a preset with generator and sampling.
-        batch: images.
-        dtype: a key of DTYPES.
-
-    Returns:
-        "generator" (all steps), "vit_decoder", with the legacy head; "pixel_decoder", with the
-        codebook, where the model has one; and "head": head and draw of one step, all masked.
+    The "vit_decoder" has the legacy head; the "pixel_decoder", where there is one, the codebook.
     """
     assert system.generator is not None
     assert system.sampling is not None

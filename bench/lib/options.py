@@ -144,12 +144,9 @@ def parse_matrix(
 def check(
     p: argparse.ArgumentParser, args: argparse.Namespace, **defaults: tuple[Any, Any]
 ) -> bool:
-    """Refuse what cannot run here; set the device and the CPU threads; whether it is CUDA.
+    """Refuse what cannot run here, set the device and the CPU threads; whether it is CUDA.
 
-    Args:
-        p: makes the usage errors.
-        args: device, and where the benchmark has them dtype and threads; changed.
-        defaults: on a CPU and on CUDA, of options that are None or that do not exist.
+    `defaults`, on a CPU and on CUDA, are for options that are None or that do not exist.
     """
     args.device = torch.device(args.device)
     on_cuda, given = args.device.type == "cuda", vars(args)
@@ -249,12 +246,7 @@ def new_record(benchmark: str, device: torch.device | str, **protocol: Any) -> d
 
 
 def start_record(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
-    """`new_record` with the protocol of `candidates.measure` and the device's matmul rates.
-
-    Args:
-        benchmark: its name.
-        args: device, dtype (one or several), and weights and upstream where there are such options.
-    """
+    """`new_record` with the protocol of `candidates.measure` and the matmul rates of --dtype."""
     say("measuring the device's matmul rates")
     rates, given = {}, vars(args)
     for name in [args.dtype] if isinstance(args.dtype, str) else args.dtype:

@@ -12,10 +12,9 @@ from torch import nn
 
 
 class StageClock:
-    """Time stamps at the borders of stages: device events on CUDA, the host's clock elsewhere.
+    """Times the stages of calls: with device events on CUDA, the host's clock elsewhere.
 
-    A `with` block is one call; `mark(stage)` inside it ends the stage of that name, and the block
-    itself ends `rest`. Marks outside a block are ignored.
+    A `with` block is one call; `mark(stage)` ends a stage, the block itself ends `rest`.
     """
 
     def __init__(self, device: torch.device, rest: str) -> None:
@@ -79,15 +78,10 @@ class Stage(nn.Module):
 
 
 def watch(tokenizer: Any, device: torch.device) -> StageClock:
-    """Put a clock into a tokenizer (ours or upstream's) that decodes what a generator drew.
+    """Put a clock into the decoders of a tokenizer (ours or upstream's), in place.
 
-    Args:
-        tokenizer: its parts `decoder` and `pixel_decoder` are replaced, in place.
-        device: where it runs.
-
-    Returns:
-        The clock: "generator", with the code look-up; "vit_decoder"; "pixel_decoder", with the
-        pixel codebook; "transfer", to uint8 on the host.
+    Stages: "generator", with the code look-up; "vit_decoder"; "pixel_decoder", with the pixel
+    codebook; "transfer", to uint8 on the host.
     """
     clock = StageClock(device, rest="transfer")
 

@@ -48,10 +48,7 @@ def reconstruction_table(record: Record, *, details: bool = False) -> str:
 
 
 def kernels_table(record: Record) -> str:
-    """A row per op, shape and pass: ours beside upstream, then each other implementation timed.
-
-    "-" stands where an op has no such implementation.
-    """
+    """A row per op, shape and pass: ours, upstream, the others; "-": there is no such rival."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     rivals: dict[str, None] = {}
     for case in record["cases"]:

@@ -21,15 +21,9 @@ from titok_fast.sampling import unmask as sampling
 
 @dataclass(frozen=True)
 class Technique:
-    """One technique.
+    """One technique: its key, its text for a table, whether results stay the same but for rounding.
 
-    Attributes:
-        name: its key.
-        text: what it does, for a table.
-        exact: the same result but for rounding.
-        kind: "built in" (always on in titok_fast), "weights" (chosen by `to`) or "fast" (chosen by
-            `compile`).
-        devices: where it exists.
+    `kind`: "built in" (always on), "weights" (chosen by `to`) or "fast" (chosen by `compile`).
     """
 
     name: str
@@ -67,9 +61,6 @@ BUILT_IN = tuple(t.name for t in TECHNIQUES.values() if t.kind == "built in")
 @contextmanager
 def applied(names: Collection[str]) -> Iterator[None]:
     """titok_fast with these of its built-in techniques and no others, while the context is open.
-
-    Args:
-        names: of TECHNIQUES; those that are not built in have no effect here.
 
     Raises:
         ValueError: an unknown name.

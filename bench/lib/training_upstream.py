@@ -28,14 +28,7 @@ CPU = torch.device("cpu")
 
 
 class UpstreamLearner:
-    """A stage of upstream's training.
-
-    Args:
-        checkout: root of a clone of bytedance/1d-tokenizer.
-        recipe: what is trained; its losses and optimizer under upstream's own names.
-        task: ours, which gives the weights and the device; weights are shared, not copied.
-        bf16: run the model under bfloat16 autocast.
-    """
+    """A stage of upstream's training: our recipe under its names, on the weights of our task."""
 
     def __init__(self, checkout: Path, recipe: Recipe, task: Task, bf16: bool) -> None:
         set_cuda_math(recipe.training.enable_tf32)

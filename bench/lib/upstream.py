@@ -23,15 +23,9 @@ from titok_fast.models.weights import PretrainedModel, to_official
 
 
 class Upstream:
-    """Upstream's tokenizer and generator with the weights of ours.
-
-    Args:
-        checkout: root of a clone of bytedance/1d-tokenizer.
-        tokenizer: gives configuration and float32 weights.
-        generator: the same; None for a tokenizer alone.
+    """Upstream's tokenizer and generator with the float32 weights of ours.
 
     Raises:
-        FileNotFoundError: no such checkout.
         ImportError: upstream's own requirements are not installed.
         ValueError: upstream has no such model; see `supports`.
     """
@@ -49,14 +43,9 @@ class Upstream:
 
     @torch.no_grad()
     def draw(self, labels: Tensor, config: SamplingConfig) -> Tensor:
-        """What upstream's `sample_fn` does, left as a tensor.
+        """What upstream's `sample_fn` does, left as a tensor: (B, S, S, 3) uint8 on the CPU.
 
-        Args:
-            labels: (B,) int64 on the model's device.
-            config: settings; schedule and confidence are upstream's own.
-
-        Returns:
-            (B, S, S, 3) uint8 on the CPU.
+        Schedule and confidence are upstream's own.
         """
         assert self.generator is not None
         ids = self.generator.generate(
@@ -90,11 +79,7 @@ def supports(config: TokenizerConfig) -> bool:
 
 
 def find(checkout: str | Path) -> Path:
-    """The checkout as an absolute path.
-
-    Raises:
-        FileNotFoundError: it does not hold upstream's modeling/titok.py.
-    """
+    """The checkout as an absolute path; FileNotFoundError where it holds no modeling/titok.py."""
     path = Path(checkout).expanduser().resolve()
     if not (path / "modeling" / "titok.py").is_file():
         raise FileNotFoundError(

@@ -23,11 +23,9 @@ from titok_fast.sampling.schedules import steps
 class Switches:
     """Techniques of the loop; the defaults are what titok_fast does.
 
-    Attributes:
-        one_batch: both passes of a guided step in one doubled batch.
-        mixed: guidance on the last hidden state, so one head; off: two heads, logits mixed.
-        skips: no unconditional pass where its weight is 0; off: upstream runs both in every step of
-            power-cosine.
+    `one_batch`: both passes of a guided step in one doubled batch. `mixed`: guidance on the last
+    hidden state, so one head. `skips`: no unconditional pass where its weight is 0 (in power-cosine
+    upstream has one).
     """
 
     one_batch: bool = True
@@ -45,11 +43,7 @@ def unmask(
     *,
     switches: Switches,
 ) -> Tensor:
-    """In place of `titok_fast.sampling.unmask.unmask`: its arguments, and the switches.
-
-    Returns:
-        (B, K) int64 ids in [0, N).
-    """
+    """In place of `titok_fast.sampling.unmask.unmask`: its arguments, and the switches."""
     mask_id, K = generator.config.mask_token_id, generator.image_seq_len
     base = sampling.maskable(ids, config, mask_id)
     no_class = torch.full_like(class_ids, generator.config.no_class_id)

@@ -31,12 +31,7 @@ class Prepared:
 
 
 class Inputs:
-    """Weights, labels, and the float32 outputs that every row is compared with.
-
-    Args:
-        args: of waterfall.py.
-        config: settings of the sampler.
-    """
+    """Weights, labels, and the float32 outputs that every row is compared with."""
 
     def __init__(self, args: argparse.Namespace, config: SamplingConfig) -> None:
         self.device, self.batch, self.config = args.device, args.batch_size, config
@@ -66,12 +61,7 @@ class Inputs:
         gc.collect()
 
     def make(self, row: Row) -> Prepared:
-        """The candidate of a row of the group; one that earlier groups had is not made again.
-
-        Raises:
-            ValueError: techniques that do not go together here.
-            RuntimeError: they cannot be compiled.
-        """
+        """The candidate of a row of the group; one that earlier groups had is not made again."""
         if row.name not in self._prepared:
             self._prepared[row.name] = self._upstream(row) if row.upstream else self._ours(row)
         return self._prepared[row.name]

@@ -54,19 +54,11 @@ def _parts(batch: int) -> list[int]:
 
 @torch.no_grad()
 def outputs(model: Any, pipe: TiTokPipeline, batch: int, config: SamplingConfig) -> Outputs:
-    """A model's outputs, in float32 on the CPU. Call it in the model's arithmetic.
+    """A model's outputs, in float32 on the CPU; call it in the model's arithmetic.
 
-    Args:
-        model: a pipeline of ours, or upstream.Upstream.
-        pipe: gives shapes and the device.
-        batch: images in each call.
-        config: settings of the sampler.
-
-    Returns:
-        "logits" (batch, K, N) of ids that are half masked; "pixels" (batch, 3, S, S) of fixed ids,
-        in [0, 1]; "final" (n, K), ids drawn for IMAGES images or a batch, whichever is more; of
-        ours also "step1", those drawn in the first step. Upstream's noise comes from torch's global
-        stream, so its ids have other seeds.
+    "logits" (batch, K, N) of ids that are half masked; "pixels" (batch, 3, S, S) of fixed ids, in
+    [0, 1]; "final" (n, K), ids drawn for IMAGES images or a batch, whichever is more; of ours also
+    "step1", those drawn in the first step. `pipe` gives shapes and the device.
     """
     assert pipe.generator is not None
     mask_id, K = pipe.generator.mask_token_id, pipe.generator.image_seq_len
@@ -119,12 +111,10 @@ def _global_seed(seed: int) -> Iterator[None]:
 
 
 def compare(got: Outputs, wanted: Outputs) -> dict[str, float | None]:
-    """How far outputs are from those of float32.
+    """How far outputs are from those of float32; None where not known.
 
-    Returns:
-        "step1_ids_equal" and "final_ids_equal", shares of equal ids; "logit_error", norm of the
-        difference over the norm of what is wanted; "pixel_rms" of values in [0, 1] and "psnr_db".
-        None: not known, or for "psnr_db" identical pixels.
+    "logit_error" is the norm of the difference over that of what is wanted; "psnr_db" is None for
+    identical pixels.
     """
     shares = {
         f"{name}_ids_equal": float((got[name] == wanted[name]).double().mean())

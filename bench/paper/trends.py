@@ -105,13 +105,7 @@ def _digest(model: FashionClassifier) -> str:
 
 
 def run_experiment(setup: Setup, e: Experiment, now: dict[str, Any]) -> dict[str, Any]:
-    """The case of an experiment: read from its file, or trained, measured and written there.
-
-    Args:
-        setup: shared by all experiments.
-        e: one whose needs are done.
-        now: `environment()`; a case names the commit that measured it.
-    """
+    """The case of an experiment: read from its file, or trained, measured and written there."""
     path = setup.work / "experiments" / f"{e.name}.json"
     if path.exists():
         done: dict[str, Any] = json.loads(path.read_text())

@@ -42,14 +42,9 @@ class StoppedError(Exception):
 
 @dataclass
 class Setup:
-    """What all experiments share.
+    """What all experiments share; `work` holds trained networks and token shards.
 
-    Attributes:
-        settings: of the run.
-        work: folder of trained networks and token shards.
-        train, test: images of 32 x 32 with classes 0..9.
-        network: the feature space, and the classifier of sampled images.
-        device: where networks run.
+    Images are 32 x 32 with classes 0..9. `network` is the feature space and classifies samples.
     """
 
     settings: Settings

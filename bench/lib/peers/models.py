@@ -18,13 +18,7 @@ from titok_fast.sampling.unmask import sample, sample_seeds
 
 @dataclass(frozen=True)
 class Calls:
-    """What to time for a batch.
-
-    Attributes:
-        steps: index of a sampling step to a call that does `steps_per_call` steps from there.
-        decode: latents or codes to pixels.
-        steps_per_call: 1, or more where a call is a short run of the whole loop.
-    """
+    """What to time for a batch: calls of `steps_per_call` steps by their first, and the decoder."""
 
     steps: Mapping[int, Callable[[], object]]
     decode: Callable[[], object]
@@ -54,13 +48,9 @@ class Peer(nn.Module):
 
 
 class Diffusion(Peer):
-    """A denoiser on latents, always guided: each step runs 2 B latents.
+    """A denoiser on latents of (channels, side), always guided: each step runs 2 B latents.
 
-    Args:
-        generator: the network.
-        decoder: called on the latents through `decode`.
-        latent: (channels, side) of the latents.
-        denoise: calls the generator on (latents, times, labels).
+    `denoise` calls the generator on (latents, times, labels).
     """
 
     def __init__(

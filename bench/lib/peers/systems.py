@@ -28,18 +28,10 @@ PAPER_A100 = {
 
 @dataclass(frozen=True)
 class System:
-    """One row of the paper's tables.
+    """One row of the paper's tables, under the paper's names.
 
-    Attributes:
-        name: for --peers.
-        tokenizer, generator: the paper's names.
-        side: pixels.
-        steps: published number of sampling steps.
-        paper_rate: samples/s of the paper, None where it gives none.
-        paper_millions: parameters of the generator, in millions, as the paper states them.
-        classes: the libraries' classes that rebuild it here.
-        build: the networks; called with True, small ones of the same kind for tests.
-        left_out: why it is not measured, where it is not.
+    `paper_rate` is in samples/s, None where it gives none; `paper_millions` are parameters of the
+    generator. `classes` are the libraries' that rebuild it here; `build(True)` makes a small one.
     """
 
     name: str
