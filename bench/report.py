@@ -20,14 +20,7 @@ from lib.harness import NOT_YET, RATES, table
 from lib.options import parser
 from lib.peers.systems import PAPER_A100
 from lib.quality_tables import figures_table, newest_quality, trends_table
-from lib.summaries import (
-    SUMMARIES,
-    device_of,
-    fast_modes,
-    fold_tables,
-    headline,
-    training_minutes,
-)
+from lib.summaries import SUMMARIES, device_of, fast_modes, fold_tables, headline, training_minutes
 from lib.tables import (
     IN_PACKAGE,
     PAPER,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.candidates import Candidate, candidate, in_dtypes, shared
+from lib.candidates import Candidate, candidate, fixed_ids, in_dtypes, labels_of, shared
 from lib.harness import NOT_MEASURED, say
 from lib.options import contenders, load, matrix_parser, measure_case, parse_matrix, start_record
 from lib.peers.systems import PAPER_A100
@@ -59,10 +59,7 @@ def candidates(
     config: SamplingConfig,
 ) -> list[Candidate]:
     """The reference on `pipe`, then ours and upstream in each precision, each with its clock."""
-    assert pipe.generator is not None
-    N, K, device = pipe.generator.config.codebook_size, pipe.generator.image_seq_len, pipe.device
-    ids = torch.randint(N, (len(labels), K), generator=torch.Generator().manual_seed(0)).to(device)
-    masked = ids.masked_fill(torch.arange(K, device=device) % 2 == 0, N)
+    ids, masked = fixed_ids(pipe, len(labels))
     plain = shared(pipe)
     call: Any = partial(reference, plain, labels, config)
     probe = partial(_probe, ids=ids, masked=masked, labels=labels)
@@ -108,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         costs = generation_costs(pipe.tokenizer.config, pipe.generator.config, config)
         gflop = {stage: cost.flops / 1e9 for stage, cost in costs.items()}
         for batch in args.batch:
-            labels = (37 * torch.arange(batch, device=args.device)) % classes
+            labels = labels_of(0, batch).to(args.device) % classes
             made = candidates(pipe, by_dtype, rival, args.modes, labels, config)
             case = {
                 "model": name,

@@ -35,6 +35,21 @@ def in_dtypes(pipe: TiTokPipeline, names: Sequence[str]) -> dict[str, TiTokPipel
     return {name: low if low is not None and name == "bf16" else pipe for name in names}
 
 
+def labels_of(first: int, count: int) -> Tensor:
+    """(count,) int64 classes of images first .. first + count - 1: distinct up to 1000."""
+    return 37 * torch.arange(first, first + count) % 1000
+
+
+def fixed_ids(pipe: TiTokPipeline, count: int) -> tuple[Tensor, Tensor]:
+    """(count, K) ids that are the same in every run, and the same half masked."""
+    assert pipe.generator is not None
+    config, seeded = pipe.generator.config, torch.Generator().manual_seed(0)
+    shape = (count, config.image_seq_len)
+    ids = torch.randint(config.codebook_size, shape, generator=seeded).to(pipe.device)
+    even = torch.arange(shape[1], device=pipe.device) % 2 == 0
+    return ids, ids.masked_fill(even, config.mask_token_id)
+
+
 def weight_bytes(model: object) -> int:
     """Bytes of all weights, each counted once; layers tell the size of what oneDNN holds."""
     sizes = {t.data_ptr(): t.nbytes for module in _modules(model) for t in _tensors(module)}

@@ -8,14 +8,7 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.candidates import (
-    MAX_ROUNDS,
-    MIN_ROUNDS,
-    ROUND_BUDGET_S,
-    Candidate,
-    measure,
-    shared,
-)
+from lib.candidates import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, Candidate, measure, shared
 from lib.harness import RATES, environment, matmul_peak, precision, say, write_json
 
 from titok_fast import PRESETS, TiTokPipeline

@@ -20,11 +20,7 @@ from titok_fast.evaluation.generation import Reference, evaluate_generation, mea
 from titok_fast.evaluation.networks import FeatureNetwork
 from titok_fast.evaluation.pictures import ArrayPictures, SourcePictures
 from titok_fast.evaluation.probe import ProbeConfig, linear_probe
-from titok_fast.evaluation.reconstruction import (
-    Reconstruct,
-    evaluate_reconstruction,
-    reconstructor,
-)
+from titok_fast.evaluation.reconstruction import Reconstruct, evaluate_reconstruction, reconstructor
 from titok_fast.evaluation.statistics import Gaussian
 from titok_fast.io.images import to_uint8
 from titok_fast.sampling.unmask import sample, sample_seeds

@@ -28,7 +28,7 @@ from titok_fast.models import vqgan as maskgit_vqgan
 from titok_fast.sampling import unmask as sampling
 
 options, techniques, waterfall = scripts("lib.options", "lib.techniques", "waterfall")
-quality, rows_of = scripts("lib.waterfall_quality", "lib.waterfall_rows")
+quality, rows_of = scripts("lib.waterfall_candidates", "lib.waterfall_rows")
 
 CPU = torch.device("cpu")
 UPSTREAM = os.environ.get("TITOK_UPSTREAM")
