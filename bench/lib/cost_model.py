@@ -4,8 +4,8 @@ A stage costs the sum of its work, each kind at a rate of its own: matmuls and c
 FLOPs, attention by FLOPs and query rows, weights and activations by bytes, the draw by logits, the
 rest by layer calls. The rates are the only free numbers, the same for all models, batches and
 stages; relative errors are fitted on few workloads of the same run. The work counted is that of
-the published networks (titok_fast/costs.py), so a rate may pass the machine's own where an exact
-rewrite saves work.
+the published networks (titok_fast/costs.py), without the passes that our sampler skips because
+their guidance has weight 0; a rate may pass the machine's own where an exact rewrite saves work.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,92 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from lib.counted_work import KINDS, Work, work
 from lib.harness import table
 from lib.workloads import Workload
 
 from titok_fast import PRESETS
-from titok_fast.costs import DEVICES, speed_of_light
+from titok_fast.costs import (
+    DEVICES,
+    DTYPE_BYTES,
+    Cost,
+    attention,
+    generator_cost,
+    linear,
+    speed_of_light,
+    tokenizer_costs,
+)
+from titok_fast.presets import Preset
+from titok_fast.sampling.schedules import masked_after, steps
+
+DTYPES = {"bf16": "bfloat16", "tf32": "tf32", "fp32-ieee": "float32"}
+
+# kind of work: unit of its rate, and how many of the counted make one of that unit
+KINDS = {
+    "gemm_flops": ("GFLOP/s", 1e9),
+    "attention_flops": ("GFLOP/s", 1e9),
+    "attention_rows": ("Mrow/s", 1e6),
+    "conv_flops": ("GFLOP/s", 1e9),
+    "weight_bytes": ("GB/s", 1e9),
+    "activation_bytes": ("GB/s", 1e9),
+    "draws": ("Mlogit/s", 1e6),
+    "layer_calls": ("layer/s", 1.0),
+}
+Work = dict[str, float]
+
+
+def _transformer(
+    cost: Cost, L: int, size: tuple[int, int, int], runs: float, dtype: str, streams: int
+) -> Work:
+    """Work of `runs` sequences of L tokens, the weights being streamed `streams` times."""
+    (D, layers, heads), each = size, DTYPE_BYTES[dtype]
+    mixing = layers * attention(L, D).flops
+    return {
+        "gemm_flops": runs * (cost.flops - mixing),
+        "attention_flops": runs * mixing,
+        "attention_rows": runs * layers * heads * L,
+        "weight_bytes": streams * (cost.weight_bytes(dtype) - cost.lookups * each),
+        "activation_bytes": runs * cost.activations * each,
+        "layer_calls": streams * layers,
+    }
+
+
+def work(system: Preset, batch: int, dtype: str) -> dict[str, Work]:
+    """Work of each stage for a batch, by kind; "head" is head and draw of one step, all masked.
+
+    The "vit_decoder" has the legacy head; the "pixel_decoder", where there is one, the codebook.
+    """
+    assert system.generator is not None
+    assert system.sampling is not None
+    g, t, sampling, dtype = system.generator, system.tokenizer, system.sampling, DTYPES[dtype]
+    K, N, T, each = g.image_seq_len, g.codebook_size, sampling.num_sample_steps, DTYPE_BYTES[dtype]
+    # U-ViT has one block more between its halves
+    layers = g.num_hidden_layers if g.model_type == "ViT" else g.num_hidden_layers // 2 * 2 + 1
+    size, stages = (g.hidden_size, layers, g.num_attention_heads), tokenizer_costs(t)
+    runs = batch * sum(1 if step.guidance == 0 else 2 for step in steps(sampling))
+    masked = [K, *masked_after(sampling, K)[:-1]]
+    generator = _transformer(generator_cost(g), 1 + K, size, runs, dtype, T)
+    generator["draws"] = batch * N * sum(masked)
+    L = 1 + t.decoder_grid**2 + t.num_latent_tokens
+    found = {
+        "generator": generator,
+        "vit_decoder": _transformer(stages["vit_decoder"], L, t.decoder_size, batch, dtype, 1),
+    }
+    if "pixel_decoder" in stages:
+        pixels, codebook = stages["pixel_decoder"], stages["pixel_codebook"]
+        found["pixel_decoder"] = {
+            "gemm_flops": batch * codebook.flops,
+            "conv_flops": batch * pixels.flops,
+            "weight_bytes": pixels.weight_bytes(dtype),
+            "activation_bytes": batch * (pixels.activations + codebook.activations) * each,
+        }
+    head = linear(K, g.hidden_size, N)
+    found["head"] = {
+        "gemm_flops": batch * head.flops,
+        "weight_bytes": head.weight_bytes(dtype),
+        "draws": batch * K * N,
+    }
+    return found
+
 
 STAGES = ("generator", "vit_decoder", "pixel_decoder", "head")
 GOAL = 0.15
@@ -83,9 +163,10 @@ def fit(stages: Sequence[Work], seconds: Sequence[float]) -> Machine:
     return Machine(dict(zip(KINDS, (found / scale).tolist(), strict=True)))
 
 
-def _workload(row: Mapping[str, Any]) -> Workload:
+def _works(row: Mapping[str, Any]) -> dict[str, Work]:
     fields = ("model", "batch", "tokens", "steps", "threads", "ranks")
-    return Workload(**{name: row[name] for name in fields})
+    workload = Workload(**{name: row[name] for name in fields})
+    return work(workload.system, row["batch"], row["dtype"])
 
 
 def usable(row: Mapping[str, Any]) -> bool:
@@ -99,9 +180,8 @@ def fit_rows(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload] = FIT
     for row in rows:
         if not usable(row) or not _is_among(row, fitted):
             continue
-        works = work(_workload(row).system, row["batch"], row["dtype"])
-        for stage in works:
-            stages.append(works[stage])
+        for stage, amounts in _works(row).items():
+            stages.append(amounts)
             seconds.append(row["stages_s"][stage])
     return fit(stages, seconds)
 
@@ -112,8 +192,7 @@ def _is_among(row: Mapping[str, Any], workloads: Sequence[Workload]) -> bool:
 
 def predicted(machine: Machine, row: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of each stage of a row; "total" is without the head, a part of the others."""
-    works = work(_workload(row).system, row["batch"], row["dtype"])
-    found = {stage: machine.predict(amounts) for stage, amounts in works.items()}
+    found = {stage: machine.predict(amounts) for stage, amounts in _works(row).items()}
     return found | {"total": sum(s for stage, s in found.items() if stage != "head")}
 
 

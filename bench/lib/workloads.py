@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from lib import candidates
-from lib.candidates import Candidate, arithmetic, weight_bytes
+from lib.candidates import Candidate, arithmetic, watch, weight_bytes
 from lib.harness import say
 from lib.options import in_mode
-from lib.stages import watch
 from lib.weights import draw_only
 
 from titok_fast import PRESETS, SamplingConfig, TiTokPipeline

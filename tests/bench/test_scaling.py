@@ -189,7 +189,7 @@ def test_a_rank_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "seconds" not in row
 
 
-def test_plots_of_scaling_and_peers(tmp_path: Path) -> None:
+def test_plots_of_scaling_and_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     environment = {"device": "CPU", "threads": 2, "torch": "2", "date_utc": "2026-01-02T03:04"}
     speed = {"median": 2.0, "p20": 1.5, "p80": 2.5, "repeats": 3}
     own = {"model": "titok-l-32", "mode": "eager", "speed_up": 12.0, "paper_ratio": None}
@@ -213,22 +213,7 @@ def test_plots_of_scaling_and_peers(tmp_path: Path) -> None:
         plots.scaling(curves | {"cases": []})
     with pytest.raises(ValueError, match="measured systems"):
         plots.peers(peers | {"cases": [{"generator": "x", "not_measured": "y"}]})
-    files[0].write_text(json.dumps({"benchmark": "sampling"}))
-    with pytest.raises(SystemExit):
-        plots.main([str(files[0])])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--axes", "batch,width"], "unknown width; known: batch"),
-        (["--dtype", "tf32"], "tf32 exists on CUDA devices only"),
-        (["--max-batch", "0"], "--max-batch: wants at least 1; got 0"),
-        (["--compile", "packed,magic"], "--compile: unknown techniques ['magic']"),
-        (["--plots", "/nowhere"], "--plots: wants an existing folder"),
-    ],
-)
-def test_options_are_refused_before_any_work(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused(capsys, scaling, ["--device", "cpu", *words], message)
+    for name, said in (("sampling", "wants a record"), ("waterfall", "measured rows; got")):
+        record = {"benchmark": name, "cases": [{"row": "plain", "error": "RuntimeError"}]}
+        files[0].write_text(json.dumps(record))
+        refused(capsys, plots, [str(files[0])], said)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import scripts
+from support.bench_scripts import refused, scripts
 
 from titok_fast import TiTok
 from titok_fast.config import SCHEDULES
@@ -265,9 +265,7 @@ def test_an_ended_run_goes_on(
 def test_what_is_wrong_is_said(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        trends.main([*words, "--work", str(tmp_path / "work"), "--device", "cpu"])
-    assert said in capsys.readouterr().err
+    refused(capsys, trends, [*words, "--work", str(tmp_path / "work"), "--device", "cpu"], said)
     assert not (tmp_path / "work").exists()
 
 

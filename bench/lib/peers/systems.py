@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lib.peers.models import Autoregressive, Diffusion, Masked, Peer, ResidualQuantized
-from lib.peers.vits import UViT, ViTDecoder
+from lib.peers.models import (
+    Autoregressive,
+    Diffusion,
+    Masked,
+    Peer,
+    ResidualQuantized,
+    UViT,
+    ViTDecoder,
+)
 from torch import Tensor, nn
 
 from titok_fast import GeneratorConfig, SamplingConfig, VQGANConfig
