@@ -74,12 +74,7 @@ def start(args: argparse.Namespace, mode: str, folder: str) -> dict[str, float]:
     """Run `draw_twice` in a process of its own whose caches lie in `folder`."""
     own = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
     own |= {"XDG_CACHE_HOME": folder, "TRITON_CACHE_DIR": str(Path(folder) / "triton")}
-    command = [sys.executable, __file__, "--child", "--modes", mode, "--device", args.device]
-    command += ["--batch-size", str(args.batch_size), "--dtype", args.dtype]
-    command += ["--tiny"] if args.tiny else ["--model", args.model]
-    for name in ("threads", "steps"):
-        value = getattr(args, name)
-        command += [] if value is None else [f"--{name}", str(value)]
+    command = [sys.executable, __file__, *args.words, "--child", "--modes", mode]
     begin = time.perf_counter()
     done = subprocess.run(command, env=own, capture_output=True, text=True)
     process = time.perf_counter() - begin
@@ -119,7 +114,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", choices=tuple(MODES))
     add("--child", action="store_true", help=argparse.SUPPRESS)
-    args = p.parse_args(argv)
+    words = sys.argv[1:] if argv is None else [*argv]
+    args = p.parse_args(words, argparse.Namespace(words=words))
     args.modes = args.modes or list(MODES[args.device])
     wrong = sorted(set(args.modes) - set(MODES[args.device]))
     if wrong:

@@ -92,7 +92,7 @@ def measure_ranks(
     context = torch.multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(workload.ranks), context.SimpleQueue()
     row: dict[str, Any] = workload.row() | {"dtype": dtype, "mode": mode}
-    job = (workload, device.type, dtype, mode, repeats, barrier, results)
+    job = (workload, device.type, (dtype, mode, repeats), barrier, results)
     failures = (
         torch.multiprocessing.ProcessRaisedException,
         torch.multiprocessing.ProcessExitedException,
@@ -108,16 +108,8 @@ def measure_ranks(
     return row | {"seconds": seconds, "images_per_s": summary(rates), "peak_bytes": None}
 
 
-def _rank(
-    index: int,
-    workload: Workload,
-    kind: str,
-    dtype: str,
-    mode: str,
-    repeats: int,
-    barrier: Any,
-    results: Any,
-) -> None:
+def _rank(index: int, workload: Workload, kind: str, how: Any, barrier: Any, results: Any) -> None:
+    dtype, mode, repeats = how
     device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     pipe = in_mode(pipeline(workload, device, dtype), mode)
     work = partial(draw, workload, pipe)

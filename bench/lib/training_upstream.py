@@ -4,12 +4,11 @@ As its training scripts do on one device, without accelerate: the model under au
 float32, loss, backward, clipping, torch's AdamW; their settings of CUDA. Weights are those of ours.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lib import upstream as official
@@ -153,17 +152,10 @@ def _stage2_loss(losses: Any, config: Any, task: Task) -> Any:
     from torchvision import models
 
     assert task.criterion is not None
-    plain, models.convnext_small = models.convnext_small, partial(_unloaded, models.convnext_small)
-    try:
+    plain = models.convnext_small  # without its download
+    with patch.object(models, "convnext_small", lambda weights=None: plain(weights=None)):
         criterion = losses.ReconstructionLoss_Stage2(config)
-    finally:
-        models.convnext_small = plain
     network: Any = task.criterion.perceptual.network
     criterion.perceptual_loss.convnext.load_state_dict(network.state_dict())
     criterion.load_state_dict(task.criterion.state_dict(), strict=False)
     return criterion
-
-
-def _unloaded(make: Callable[..., nn.Module], weights: Any = None) -> nn.Module:
-    """Torchvision's constructor without its download."""
-    return make(weights=None)

@@ -21,6 +21,10 @@ from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.models.weights import PretrainedModel, to_official
 
+# of `generate`
+_SETTINGS = "guidance_scale guidance_decay guidance_scale_pow randomize_temperature"
+_SETTINGS += " softmax_temperature_annealing num_sample_steps"
+
 
 class Upstream:
     """Upstream's tokenizer and generator with the float32 weights of ours.
@@ -42,22 +46,16 @@ class Upstream:
             self.generator = _build(checkout, "maskgit", name, generator)
 
     @torch.no_grad()
-    def draw(self, labels: Tensor, config: SamplingConfig) -> Tensor:
-        """What upstream's `sample_fn` does, left as a tensor: (B, S, S, 3) uint8 on the CPU.
-
-        Schedule and confidence are upstream's own.
-        """
+    def ids(self, labels: Tensor, config: SamplingConfig) -> Tensor:
+        """(B, K) ids; schedule and confidence are upstream's own."""
         assert self.generator is not None
-        ids = self.generator.generate(
-            condition=labels,
-            guidance_scale=config.guidance_scale,
-            guidance_decay=config.guidance_decay,
-            guidance_scale_pow=config.guidance_scale_pow,
-            randomize_temperature=config.randomize_temperature,
-            softmax_temperature_annealing=config.softmax_temperature_annealing,
-            num_sample_steps=config.num_sample_steps,
-        )
-        pixels = self.tokenizer.decode_tokens(ids.view(len(labels), -1)).clamp(0.0, 1.0)
+        settings = {name: getattr(config, name) for name in _SETTINGS.split()}
+        return self.generator.generate(condition=labels, **settings).view(len(labels), -1)
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, config: SamplingConfig) -> Tensor:
+        """What upstream's `sample_fn` does, left as a tensor: (B, S, S, 3) uint8 on the CPU."""
+        pixels = self.tokenizer.decode_tokens(self.ids(labels, config)).clamp(0.0, 1.0)
         return (pixels * 255.0).permute(0, 2, 3, 1).to("cpu", dtype=torch.uint8)
 
 

@@ -34,10 +34,6 @@ from titok_fast.sampling.reference import generate
 IMAGES = 8  # at least: one image has too few tokens for a share
 Outputs = dict[str, Tensor]
 
-# upstream's `generate` has these settings; the rest is fixed there
-_OF_UPSTREAM = "guidance_scale guidance_decay guidance_scale_pow randomize_temperature"
-_OF_UPSTREAM += " softmax_temperature_annealing num_sample_steps"
-
 
 @contextmanager
 def _first_candidates() -> Iterator[list[Tensor]]:
@@ -90,9 +86,8 @@ def _draw(
         with _first_candidates() as seen:
             ids = sampling.sample(model.generator, labels, seeds, config)
         return {"final": ids, "step1": seen[0] if seen else ids}  # one step masks nothing again
-    options = {name: getattr(config, name) for name in _OF_UPSTREAM.split()}
     with _global_seed(first):
-        return {"final": model.generator.generate(condition=labels, **options).view(batch, -1)}
+        return {"final": model.ids(labels, config)}
 
 
 @torch.no_grad()

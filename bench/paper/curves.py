@@ -60,15 +60,7 @@ def comparisons(figures: Mapping[str, Figures], settings: Settings) -> list[dict
     paper_K = tuple(published.PAPER_TOKENS[k] for k in K)
     found: list[dict[str, Any]] = []
 
-    def add(
-        group: str,
-        line: str,
-        metric: str,
-        x: Sequence[int | str],
-        paper_x: Sequence[int | str],
-        paper: Sequence[float],
-        ours: Sequence[Sequence[float | None]],
-    ) -> None:
+    def add(group: str, line: str, metric: str, x: Any, there: Any, paper: Any, ours: Any) -> None:
         """Add a curve if it is whole; `ours` has the values of all seeds for each point."""
         values = [[v for v in seeds if v is not None] for seeds in ours]
         if [len(v) for v in values] != [len(seeds) for seeds in ours]:
@@ -76,7 +68,7 @@ def comparisons(figures: Mapping[str, Figures], settings: Settings) -> list[dict
         means = [sum(v) / len(v) for v in values]
         noise = max(max(v) - min(v) for v in values)
         curve: dict[str, Any] = {"group": group, "line": line, "metric": metric}
-        curve |= {"metric_here": _HERE[metric], "x": x, "paper_x": paper_x, "noise": noise}
+        curve |= {"metric_here": _HERE[metric], "x": x, "paper_x": there, "noise": noise}
         curve |= {"ours": means, "paper": paper}
         found.append(curve | compare(means, paper, noise))
 
