@@ -97,27 +97,21 @@ def test_a_row_says_it_all() -> None:
     }
 
 
-def test_a_kernel_row_sets_ours_beside_upstream() -> None:
-    key = {"op": "remask", "model": "L-32", "batch": 8, "dtype": "float32", "work": "forward"}
-    ours = key | {"by": "ours", "seconds": {"median": 0.002}, "x_upstream": 0.5}
-    others = [key | {"by": "upstream", "seconds": {"median": 0.001}}, key | {"by": "compiled"}]
-    (row,) = cells(tables.kernels_table({"cases": [ours, *others]}), "remask")
-    key = {"op": "remask", "shape": "L-32", "batch": "8", "dtype": "float32", "pass": "forward"}
-    assert row == key | {"ours ms": "2", "upstream ms": "1", "x upstream": "0.50"}
-
-
 def test_other_rivals_have_a_column_where_they_were_timed() -> None:
-    def of(op: str, by: str, median: float | None = None) -> dict[str, Any]:
+    def of(op: str, by: str, median: float | None = None, **more: float) -> dict[str, Any]:
         key = {"op": op, "model": "L-32", "batch": 8, "dtype": "float32", "work": "forward"}
         timed = {} if median is None else {"seconds": {"median": median}}
-        return key | {"by": by} | timed
+        return key | {"by": by} | timed | more
 
-    run = [of("remask", "ours", 0.002), of("remask", "compiled"), of("remask", "liger-kernel")]
+    run = [of("remask", "ours", 0.002, x_upstream=0.5), of("remask", "upstream", 0.001)]
+    run += [of("remask", "compiled"), of("remask", "liger-kernel")]
     run += [of("soft_codes", "ours", 0.003), of("soft_codes", "compiled", 0.004)]
     run += [of("soft_codes", "channels-first", 0.005), of("soft_codes", "upstream", 0.006)]
     remask, soft_codes = cells(tables.kernels_table({"cases": run}))
     fixed = ["op", "shape", "batch", "dtype", "pass", "ours ms", "upstream ms", "x upstream"]
     assert list(remask) == [*fixed, "compiled ms", "channels-first ms"]
+    timed = ["remask", "L-32", "8", "float32", "forward", "2", "1", "0.50"]
+    assert [remask[name] for name in fixed] == timed
     assert (soft_codes["compiled ms"], soft_codes["channels-first ms"]) == ("4", "5")
     assert remask["compiled ms"] == "not measured"  # it was asked for, and has no time
     assert remask["channels-first ms"] == "-"  # there is no such rival
@@ -130,8 +124,10 @@ def test_caption_says_whose_weights_are_trained(tmp_path: Path) -> None:
     for row in one["cases"][:2]:
         row.update(model="fashion-16", weights=tables.IN_PACKAGE)
     save(tmp_path, "a", one)
-    text = report.section(tables.read(tmp_path), "sampling")
-    assert "; random weights, of fashion-16 those in the package." in text
+    assert "; random weights, of fashion-16 those in the package." in section(tmp_path, "sampling")
+    save(tmp_path, "a", record(dirty=True))
+    text = section(tmp_path, "sampling")
+    assert "commit aaaa with local changes, 2026-01-01; random weights" in text
 
 
 def test_details_for_the_terminal() -> None:
@@ -182,20 +178,11 @@ def test_newest_commit_of_each_device(tmp_path: Path) -> None:
     save(tmp_path, "kernels", {"rows": []})
     save(tmp_path, "list", [1, 2])
     first, second = report.by_device(tables.read(tmp_path), "sampling")
-    assert (first["environment"]["device"], second["environment"]["device"]) == (
-        "Other",
-        "Some CPU",
-    )
+    devices = [one["environment"]["device"] for one in (first, second)]
+    assert devices == ["Other", "Some CPU"]
     assert [c["images_per_s"]["median"] for c in second["cases"]] == [444.0, 333.0]
     assert json.loads((tmp_path / "c.json").read_text()) == more
     assert report.by_device(tables.read(tmp_path), "reconstruction") == []
-
-
-def test_caption_says_dirty(tmp_path: Path) -> None:
-    save(tmp_path, "a", record(dirty=True))
-    assert "commit aaaa with local changes, 2026-01-01; random weights" in section(
-        tmp_path, "sampling"
-    )
 
 
 def test_the_papers_column_and_ours(tmp_path: Path) -> None:
