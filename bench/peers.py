@@ -19,18 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lib import options
 from lib.candidates import arithmetic, say
 from lib.harness import NOT_MEASURED, summary, table, time_interleaved
-from lib.options import (
-    COUNT,
-    check,
-    chosen_mode,
-    in_mode,
-    names_of,
-    save,
-    single_parser,
-    start_record,
-)
 from lib.peers.systems import PAPER_A100, SYSTEMS, System
 from lib.weights import build, draw_only
 
@@ -69,7 +60,7 @@ def ours(args: argparse.Namespace, side: int) -> dict[str, Callable[[], object]]
     for name in args.ours or OURS[side]:
         pipe = draw_only(PRESETS[name], args.device, args.weights_dtype)
         for mode in args.modes:
-            own = in_mode(pipe, mode)
+            own = options.in_mode(pipe, mode)
             settings = asdict(own.sampling.updated(num_sample_steps=OUR_STEPS))
             labels = torch.arange(args.batch_size) % 1000
             draw = partial(own, labels, batch_size=args.batch_size, output="tensor", **settings)
@@ -165,7 +156,7 @@ def peers_table(record: Mapping[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure system after system; the JSON, where asked for, is rewritten after each."""
-    record = start_record("peers", args)
+    record = options.start_record("peers", args)
     record["protocol"] |= {
         "warmup": "one round",
         "memory": "one peer at a time beside ours",
@@ -178,23 +169,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rivals.clear()  # frees them before the next are loaded
             side, rivals = system.side, ours(args, system.side)
         record["cases"].append(measure(system, rivals, args))
-        save(args.json, record)
+        options.save(args.json, record)
     return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a system failed."""
-    p = single_parser(__doc__, "ours also")
+    p = options.single_parser(__doc__, "ours also")
     add = p.add_argument
-    add("--peers", **names_of([s.name for s in SYSTEMS]))
-    add("--batch-size", **COUNT, metavar="B", help="images at once; CPU: 1; CUDA: 32")
+    add("--peers", **options.names_of([s.name for s in SYSTEMS]))
+    add("--batch-size", **options.COUNT, metavar="B", help="images at once; CPU: 1; CUDA: 32")
     add("--ours", nargs="+", choices=tuple(PRESETS), metavar="NAME", help=argparse.SUPPRESS)
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # small networks, for tests
     args = p.parse_args(argv)
     args.systems = [s for s in SYSTEMS if s.name in args.peers]
-    check(p, args, batch_size=(1, 32))
+    options.check(p, args, batch_size=(1, 32))
     args.weights_dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    args.modes = list(dict.fromkeys(("eager", chosen_mode(p, args))))
+    args.modes = list(dict.fromkeys(("eager", options.chosen_mode(p, args))))
     record = run(args)
     print(peers_table(record))
     return int(any("failed" in str(c.get("not_measured")) for c in record["cases"]))

@@ -22,19 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib import cost_model
+from lib import cost_model, options
 from lib.harness import NOT_MEASURED, say, summary, timed
-from lib.options import (
-    COUNT,
-    check,
-    chosen_mode,
-    in_mode,
-    names_of,
-    save,
-    single_parser,
-    start_record,
-    stem,
-)
 from lib.tables import scaling_table
 from lib.workloads import Workload, draw, measure, pipeline, settings
 
@@ -111,7 +100,7 @@ def measure_ranks(
 def _rank(index: int, workload: Workload, kind: str, how: Any, barrier: Any, results: Any) -> None:
     dtype, mode, repeats = how
     device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
-    pipe = in_mode(pipeline(workload, device, dtype), mode)
+    pipe = options.in_mode(pipeline(workload, device, dtype), mode)
     work = partial(draw, workload, pipe)
     seconds = []
     with settings(workload, dtype):
@@ -148,17 +137,17 @@ def measure_axis(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure axis after axis; the JSON, where asked for, is rewritten after each."""
-    record = start_record("scaling", args)
+    record = options.start_record("scaling", args)
     record["protocol"]["warmup"] = "two calls of each: first call, memory"
     for axis in args.axes:
         say(f"axis {axis}")
         record["cases"] += measure_axis(axis, args)
-        save(args.json, record)
+        options.save(args.json, record)
     try:
         record["cost_model"] = cost_model.analysis(record["cases"], FIT)
     except (ValueError, ImportError) as error:  # axes without the workloads to fit on
         say(f"no cost model: {error}")
-    save(args.json, record)
+    options.save(args.json, record)
     return record
 
 
@@ -170,7 +159,7 @@ def cost_model_record(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{args.cost_model}: this run measured too few workloads to fit on")
         fitted = [Workload(**fields) for fields in record["cost_model"]["fitted_on"]]
     else:
-        record, fitted = start_record("cost-model", args), list(cost_model.FIT)
+        record, fitted = options.start_record("cost-model", args), list(cost_model.FIT)
         common = {name: getattr(args, name) for name in ("device", "dtype", "repeats", "mode")}
         record["cases"] = measure((*cost_model.FIT, *cost_model.CHECK), **common)
     record["benchmark"] = "cost-model"  # so that its own file does not take the other's name
@@ -190,10 +179,10 @@ def report_cost_model(found: Mapping[str, Any]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a workload failed, or the cost model missed its goal."""
-    p = single_parser(__doc__, "all workloads", "plots")
+    p = options.single_parser(__doc__, "all workloads", "plots")
     add = p.add_argument
-    add("--axes", **names_of(AXES))
-    add("--max-batch", **COUNT, metavar="B", help="CPU: 8; CUDA: 64")
+    add("--axes", **options.names_of(AXES))
+    add("--max-batch", **options.COUNT, metavar="B", help="CPU: 8; CUDA: 64")
     what = "fit and check the cost model: on a record of this script, or on a run of its own"
     add("--cost-model", nargs="?", const="", metavar="FILE", help=what)
     add("--floors", action="store_true", help="print the floors of A100 and H100 instead")
@@ -201,14 +190,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.floors:
         print("Floors, ms per image, bfloat16, batch 128:\n\n" + cost_model.floors_table())
         return 0
-    check(p, args, max_batch=(8, 64))
-    args.mode = chosen_mode(p, args)
+    options.check(p, args, max_batch=(8, 64))
+    args.mode = options.chosen_mode(p, args)
     if args.cost_model is not None:
         try:
             record = cost_model_record(args)
         except ValueError as error:
             p.error(f"--cost-model {error}")
-        save(args.json, record)
+        options.save(args.json, record)
         return report_cost_model(record["cost_model"])
     record = run(args)
     print(scaling_table(record))
@@ -217,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plots is not None:
         from lib import plots
 
-        plots.write(plots.scaling(record), args.plots / f"{stem(args.json, record)}.svg")
+        plots.write(plots.scaling(record), args.plots / f"{options.stem(args.json, record)}.svg")
     return int(any("error" in case for case in record["cases"]))
 
 

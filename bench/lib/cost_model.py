@@ -16,17 +16,7 @@ import numpy as np
 from lib.harness import table
 from lib.workloads import Workload
 
-from titok_fast import PRESETS
-from titok_fast.costs import (
-    DEVICES,
-    DTYPE_BYTES,
-    Cost,
-    attention,
-    generator_cost,
-    linear,
-    speed_of_light,
-    tokenizer_costs,
-)
+from titok_fast import PRESETS, costs
 from titok_fast.presets import Preset
 from titok_fast.sampling.schedules import masked_after, steps
 
@@ -47,11 +37,11 @@ Work = dict[str, float]
 
 
 def _transformer(
-    cost: Cost, L: int, size: tuple[int, int, int], runs: float, dtype: str, streams: int
+    cost: costs.Cost, L: int, size: tuple[int, int, int], runs: float, dtype: str, streams: int
 ) -> Work:
     """Work of `runs` sequences of L tokens, the weights being streamed `streams` times."""
-    (D, layers, heads), each = size, DTYPE_BYTES[dtype]
-    mixing = layers * attention(L, D).flops
+    (D, layers, heads), each = size, costs.DTYPE_BYTES[dtype]
+    mixing = layers * costs.attention(L, D).flops
     return {
         "gemm_flops": runs * (cost.flops - mixing),
         "attention_flops": runs * mixing,
@@ -70,13 +60,13 @@ def work(system: Preset, batch: int, dtype: str) -> dict[str, Work]:
     assert system.generator is not None
     assert system.sampling is not None
     g, t, sampling, dtype = system.generator, system.tokenizer, system.sampling, DTYPES[dtype]
-    K, N, T, each = g.image_seq_len, g.codebook_size, sampling.num_sample_steps, DTYPE_BYTES[dtype]
+    K, N, T = g.image_seq_len, g.codebook_size, sampling.num_sample_steps
     # U-ViT has one block more between its halves
     layers = g.num_hidden_layers if g.model_type == "ViT" else g.num_hidden_layers // 2 * 2 + 1
-    size, stages = (g.hidden_size, layers, g.num_attention_heads), tokenizer_costs(t)
+    size, stages = (g.hidden_size, layers, g.num_attention_heads), costs.tokenizer_costs(t)
     runs = batch * sum(1 if step.guidance == 0 else 2 for step in steps(sampling))
     masked = [K, *masked_after(sampling, K)[:-1]]
-    generator = _transformer(generator_cost(g), 1 + K, size, runs, dtype, T)
+    generator = _transformer(costs.generator_cost(g), 1 + K, size, runs, dtype, T)
     generator["draws"] = batch * N * sum(masked)
     L = 1 + t.decoder_grid**2 + t.num_latent_tokens
     found = {
@@ -85,13 +75,14 @@ def work(system: Preset, batch: int, dtype: str) -> dict[str, Work]:
     }
     if "pixel_decoder" in stages:
         pixels, codebook = stages["pixel_decoder"], stages["pixel_codebook"]
+        activations = batch * (pixels.activations + codebook.activations)
         found["pixel_decoder"] = {
             "gemm_flops": batch * codebook.flops,
             "conv_flops": batch * pixels.flops,
             "weight_bytes": pixels.weight_bytes(dtype),
-            "activation_bytes": batch * (pixels.activations + codebook.activations) * each,
+            "activation_bytes": activations * costs.DTYPE_BYTES[dtype],
         }
-    head = linear(K, g.hidden_size, N)
+    head = costs.linear(K, g.hidden_size, N)
     found["head"] = {
         "gemm_flops": batch * head.flops,
         "weight_bytes": head.weight_bytes(dtype),
@@ -242,11 +233,11 @@ def worst(lines: Sequence[Mapping[str, Any]], *, fitted: bool = False) -> dict[s
 def floors(batch: int = 128) -> list[dict[str, Any]]:
     """Least ms per image on A100s and H100s in bfloat16; a batch streams the weights once."""
     rows = []
-    for card in (name for name in DEVICES if name.startswith(("a100", "h100"))):
+    for card in (name for name in costs.DEVICES if name.startswith(("a100", "h100"))):
         for name, known in PRESETS.items():
             if known.generator is None:
                 continue
-            stages = speed_of_light(known, card, "bfloat16", batch)
+            stages = costs.speed_of_light(known, card, "bfloat16", batch)
             ms = {
                 s: 1000 * stages[s] / batch for s in stages if s not in ("encoder", "code_search")
             }

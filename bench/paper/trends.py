@@ -31,17 +31,8 @@ from lib import plots
 from lib.harness import environment, say, write_json
 from lib.options import COUNT, RUN, check, names_of, new_record, parser, save, stem
 from lib.quality_tables import trends_table
+from paper import experiments
 from paper.curves import comparisons
-from paper.experiments import (
-    CLASSES,
-    GROUPS,
-    RATE,
-    SMOKE,
-    Experiment,
-    Settings,
-    experiments_of,
-    with_needs,
-)
 from paper.work import SIDE, Setup, StoppedError, measure, train_network
 
 from titok_fast.data.sources import ArraySource, fashion_mnist
@@ -49,7 +40,7 @@ from titok_fast.evaluation.networks import FashionFeatures
 from titok_fast.models.classifier import FashionClassifier
 
 
-def open_setup(args: argparse.Namespace, settings: Settings, work: Path) -> Setup:
+def open_setup(args: argparse.Namespace, settings: experiments.Settings, work: Path) -> Setup:
     """Data, classifier and folder of a run.
 
     Raises:
@@ -80,7 +71,7 @@ def open_setup(args: argparse.Namespace, settings: Settings, work: Path) -> Setu
 
 def smoke_data(count: int) -> ArraySource:
     """Stripes whose slope is the class, with noise."""
-    rng, labels = np.random.default_rng(count), np.arange(count) % CLASSES
+    rng, labels = np.random.default_rng(count), np.arange(count) % experiments.CLASSES
     y, x = np.mgrid[:SIDE, :SIDE]
     waves = np.sin((x + y * labels[:, None, None] / 3) / 2)
     noise = rng.integers(0, 40, waves.shape)
@@ -104,7 +95,7 @@ def _digest(model: FashionClassifier) -> str:
     return digest.hexdigest()
 
 
-def run_experiment(setup: Setup, e: Experiment, now: dict[str, Any]) -> dict[str, Any]:
+def run_experiment(setup: Setup, e: experiments.Experiment, now: dict[str, Any]) -> dict[str, Any]:
     """The case of an experiment: read from its file, or trained, measured and written there."""
     path = setup.work / "experiments" / f"{e.name}.json"
     if path.exists():
@@ -127,12 +118,12 @@ def run_experiment(setup: Setup, e: Experiment, now: dict[str, Any]) -> dict[str
     return case
 
 
-def run(args: argparse.Namespace, settings: Settings, work: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, settings: experiments.Settings, work: Path) -> dict[str, Any]:
     """Do all experiments of the groups in --only and compare the curves; may raise StoppedError."""
     setup = open_setup(args, settings, work)
     now = environment(args.device)
-    wanted = [e for group in args.only for e in experiments_of(group, settings)]
-    cases = [run_experiment(setup, e, now) for e in with_needs(wanted)]
+    wanted = [e for group in args.only for e in experiments.experiments_of(group, settings)]
+    cases = [run_experiment(setup, e, now) for e in experiments.with_needs(wanted)]
     figures = {case["experiment"]: case["figures"] for case in cases}
     return new_record("paper-trends", args.device, **_protocol(setup)) | {
         "cases": cases,
@@ -146,7 +137,8 @@ def _protocol(setup: Setup) -> dict[str, Any]:
     return {
         "settings": asdict(S),
         "features": f"distance: Frechet's, in the features of {network} (figures call it fid)",
-        "learning-rate": f"{RATE} / width in stage 1 and a single stage, else the recipes'",
+        "learning-rate": f"{experiments.RATE} / width in stage 1 and a single stage, "
+        "else the recipes'",
         "reconstruction": "stage 1: likeliest proxy codes, decoded by the proxy tokenizer; "
         f"averaged weights, clamped, rounded; first {S.judged} evaluation images",
         "generation": f"{S.drawn} images, classes in turn, truncated, against the features of "
@@ -171,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 130 when a signal ended a training."""
     p = parser(__doc__, "plots", *RUN)
     add = p.add_argument
-    add("--only", **names_of(GROUPS))
-    budget = f"of tokenizers and generators (default: {Settings().budget})"
+    add("--only", **names_of(experiments.GROUPS))
+    budget = f"of tokenizers and generators (default: {experiments.Settings().budget})"
     add("--budget", **COUNT, metavar="UPDATES", help=budget)
     work_help = "networks, finished experiments (default: runs/fashion/trends-BUDGET)"
     add("--work", type=Path, metavar="DIR", help=work_help)
@@ -182,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--smoke", action="store_true", help="every kind of experiment, tiny, on synthetic images")
     args = p.parse_args(argv)
     check(p, args)
-    settings = SMOKE if args.smoke else Settings()
+    settings = experiments.SMOKE if args.smoke else experiments.Settings()
     if args.budget is not None:
         settings = replace(settings, budget=args.budget, generator_budget=args.budget)
     temporary = tempfile.TemporaryDirectory() if args.smoke and args.work is None else nullcontext()
