@@ -104,10 +104,9 @@ def measure(
 
 def add_rates(rows: Sequence[dict[str, Any]], peak: dict[str, Any]) -> None:
     """Add GB/s, the share of the device's peak, and the speed over upstream's to a case's rows."""
-    upstream = next((r["seconds"]["median"] for r in rows if _is(r, "upstream")), None)
-    for row in rows:
-        if "seconds" not in row:
-            continue
+    timed = [row for row in rows if "seconds" in row]
+    upstream = next((r["seconds"]["median"] for r in timed if r["by"] == "upstream"), None)
+    for row in timed:
         seconds = row["seconds"]["median"]
         arithmetic = row["flops"] / (peak["tflops"][row["dtype"]] * 1e12)
         floor = max(row["bytes_min"] / (peak["gbps"] * 1e9), arithmetic)
@@ -116,16 +115,12 @@ def add_rates(rows: Sequence[dict[str, Any]], peak: dict[str, Any]) -> None:
         row["x_upstream"] = None if upstream is None else upstream / seconds
 
 
-def _is(row: dict[str, Any], name: str) -> bool:
-    return row["by"] == name and "seconds" in row
-
-
 def slower_than_upstream(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each case in which ours is over 5 % slower than upstream's formula."""
     return [
         f"{r['op']} {r['model']} B={r['batch']} {r['dtype']} {r['work']}: {r['x_upstream']:.2f}x"
         for r in rows
-        if _is(r, "ours") and r["x_upstream"] is not None and r["x_upstream"] < 0.95
+        if r["by"] == "ours" and (r.get("x_upstream") or 1) < 0.95
     ]
 
 
