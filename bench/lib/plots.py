@@ -3,14 +3,13 @@
 python bench/lib/plots.py bench/results/FILE_scaling.json bench/results/FILE_peers.json --out .
 """
 
+import argparse
 import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from lib.options import parser
 
 from titok_fast.io.files import write_atomic
 
@@ -196,7 +195,9 @@ def write(figure: Figure, path: str | Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: an SVG for each record, under its name."""
-    p = parser(__doc__)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("records", nargs="+", type=Path, metavar="FILE")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: beside each record")
     args = p.parse_args(argv)
