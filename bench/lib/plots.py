@@ -32,7 +32,8 @@ def _wanted(record: Record, benchmark: str, found: Sequence[Any], what: str) -> 
     """Refuse a record of another benchmark, or one with nothing to draw."""
     if record.get("benchmark") != benchmark or not found:
         got = f"{record.get('benchmark')} with {len(found)} measured cases"
-        raise ValueError(f"{benchmark} wants a record of {benchmark}.py with {what}; got {got}")
+        script = f"{benchmark.removeprefix('paper-')}.py"
+        raise ValueError(f"{benchmark} wants a record of {script} with {what}; got {got}")
 
 
 def caption(record: Record, dtype: str | None = None) -> str:
