@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lib.harness import environment, say
-from lib.options import add_json, in_mode, plain_parser, result_path, save
+from lib.harness import say
+from lib.options import SHARED, in_mode, new_record, parser, save, stem
 from lib.quality_tables import figures_table
 from lib.tables import recipe_times_table
 from torch import Tensor
@@ -80,22 +80,11 @@ def quality(
 ) -> dict[str, Any]:
     """Measure a tokenizer and its generator against real pictures.
 
-    Args:
-        pipe: both.
-        network: feature space; knows the classes.
-        train: real pictures that every Frechet distance is taken to.
-        test: real pictures that the model has not seen; the originals of the reconstructions.
-        count: pictures to draw, class i % classes.
-        seed: of the run that draws them.
-        batch_size: pictures at once.
-
-    Returns:
-        `psnr` in dB and `codebook_usage` (0..1) of reconstructions; `accuracy_real`,
-        `accuracy_reconstructions`, `label_agreement` (0..1); Frechet distances to the training set
-        `fid_real` (the floor), `fid_reconstructions`, `fid_samples`; `fid_to_originals` of the
-        reconstructions, the protocol of rFID; `precision`, `recall` of the samples among `test`;
-        `fast_modes`: the four figures of samples again for each of FAST_MODES, in bfloat16, and
-        `psnr_to_float32` in dB, of pictures decoded from the same tokens by it and in float32.
+    `count` pictures are drawn, class i % classes. Every Frechet distance is taken to the training
+    set (`fid_real`: the floor), but for `fid_to_originals`, the protocol of rFID. `precision` and
+    `recall` of samples are among the test set. Shares are 0..1. `fast_modes` has the figures of
+    samples again for each of FAST_MODES, in bfloat16, and `psnr_to_float32` in dB, of pictures
+    decoded from the same tokens.
     """
     measure = partial(measure_pictures, networks=[network], batch_size=batch_size)
     say("real pictures")
@@ -152,16 +141,10 @@ def _psnr_to(pipe: TiTokPipeline, other: TiTokPipeline, test: Pictures) -> float
 
 
 def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, np.ndarray]:
-    """Pictures to look at, not chosen by hand.
+    """Pictures (H, W, 3) uint8 to look at, not chosen by hand.
 
-    Args:
-        pipe: tokenizer and generator.
-        test: real pictures with classes.
-        seed: of the samples.
-
-    Returns:
-        "reconstructions": the first pictures of the set, rows of originals over what came back.
-        "samples": a row for each class. Both (H, W, 3) uint8.
+    "reconstructions": the first of the test set, rows of originals over what came back. "samples":
+    a row for each class.
     """
     originals, _ = test.read(range(_IN_ROW * _ROWS))
     made = pipe.reconstruct(_floats(originals), output="tensor")
@@ -188,27 +171,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     where = f":{args.data}" if args.data else ""
     train, test = (open_pictures(f"fashion-mnist:{s}{where}") for s in ("train", "eval"))
     options = {"count": args.count, "seed": args.seed, "batch_size": args.batch_size}
-    record = {
-        "benchmark": "fashion",
-        "environment": environment("cpu"),
-        "protocol": {
-            "model": MODEL,
-            "trained": "in this package" if args.weights is None else "local files",
-            "features": f"{NAME}, {network.dim} features, float32",
-            "reference": f"Fashion-MNIST, {len(train)} training pictures, 32 x 32",
-            "real": f"{len(test)} test pictures",
-            "samples": args.count,
-            "seed": args.seed,
-            "sampling": asdict(pipe.sampling),
-            "rounding": "reconstructions rounded to bytes, samples truncated",
-        },
-        "figures": quality(pipe, network, train, test, **options),
-    }
+    record = new_record(
+        "fashion",
+        "cpu",
+        model=MODEL,
+        trained="in this package" if args.weights is None else "local files",
+        features=f"{NAME}, {network.dim} features, float32",
+        reference=f"Fashion-MNIST, {len(train)} training pictures, 32 x 32",
+        real=f"{len(test)} test pictures",
+        samples=args.count,
+        seed=args.seed,
+        sampling=asdict(pipe.sampling),
+        rounding="reconstructions rounded to bytes, samples truncated",
+    )
+    record["figures"] = quality(pipe, network, train, test, **options)
     if args.plots:
-        stem = result_path(args.json or ".", record).stem
         record["sheets"] = {}
         for name, sheet in sheets(pipe, test, args.seed).items():
-            path = args.plots / f"{stem}-{name}.png"
+            path = args.plots / f"{stem(args.json, record)}-{name}.png"
             save_png(path, to_pil(sheet[None])[0])
             record["sheets"][name] = path.name
     save(args.json, record)
@@ -216,13 +196,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def times(runs: Path) -> list[dict[str, Any]]:
-    """The training runs in a folder, in the order they began.
-
-    Args:
-        runs: folder with a folder for each run.
-
-    Returns:
-        `run`, `updates`, `minutes` and `started`, in seconds since 1970.
+    """Run, updates, minutes and start (seconds since 1970) of the trainings in a folder, in order.
 
     Raises:
         ValueError: there is no run, or a log holds fewer than two updates.
@@ -248,19 +222,15 @@ def times(runs: Path) -> list[dict[str, Any]]:
 
 def run_times(args: argparse.Namespace) -> dict[str, Any]:
     """Read the logs, and write what was asked for."""
-    record = {
-        "benchmark": "recipe-times",
-        "environment": environment("cpu"),
-        "protocol": {"timing": "first line of each run's log to the last, pauses included"},
-        "cases": times(args.times),
-    }
+    timing = "first line of each run's log to the last, pauses included"
+    record = new_record("recipe-times", "cpu", timing=timing) | {"cases": times(args.times)}
     save(args.json, record)
     return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = plain_parser(__doc__)
+    p = parser(__doc__, "json")
     add = p.add_argument
     weights = "folder with `tokenizer` and `generator`; default: those in the package"
     add("--weights", type=Path, metavar="DIR", help=weights)
@@ -271,14 +241,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--count", type=int, default=10_000, metavar="N", help="samples; default: 10000")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=100, metavar="N", help="default: 100")
-    add_json(p)
-    add("--plots", type=Path, metavar="DIR", help="write the two sheets of pictures there")
+    plots = SHARED["plots"] | {"help": "write the two sheets of pictures there"}
+    add("--plots", **plots)
     add("--times", type=Path, metavar="RUNS", help="read minutes of training there instead")
     args = p.parse_args(argv)
     if args.count < 10 or args.batch_size < 1:
         p.error("--count wants at least 10, --batch-size at least 1")
-    if args.plots is not None and not args.plots.is_dir():
-        p.error(f"--plots: no folder {args.plots}")
     try:
         record = run(args) if args.times is None else run_times(args)
     except (OSError, ValueError) as error:

@@ -33,8 +33,8 @@ from typing import Any
 _STARTED = time.perf_counter()  # before torch is imported
 
 import torch  # noqa: E402
-from lib.harness import environment, timed  # noqa: E402
-from lib.options import add_json, add_threads, check_counts, plain_parser, save, techniques  # noqa: E402
+from lib.harness import timed  # noqa: E402
+from lib.options import COUNT, new_record, parser, save, techniques  # noqa: E402
 from lib.tables import first_call_table  # noqa: E402
 
 from titok_fast import PRESETS, GeneratorConfig, TiTokPipeline, TokenizerConfig  # noqa: E402
@@ -74,12 +74,7 @@ def start(args: argparse.Namespace, mode: str, folder: str) -> dict[str, float]:
     """Run `draw_twice` in a process of its own whose caches lie in `folder`."""
     own = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
     own |= {"XDG_CACHE_HOME": folder, "TRITON_CACHE_DIR": str(Path(folder) / "triton")}
-    command = [sys.executable, __file__, "--child", "--modes", mode, "--device", args.device]
-    command += ["--batch-size", str(args.batch_size), "--dtype", args.dtype]
-    command += ["--tiny"] if args.tiny else ["--model", args.model]
-    for name in ("threads", "steps"):
-        value = getattr(args, name)
-        command += [] if value is None else [f"--{name}", str(value)]
+    command = [sys.executable, __file__, *args.words, "--child", "--modes", mode]
     begin = time.perf_counter()
     done = subprocess.run(command, env=own, capture_output=True, text=True)
     process = time.perf_counter() - begin
@@ -109,24 +104,22 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = plain_parser(__doc__)
+    p = parser(__doc__, "json", "threads")
     add = p.add_argument
     add("--model", choices=tuple(PRESETS), metavar="NAME", default="titok-l-32")
     add("--tiny", action="store_true", help="a network that runs in a moment, in place of --model")
-    add("--batch-size", type=int, default=8, metavar="B", help="default: 8")
-    add("--steps", type=int, metavar="T", help="default: those of the preset")
+    add("--batch-size", **COUNT, default=8, metavar="B", help="default: 8")
+    add("--steps", **COUNT, metavar="T", help="default: those of the preset")
     add("--modes", nargs="+", choices=MODES["cpu"], help="default: all that the device has")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--device", choices=tuple(MODES), default="cuda" if torch.cuda.is_available() else "cpu")
-    add_threads(p)
-    add_json(p)
+    add("--device", choices=tuple(MODES))
     add("--child", action="store_true", help=argparse.SUPPRESS)
-    args = p.parse_args(argv)
+    words = sys.argv[1:] if argv is None else [*argv]
+    args = p.parse_args(words, argparse.Namespace(words=words))
     args.modes = args.modes or list(MODES[args.device])
     wrong = sorted(set(args.modes) - set(MODES[args.device]))
     if wrong:
         p.error(f"--modes: {', '.join(wrong)} not on {args.device}")
-    check_counts(p, args, "batch_size", "steps", "threads")
     if args.tiny:
         args.model = "tiny"
         PRESETS["tiny"] = TINY
@@ -139,17 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.child:
         print(json.dumps(draw_twice(args)))
         return 0
-    record: dict[str, Any] = {
-        "benchmark": "first_call",
-        "environment": environment(args.device),
-        "protocol": {
-            "timing": "wall clock of fresh processes, one after the other",
-            "cold": "empty folders for the code that torch and Triton keep",
-            "warm": "the folders that the cold process has left",
-            "weights": "random",
-        },
-        "cases": [],
-    }
+    record = new_record(
+        "first_call",
+        args.device,
+        timing="wall clock of fresh processes, one after the other",
+        cold="empty folders for the code that torch and Triton keep",
+        warm="the folders that the cold process has left",
+        weights="random",
+    )
     for mode in args.modes:
         case = measure(args, mode)
         record["cases"].append(case)

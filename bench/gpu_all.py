@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from lib.harness import environment
-from lib.options import add_upstream, find_upstream, plain_parser, save
+from lib.options import parser, save
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "kernels", "sampling", "reconstruction", "training", "report")
@@ -78,15 +78,12 @@ def outcome(junit: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0 if all of them succeeded, 2 without a GPU."""
-    parser = plain_parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="few shapes")
-    add_upstream(parser)
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
+    p = parser(__doc__, "upstream")
+    p.add_argument("--quick", action="store_true", help="few shapes")
+    p.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
     results = ROOT / "bench" / "results"
-    parser.add_argument("--results", type=Path, default=results, metavar="FOLDER")
-    args = parser.parse_args(argv)
-    find_upstream(parser, args)
-
+    p.add_argument("--results", type=Path, default=results, metavar="FOLDER")
+    args = p.parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu_all wants a CUDA device, and torch sees none here", file=sys.stderr)
         return 2

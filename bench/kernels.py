@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from lib.harness import environment, precision, spread, summary, synchronize, table
+from lib.harness import precision, spread, summary, synchronize, table
 from lib.kernels.cases import Case, Rival, Spec
 from lib.kernels.ops import BUILDERS
 from lib.kernels.timing import peaks, time_calls
-from lib.options import save
+from lib.options import new_record, parser, save
 
 BUDGET_S, QUICK_BUDGET_S = 5.0, 0.5  # for the timed rounds of a case
 _COLUMNS = [
@@ -77,11 +77,7 @@ def check(rival: Rival) -> str | None:
 def measure(
     spec: Spec, case: Case, device: torch.device, *, compiled: bool, budget_s: float
 ) -> list[dict[str, Any]]:
-    """Judge all implementations of one case and time those that are right.
-
-    Returns:
-        A row each, "ours" first; "status" is "ok" where it was timed.
-    """
+    """Judge all implementations of a case, time those that are right; a row each, "ours" first."""
     rivals = dict(case.rivals)
     status = {"ours": check(rivals["ours"]) or "ok"}
     if status["ours"] == "ok":
@@ -107,16 +103,10 @@ def measure(
 
 
 def add_rates(rows: Sequence[dict[str, Any]], peak: dict[str, Any]) -> None:
-    """Add GB/s, the share of the device's peak, and the speed relative to upstream's.
-
-    Args:
-        rows: of one case.
-        peak: as `peaks` returns it.
-    """
-    upstream = next((r["seconds"]["median"] for r in rows if _is(r, "upstream")), None)
-    for row in rows:
-        if "seconds" not in row:
-            continue
+    """Add GB/s, the share of the device's peak, and the speed over upstream's to a case's rows."""
+    timed = [row for row in rows if "seconds" in row]
+    upstream = next((r["seconds"]["median"] for r in timed if r["by"] == "upstream"), None)
+    for row in timed:
         seconds = row["seconds"]["median"]
         arithmetic = row["flops"] / (peak["tflops"][row["dtype"]] * 1e12)
         floor = max(row["bytes_min"] / (peak["gbps"] * 1e9), arithmetic)
@@ -125,16 +115,12 @@ def add_rates(rows: Sequence[dict[str, Any]], peak: dict[str, Any]) -> None:
         row["x_upstream"] = None if upstream is None else upstream / seconds
 
 
-def _is(row: dict[str, Any], name: str) -> bool:
-    return row["by"] == name and "seconds" in row
-
-
 def slower_than_upstream(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each case in which ours is over 5 % slower than upstream's formula."""
     return [
         f"{r['op']} {r['model']} B={r['batch']} {r['dtype']} {r['work']}: {r['x_upstream']:.2f}x"
         for r in rows
-        if _is(r, "ours") and r["x_upstream"] is not None and r["x_upstream"] < 0.95
+        if r["by"] == "ours" and (r.get("x_upstream") or 1) < 0.95
     ]
 
 
@@ -159,14 +145,9 @@ def run(
 ) -> dict[str, Any]:
     """Measure a plan; `keep` saves the record after each case: an interruption loses one."""
     clock = "device events" if device.type == "cuda" else "wall clock"
-    protocol = {"timing": f"{clock}, caches flushed, random order", "budget_s": budget_s}
-    record: dict[str, Any] = {
-        "benchmark": "kernels",
-        "environment": environment(device),
-        "protocol": protocol,
-        "peaks": peaks(device),
-        "cases": [],
-    }
+    timing = f"{clock}, caches flushed, random order"
+    record = new_record("kernels", device, timing=timing, budget_s=budget_s)
+    record["peaks"] = peaks(device)
     for i, spec in enumerate(specs):
         print(f"{i + 1}/{len(specs)} {spec}", file=sys.stderr, flush=True)
         rows = measure(spec, build(spec, device), device, compiled=compiled, budget_s=budget_s)
@@ -178,17 +159,13 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table; 0 unless one of ours is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--json", metavar="FILE", help="write the record there; a folder: name it after the run")
+    p = parser(__doc__, "json", "device")
+    add = p.add_argument
     add("--quick", action="store_true", help="few shapes, short, no torch.compile")
     compile_help = "also the reference through torch.compile; on by default unless --quick"
     add("--compile", action=argparse.BooleanOptionalAction, default=None, help=compile_help)
     add("--only", choices=BUILDERS, nargs="+", metavar="NAME", help="these ops")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+    args = p.parse_args(argv)
 
     device = torch.device(args.device)
     specs = [s for s in plan(device.type == "cuda", args.quick) if s.op in (args.only or BUILDERS)]

@@ -8,7 +8,6 @@ breaks a rule of `failures`, or if the whole run used more processor time than t
 are cached by source: only what changed is compiled again.
 """
 
-import argparse
 import hashlib
 import importlib
 import json
@@ -25,6 +24,7 @@ import triton
 from lib import machine_code
 from lib.harness import table
 from lib.machine_code import MachineCode, compile_offline
+from lib.options import parser
 
 import titok_fast.kernels
 from titok_fast.costs import DEVICES
@@ -98,13 +98,7 @@ def report_row(case: OfflineCase, arch: int, code: MachineCode) -> dict[str, Any
 
 
 def failures(row: dict[str, Any], expects_mma: bool, vector_loads: bool) -> list[str]:
-    """The rules that a row breaks, in words.
-
-    Args:
-        row: with arch ("sm_80") and the figures of `MachineCode`.
-        expects_mma: True: tensor-core instructions must be there; False: they must not.
-        vector_loads: whether there must be streams, read in 128 bits and with 64-bit offsets.
-    """
+    """The rules that a row breaks; `vector_loads` asks for wide streams with 64-bit offsets."""
     limit = LIMITS[int(row["arch"].removeprefix("sm_"))].shared - _SHARED_RESERVED
     broken = []
     if row["spill_bytes"] or row["stack_bytes"]:
@@ -207,16 +201,14 @@ def _processor_seconds() -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 0 if every row passes within the limit, else 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    p = parser(__doc__)
+    add = p.add_argument
     add("--json", type=Path, metavar="FILE", help="also write the rows there")
     add("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS))
     add("--cache", type=Path, metavar="DIR", default=DEFAULT_CACHE)
     limit_help = "fail if it takes more processor time"
     add("--limit-s", type=float, default=float("inf"), metavar="SECONDS", help=limit_help)
-    args = parser.parse_args(argv)
+    args = p.parse_args(argv)
 
     rows = build_report(args.arch, args.cache)
     if args.json:

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lib import options
 from lib.candidates import arithmetic, say
 from lib.harness import NOT_MEASURED, summary, table, time_interleaved
-from lib.options import add_single, check, chosen_mode, in_mode, save, start_record
 from lib.peers.systems import PAPER_A100, SYSTEMS, System
 from lib.weights import build, draw_only
 
@@ -37,11 +37,7 @@ Rivals = Mapping[str, Callable[[], object]]
 
 
 def interpolated_sum(points: Mapping[int, float], steps: int) -> float:
-    """Seconds of steps 0 .. steps-1 from those of some: linear between them, constant outside.
-
-    Raises:
-        ValueError: no point, or one that is not a step of the run.
-    """
+    """Seconds of steps 0 .. steps-1 from those of some: linear between them, constant outside."""
     if not points or min(points) < 0 or max(points) >= steps:
         raise ValueError(f"interpolated_sum wants points in 0..{steps - 1}; got {sorted(points)}")
     known = sorted(points)
@@ -64,7 +60,7 @@ def ours(args: argparse.Namespace, side: int) -> dict[str, Callable[[], object]]
     for name in args.ours or OURS[side]:
         pipe = draw_only(PRESETS[name], args.device, args.weights_dtype)
         for mode in args.modes:
-            own = in_mode(pipe, mode)
+            own = options.in_mode(pipe, mode)
             settings = asdict(own.sampling.updated(num_sample_steps=OUR_STEPS))
             labels = torch.arange(args.batch_size) % 1000
             draw = partial(own, labels, batch_size=args.batch_size, output="tensor", **settings)
@@ -107,14 +103,8 @@ def estimate(
 ) -> dict[str, Any]:
     """Samples/s of a peer from the times of its parts, and how much faster ours are.
 
-    Args:
-        system: the published system.
-        times: seconds of "step <index>", of "decode", and of "<model> <mode>" for ours.
-        steps_per_call: steps in one call of a step.
-        batch: images in each call.
-
-    Returns:
-        The measured part of a row; times of steps are per step, in ms.
+    `times` has seconds of "step <index>", of "decode", and of "<model> <mode>" for ours. Those of
+    steps come back per step, in ms.
     """
     step_ms, compared = {}, []
     decode = summary([1000 * s for s in times["decode"]])
@@ -166,7 +156,7 @@ def peers_table(record: Mapping[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure system after system; the JSON, where asked for, is rewritten after each."""
-    record = start_record("peers", args)
+    record = options.start_record("peers", args)
     record["protocol"] |= {
         "warmup": "one round",
         "memory": "one peer at a time beside ours",
@@ -179,31 +169,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rivals.clear()  # frees them before the next are loaded
             side, rivals = system.side, ours(args, system.side)
         record["cases"].append(measure(system, rivals, args))
-        save(args.json, record)
+        options.save(args.json, record)
     return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a system failed."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, known = p.add_argument, {s.name: s for s in SYSTEMS}
-    add("--peers", metavar="A,B", help=f"default: all of {', '.join(known)}")
-    add("--batch-size", type=int, metavar="B", help="images at once; CPU: 1; CUDA: 32")
-    add_single(p, "ours also")
+    p = options.single_parser(__doc__, "ours also")
+    add = p.add_argument
+    add("--peers", **options.names_of([s.name for s in SYSTEMS]))
+    add("--batch-size", **options.COUNT, metavar="B", help="images at once; CPU: 1; CUDA: 32")
     add("--ours", nargs="+", choices=tuple(PRESETS), metavar="NAME", help=argparse.SUPPRESS)
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # small networks, for tests
     args = p.parse_args(argv)
-    names = args.peers.split(",") if args.peers else list(known)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        p.error(f"--peers: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    args.systems = sorted((known[name] for name in names), key=SYSTEMS.index)
-    on_cuda = check(p, args, "batch_size", "repeats", "threads")
-    args.batch_size = (32 if on_cuda else 1) if args.batch_size is None else args.batch_size
+    args.systems = [s for s in SYSTEMS if s.name in args.peers]
+    options.check(p, args, batch_size=(1, 32))
     args.weights_dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    args.modes = list(dict.fromkeys(("eager", chosen_mode(p, args))))
+    args.modes = list(dict.fromkeys(("eager", options.chosen_mode(p, args))))
     record = run(args)
     print(peers_table(record))
     return int(any("failed" in str(c.get("not_measured")) for c in record["cases"]))

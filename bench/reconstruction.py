@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.candidates import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
-from lib.options import in_mode, load, parse, parser, save, start_record
+from lib.candidates import Candidate, arithmetic, candidate, in_dtypes, shared
+from lib.options import contenders, load, matrix_parser, measure_case, parse_matrix, start_record
 from lib.tables import reconstruction_table
 from torch import Tensor
 
@@ -65,31 +65,23 @@ def candidates(
 ) -> list[Candidate]:
     """Ours in eager float32 first, whether asked for or not; then the rest."""
     device = pipe.device
-    made: list[Candidate] = []
     with arithmetic("fp32-ieee"):
         latent = encode(pipe, images, device)
     work, value = (encode, images) if direction == "encode" else (decode, latent)
 
-    def add(name: str, dtype: str, mode: str, model: Any, cast: bool = False) -> None:
-        def probe() -> dict[str, Tensor]:
-            if direction == "decode":
-                pixels = model.tokenizer.decode_tokens(latent.to(device))
-                return {"pixels": pixels.float().clamp(0, 1).cpu()}
-            codes = encode(model, images, device)
-            return {} if codes.is_floating_point() else {"ids": codes}
+    def probe(model: Any) -> dict[str, Tensor]:
+        if direction == "decode":
+            pixels = model.tokenizer.decode_tokens(latent.to(device))
+            return {"pixels": pixels.float().clamp(0, 1).cpu()}
+        codes = encode(model, images, device)
+        return {} if codes.is_floating_point() else {"ids": codes}
 
-        autocast = device.type if cast else None
-        context, call = partial(arithmetic, dtype, autocast), partial(work, model, value, device)
-        made.append(Candidate(name, dtype, mode, call, probe, context, weight_bytes(model)))
-
-    add("ours", "fp32-ieee", "eager", shared(pipe))
-    for dtype, ours in by_dtype.items():
-        for mode in modes:
-            if (dtype, mode) == ("fp32-ieee", "eager") or (mode == "int8" and dtype != "bf16"):
-                continue
-            add("ours", dtype, mode, in_mode(ours, mode))
-        if rival is not None:
-            add("upstream", dtype, "eager", rival, cast=dtype == "bf16")
+    first = ("ours", "fp32-ieee", "eager")
+    others = (one for one in contenders(by_dtype, rival, modes) if one[:3] != first)
+    made = []
+    for *key, model in [(*first, shared(pipe)), *others]:
+        call = partial(work, model, value, device)
+        made.append(candidate(*key, model, call, partial(probe, model), clocked=False))
     return made
 
 
@@ -113,19 +105,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 }
                 case = {"model": name, "batch": batch, "direction": direction}
                 case |= {"gflop_per_image": gflop}
-                where = f"{name} {direction} batch {batch}: "
-                rows = measure(
-                    made, images=batch, device=args.device, repeats=args.repeats, prefix=where
-                )
-                record["cases"] += [case | row for row in rows]
-                save(args.json, record)
-                torch.compiler.reset()
+                measure_case(record, args, case, made)
     return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a candidate failed."""
-    args = parse(parser(__doc__, MODELS), argv)
+    args = parse_matrix(matrix_parser(__doc__), argv, MODELS)
     record = run(args)
     print(reconstruction_table(record, details=True))
     return int(any("error" in case for case in record["cases"]))

@@ -8,7 +8,6 @@ newest commit measured counts, with all its files: numbers of two commits never 
 Benchmarks that write one whole file per run show the newest file of each device, model and batch.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -18,16 +17,10 @@ from typing import Any
 
 from lib.cost_model import comparison_table
 from lib.harness import NOT_YET, RATES, table
+from lib.options import parser
 from lib.peers.systems import PAPER_A100
 from lib.quality_tables import figures_table, newest_quality, trends_table
-from lib.summaries import (
-    SUMMARIES,
-    device_of,
-    fast_modes,
-    fold_tables,
-    headline,
-    training_minutes,
-)
+from lib.summaries import SUMMARIES, device_of, fast_modes, fold_tables, headline, training_minutes
 from lib.tables import (
     IN_PACKAGE,
     PAPER,
@@ -136,13 +129,7 @@ SECTIONS = (*_PER_DEVICE, *_PER_RUN, *_SHORT)
 
 
 def section(files: Files, name: str, folder: str = "bench/results") -> str:
-    """What stands between a pair of markers.
-
-    Args:
-        files: of the results.
-        name: one of SECTIONS.
-        folder: where the pictures lie, as seen from the document.
-    """
+    """What stands between a pair of markers; `folder` is where pictures lie for the document."""
     if name in _SHORT:
         return _SHORT[name](files)
     parts = []
@@ -214,12 +201,7 @@ def documents(root: Path) -> list[Path]:
 
 
 def fill(texts: Mapping[Path, str], files: Files, results: Path) -> dict[Path, str]:
-    """The documents with their sections rewritten.
-
-    Args:
-        texts: each document's text, by its path.
-        files: of the results.
-        results: the folder of the files and their pictures.
+    """The documents, texts by path, with their sections rewritten; `results` is the files' folder.
 
     Raises:
         ValueError: a section is missing, stands twice, or is unknown.
@@ -244,9 +226,7 @@ def fill(texts: Mapping[Path, str], files: Files, results: Path) -> dict[Path, s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
     p.add_argument("--check", action="store_true", help="compare, write nothing")
     p.add_argument("--results", type=Path, metavar="FOLDER", help="default: ROOT/bench/results")
     p.add_argument("--root", type=Path, default=ROOT, metavar="FOLDER", help="of the documents")

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.candidates import Candidate, arithmetic, in_dtypes, measure, shared, weight_bytes
+from lib.candidates import Candidate, candidate, fixed_ids, in_dtypes, labels_of, shared
 from lib.harness import NOT_MEASURED, say
-from lib.options import in_mode, load, parse, parser, save, start_record
+from lib.options import contenders, load, matrix_parser, measure_case, parse_matrix, start_record
 from lib.peers.systems import PAPER_A100
 from lib.quality_tables import newest_quality
-from lib.stages import watch
 from lib.tables import IN_PACKAGE, sampling_table
 from torch import Tensor
 
@@ -60,43 +59,23 @@ def candidates(
     config: SamplingConfig,
 ) -> list[Candidate]:
     """The reference on `pipe`, then ours and upstream in each precision, each with its clock."""
-    assert pipe.generator is not None
-    N, K, device = pipe.generator.config.codebook_size, pipe.generator.image_seq_len, pipe.device
-    ids = torch.randint(N, (len(labels), K), generator=torch.Generator().manual_seed(0)).to(device)
-    masked = ids.masked_fill(torch.arange(K, device=device) % 2 == 0, N)
-    made: list[Candidate] = []
-
-    def add(name: str, dtype: str, mode: str, model: Any, call: Any, cast: bool = False) -> None:
-        autocast = device.type if cast else None
-        probe = partial(_probe, model, ids, masked, labels)
-        context = partial(arithmetic, dtype, autocast)
-        weights = weight_bytes(model)  # before the clock goes in: watch() leaves weights alone
-        clock = watch(model.tokenizer, device)
-        made.append(Candidate(name, dtype, mode, call, probe, context, weights, clock))
-
+    ids, masked = fixed_ids(pipe, len(labels))
     plain = shared(pipe)
-    add("reference", "fp32-ieee", "eager", plain, partial(reference, plain, labels, config))
-    for dtype, ours in by_dtype.items():
-        for mode in modes:
-            if mode == "int8" and dtype != "bf16":
-                continue
-            own = in_mode(ours, mode)
-            draw = partial(
-                own, labels.cpu(), batch_size=len(labels), output="tensor", **asdict(config)
-            )
-            add("ours", dtype, mode, own, draw)
-        if rival is not None:
-            theirs = shared(rival)
-            draw = partial(theirs.draw, labels, config)
-            add("upstream", dtype, "eager", theirs, draw, cast=dtype == "bf16")
+    call: Any = partial(reference, plain, labels, config)
+    probe = partial(_probe, ids=ids, masked=masked, labels=labels)
+    made = [candidate("reference", "fp32-ieee", "eager", plain, call, partial(probe, plain))]
+    for name, dtype, mode, model in contenders(by_dtype, rival, modes):
+        if name == "upstream":
+            call = partial(model.draw, labels, config)
+        else:
+            options = {"batch_size": len(labels), "output": "tensor"} | asdict(config)
+            call = partial(model, labels.cpu(), **options)
+        made.append(candidate(name, dtype, mode, model, call, partial(probe, model)))
     return made
 
 
 def quality(model: str) -> dict[str, Any] | None:
-    """What stands beside a model's speed: label agreement (0..1), FID, and FID of real images.
-
-    None where fashion.py has not measured it.
-    """
+    """Label agreement (0..1), FID, and FID of real images; None where it is not measured."""
     record = newest_quality(model)
     if record is None:
         return None
@@ -126,12 +105,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         costs = generation_costs(pipe.tokenizer.config, pipe.generator.config, config)
         gflop = {stage: cost.flops / 1e9 for stage, cost in costs.items()}
         for batch in args.batch:
-            labels = (37 * torch.arange(batch, device=args.device)) % classes
+            labels = labels_of(0, batch).to(args.device) % classes
             made = candidates(pipe, by_dtype, rival, args.modes, labels, config)
-            where = f"{name} batch {batch}: "
-            rows = measure(
-                made, images=batch, device=args.device, repeats=args.repeats, prefix=where
-            )
             case = {
                 "model": name,
                 "batch": batch,
@@ -141,10 +116,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "weights": weights,
                 "quality": quality(name) if shipped and args.steps is None else None,
             }
-            record["cases"] += [case | row for row in rows]
-            save(args.json, record)
+            measure_case(record, args, case, made)
             del made
-            torch.compiler.reset()
     return record
 
 
@@ -163,11 +136,11 @@ def quality_lines(record: Mapping[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a candidate failed."""
-    p = parser(__doc__, MODELS)
+    p = matrix_parser(__doc__)
     if not torch.cuda.is_available():
         p.set_defaults(models=[MODELS[0], MODELS[-1]])  # one large, and one that takes seconds
     p.add_argument("--steps", type=int, metavar="T", help="default: the model's published setting")
-    args = parse(p, argv)
+    args = parse_matrix(p, argv, MODELS)
     for name in args.models:
         if PRESETS[name].generator is None:
             p.error(f"{name} has no generator: python bench/reconstruction.py measures tokenizers")

@@ -22,18 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib import cost_model
+from lib import cost_model, options
 from lib.harness import NOT_MEASURED, say, summary, timed
-from lib.options import (
-    add_single,
-    check,
-    chosen_mode,
-    in_mode,
-    plain_parser,
-    result_path,
-    save,
-    start_record,
-)
 from lib.tables import scaling_table
 from lib.workloads import Workload, draw, measure, pipeline, settings
 
@@ -49,15 +39,9 @@ FIT = (Workload(), Workload(batch=4), Workload("titok-b-64", tokens=256), Worklo
 
 
 def axis_workloads(axis: str, cores: int, devices: int | None) -> list[Workload]:
-    """All workloads of an axis.
+    """All workloads of an axis: L-32, batch 1 and 8 steps where the axis does not vary that.
 
-    Args:
-        axis: one of AXES.
-        cores: CPU threads to go up to.
-        devices: CUDA devices; None on a CPU.
-
-    Returns:
-        Workloads of L-32, batch 1 and 8 steps where the axis does not vary that.
+    They go up to the CPU's `cores`, or the CUDA `devices` (None on a CPU).
     """
     if axis == "batch":
         return [Workload(batch=B) for B in BATCHES]
@@ -93,14 +77,11 @@ def left_out(workload: Workload, max_batch: int, cores: int) -> str | None:
 def measure_ranks(
     workload: Workload, *, device: torch.device, dtype: str, repeats: int, mode: str = "eager"
 ) -> dict[str, Any]:
-    """A row of a workload whose `ranks` processes begin each round together.
-
-    Its "seconds" are those of the slowest rank in each round; memory is not measured.
-    """
+    """A row of a workload whose ranks begin each round together; the slowest gives "seconds"."""
     context = torch.multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(workload.ranks), context.SimpleQueue()
     row: dict[str, Any] = workload.row() | {"dtype": dtype, "mode": mode}
-    job = (workload, device.type, dtype, mode, repeats, barrier, results)
+    job = (workload, device.type, (dtype, mode, repeats), barrier, results)
     failures = (
         torch.multiprocessing.ProcessRaisedException,
         torch.multiprocessing.ProcessExitedException,
@@ -116,18 +97,10 @@ def measure_ranks(
     return row | {"seconds": seconds, "images_per_s": summary(rates), "peak_bytes": None}
 
 
-def _rank(
-    index: int,
-    workload: Workload,
-    kind: str,
-    dtype: str,
-    mode: str,
-    repeats: int,
-    barrier: Any,
-    results: Any,
-) -> None:
+def _rank(index: int, workload: Workload, kind: str, how: Any, barrier: Any, results: Any) -> None:
+    dtype, mode, repeats = how
     device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
-    pipe = in_mode(pipeline(workload, device, dtype), mode)
+    pipe = options.in_mode(pipeline(workload, device, dtype), mode)
     work = partial(draw, workload, pipe)
     seconds = []
     with settings(workload, dtype):
@@ -164,33 +137,29 @@ def measure_axis(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure axis after axis; the JSON, where asked for, is rewritten after each."""
-    record = start_record("scaling", args)
+    record = options.start_record("scaling", args)
     record["protocol"]["warmup"] = "two calls of each: first call, memory"
     for axis in args.axes:
         say(f"axis {axis}")
         record["cases"] += measure_axis(axis, args)
-        save(args.json, record)
+        options.save(args.json, record)
     try:
         record["cost_model"] = cost_model.analysis(record["cases"], FIT)
     except (ValueError, ImportError) as error:  # axes without the workloads to fit on
         say(f"no cost model: {error}")
-    save(args.json, record)
+    options.save(args.json, record)
     return record
 
 
 def cost_model_record(args: argparse.Namespace) -> dict[str, Any]:
-    """The record of --cost-model: of a file of this script's, or of a run of its own.
-
-    Raises:
-        ValueError: the file's run has measured too little to fit on.
-    """
+    """The record of --cost-model: of a file of this script's, or of a run of its own."""
     if args.cost_model != "":
         record = json.loads(Path(args.cost_model).read_text())
         if "cost_model" not in record:
             raise ValueError(f"{args.cost_model}: this run measured too few workloads to fit on")
         fitted = [Workload(**fields) for fields in record["cost_model"]["fitted_on"]]
     else:
-        record, fitted = start_record("cost-model", args), list(cost_model.FIT)
+        record, fitted = options.start_record("cost-model", args), list(cost_model.FIT)
         common = {name: getattr(args, name) for name in ("device", "dtype", "repeats", "mode")}
         record["cases"] = measure((*cost_model.FIT, *cost_model.CHECK), **common)
     record["benchmark"] = "cost-model"  # so that its own file does not take the other's name
@@ -210,35 +179,25 @@ def report_cost_model(found: Mapping[str, Any]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a workload failed, or the cost model missed its goal."""
-    p = plain_parser(__doc__)
+    p = options.single_parser(__doc__, "all workloads", "plots")
     add = p.add_argument
-    add("--axes", metavar="A,B", default=",".join(AXES), help=f"default: {','.join(AXES)}")
-    add("--max-batch", type=int, metavar="B", help="CPU: 8; CUDA: 64")
-    add("--plots", metavar="DIR", help="also a plot there, named after the run")
-    text = (
-        "fit and check the cost model instead: on a record of this script, or on a run of its own"
-    )
-    add("--cost-model", nargs="?", const="", metavar="FILE", help=text)
+    add("--axes", **options.names_of(AXES))
+    add("--max-batch", **options.COUNT, metavar="B", help="CPU: 8; CUDA: 64")
+    what = "fit and check the cost model: on a record of this script, or on a run of its own"
+    add("--cost-model", nargs="?", const="", metavar="FILE", help=what)
     add("--floors", action="store_true", help="print the floors of A100 and H100 instead")
-    add_single(p, "all workloads")
     args = p.parse_args(argv)
     if args.floors:
         print("Floors, ms per image, bfloat16, batch 128:\n\n" + cost_model.floors_table())
         return 0
-    on_cuda = check(p, args, "max_batch", "repeats", "threads")
-    args.axes, args.mode = args.axes.split(","), chosen_mode(p, args)
-    unknown = [axis for axis in args.axes if axis not in AXES]
-    if unknown:
-        p.error(f"--axes: unknown {', '.join(unknown)}; known: {', '.join(AXES)}")
-    args.max_batch = (64 if on_cuda else 8) if args.max_batch is None else args.max_batch
-    if args.plots is not None and not Path(args.plots).is_dir():
-        p.error(f"--plots wants an existing folder; got {args.plots}")
+    options.check(p, args, max_batch=(8, 64))
+    args.mode = options.chosen_mode(p, args)
     if args.cost_model is not None:
         try:
             record = cost_model_record(args)
         except ValueError as error:
             p.error(f"--cost-model {error}")
-        save(args.json, record)
+        options.save(args.json, record)
         return report_cost_model(record["cost_model"])
     record = run(args)
     print(scaling_table(record))
@@ -247,8 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plots is not None:
         from lib import plots
 
-        stem = result_path(args.json or ".", record).stem
-        plots.write(plots.scaling(record), Path(args.plots) / f"{stem}.svg")
+        plots.write(plots.scaling(record), args.plots / f"{options.stem(args.json, record)}.svg")
     return int(any("error" in case for case in record["cases"]))
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from lib.harness import RATES, gib, resident, say, spread, summary, table, timed
-from lib.options import add_run, add_upstream, check, plain_parser, save, start_record
+from lib.options import COUNT, RUN, check, parser, save, start_record
 from lib.training_ours import RECIPES, OurLearner, batch_of, random_task, recipe_of
 from lib.training_upstream import UpstreamLearner
 
@@ -165,9 +165,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def floor_seconds(case: dict[str, Any], rates: dict[str, float]) -> float | None:
     """Seconds that the matmuls of a row's update take at the matmul rates of its run.
 
-    Those of the forward count three times, as the backward computes two gradients, and those of the
-    proxy codes once, in float32 (TF32 on CUDA). Exact rewrites can go below it. None for stage 2,
-    whose losses have networks that costs.py does not count.
+    Those of the forward count three times, as the backward computes two gradients, those of the
+    proxy codes once, in float32 (TF32 on CUDA). None for stage 2, whose losses costs.py does not
+    count.
     """
     found = preset(case["model"])
     single = "tf32" if "tf32" in rates else "fp32-ieee"
@@ -208,28 +208,23 @@ def training_table(record: dict[str, Any]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, refused before any work where they do not fit."""
-    p = plain_parser(__doc__)
+    p = parser(__doc__, "upstream", *RUN)
     add = p.add_argument
     models = f"{', '.join(RECIPES)}; default: all of them on CUDA, else the first"
     add("--models", nargs="+", choices=RECIPES, metavar="NAME", help=models)
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    add("--batch", type=int, metavar="B", help="default: 32 on CUDA, else 8")
-    add("--rounds", type=int, default=3, metavar="N", help="processes of each system; default: 3")
+    add("--batch", **COUNT, metavar="B", help="default: 32 on CUDA, else 8")
+    add("--rounds", **COUNT, default=3, metavar="N", help="processes of each system; default: 3")
     steps = "timed updates of each; default: 20 on CUDA, else 2"
-    add("--steps", type=int, metavar="N", help=steps)
+    add("--steps", **COUNT, metavar="N", help=steps)
     add("--float32", action="store_true", help="also in float32")
-    add_upstream(p)
-    add_run(p)
     add("--smoke", action="store_true", help="titok-s-128 at batch 1, one update: does it run?")
     args = p.parse_args(argv)
     if args.smoke:
         args.models, args.batch, args.rounds, args.steps = ["titok-s-128"], 1, 1, 1
-    on_cuda = check(p, args, "batch", "rounds", "steps", "threads")
-    args.models = args.models or list(RECIPES)[: None if on_cuda else 1]
-    args.batch = args.batch or (32 if on_cuda else 8)
-    args.steps = args.steps or (20 if on_cuda else 2)
-    # what start_record asks for
-    args.dtype, args.weights = ["tf32" if on_cuda else "fp32-ieee", "bf16"], None
+    models = list(RECIPES)
+    dtypes = ["fp32-ieee", "bf16"], ["tf32", "bf16"]  # whose rates start_record measures
+    check(p, args, models=(models[:1], models), batch=(8, 32), steps=(2, 20), dtype=dtypes)
     return args
 
 

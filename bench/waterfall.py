@@ -33,16 +33,7 @@ from lib import upstream as official
 from lib import waterfall_rows
 from lib.candidates import measure
 from lib.harness import RATES, matmul_peak, precision, say
-from lib.options import (
-    add_repeats,
-    add_run,
-    add_upstream,
-    add_weights,
-    check,
-    plain_parser,
-    save,
-    start_record,
-)
+from lib.options import COUNT, PRECISIONS, RUN, check, names_of, parser, save, start_record
 from lib.tables import waterfall_table
 from lib.waterfall_candidates import Inputs, Prepared
 from lib.waterfall_rows import Row, next_group
@@ -194,37 +185,21 @@ def _rows(args: argparse.Namespace) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 1 when a row failed."""
-    p = plain_parser(__doc__)
-    add, known = p.add_argument, waterfall_rows.names()
-    add("--model", default="titok-l-32", metavar="NAME", help="preset (default: titok-l-32)")
-    add("--batch-size", type=int, metavar="B", help="images at once; CPU: 8; CUDA: 32")
-    add("--rows", metavar="A,B", help=f"default: all of {', '.join(known)}")
-    add_repeats(p)
-    add_weights(p)
-    add_upstream(p)
-    add_run(p)
+    p = parser(__doc__, "repeats", "weights", "upstream", *RUN)
+    add, drawing = p.add_argument, [name for name, s in PRESETS.items() if s.generator is not None]
+    what = "preset with a generator (default: titok-l-32)"
+    add("--model", choices=drawing, default="titok-l-32", metavar="NAME", help=what)
+    add("--batch-size", **COUNT, metavar="B", help="images at once; CPU: 8; CUDA: 32")
+    add("--rows", **names_of(waterfall_rows.names()))
     args = p.parse_args(argv)
-    _check(p, args, known)
+    dtypes = [name for name in PRECISIONS if name != "tf32"], list(PRECISIONS)
+    check(p, args, batch_size=(8, 32), dtype=dtypes)
     record = run(args)
     print(waterfall_table(record))
     gflop, peaks = sum(record["gflop_per_image"].values()), record[RATES]
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in peaks.items())
     print(f"official work: {gflop:.0f} GFLOP per image; matmuls, GFLOP/s: {rates}")
     return int(any("error" in case for case in record["cases"]))
-
-
-def _check(p: argparse.ArgumentParser, args: argparse.Namespace, known: Sequence[str]) -> None:
-    """Refuse before any work, and fill in what depends on the device."""
-    if args.model not in PRESETS or PRESETS[args.model].generator is None:
-        fitting = ", ".join(name for name, s in PRESETS.items() if s.generator is not None)
-        p.error(f"--model wants a preset with a generator; got {args.model}; known: {fitting}")
-    args.rows = args.rows.split(",") if args.rows else list(known)
-    unknown = [name for name in args.rows if name not in known]
-    if unknown:
-        p.error(f"--rows: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    on_cuda = check(p, args, "batch_size", "repeats", "threads")
-    args.batch_size = (32 if on_cuda else 8) if args.batch_size is None else args.batch_size
-    args.dtype = ["fp32-ieee", *["tf32"] * on_cuda, "bf16"]
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ for its memory and once to compare its output with the reference; then the timed
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from statistics import median
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from lib.harness import peak_memory, precision, say, summary, time_interleaved, timed
-from lib.stages import StageClock
 from torch import Tensor, nn
 
 from titok_fast import TiTokPipeline
@@ -22,11 +26,93 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 20
 T = TypeVar("T")
 
 
-def shared(model: T) -> T:
-    """A copy of a pipeline (or of anything with a tokenizer and a generator) on the same tensors.
+class StageClock:
+    """Times the stages of calls: with device events on CUDA, the host's clock elsewhere.
 
-    Compiling it or watching its stages leaves the original as it is.
+    A `with` block is one call; `mark(stage)` ends a stage, the block itself ends `rest`.
     """
+
+    def __init__(self, device: torch.device, rest: str) -> None:
+        self._on_cuda, self._rest = device.type == "cuda", rest
+        self._calls: list[list[tuple[str, Any]]] = []
+        self._open = False
+
+    def __enter__(self) -> "StageClock":
+        self._calls.append([("", self._now())])
+        self._open = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.mark(self._rest)
+        self._open = False
+
+    def mark(self, stage: str) -> None:
+        """End a stage here; the next one begins."""
+        if self._open:
+            self._calls[-1].append((stage, self._now()))
+
+    def medians(self, last: int) -> dict[str, float]:
+        """Median seconds of each stage over the last calls, all finished on the device."""
+        times: dict[str, list[float]] = {}
+        for stamps in self._calls[-last:]:
+            for (_, begin), (stage, end) in pairwise(stamps):
+                times.setdefault(stage, []).append(self._seconds(begin, end))
+        return {stage: median(values) for stage, values in times.items()}
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if self._on_cuda else end - begin
+
+
+class Stage(nn.Module):
+    """A part of a model that reports when it begins and ends; compiled if it was."""
+
+    def __init__(
+        self, inner: nn.Module, before: Callable[[], None], after: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self.inner, self._before, self._after = inner, before, after
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the part."""
+        self._before()
+        result = self.inner(*args, **kwargs)
+        self._after()
+        return result
+
+
+def watch(tokenizer: Any, device: torch.device) -> StageClock:
+    """Put a clock into the decoders of a tokenizer (ours or upstream's), in place.
+
+    Stages: "generator", with the code look-up; "vit_decoder"; "pixel_decoder", with the pixel
+    codebook; "transfer", to uint8 on the host.
+    """
+    clock = StageClock(device, rest="transfer")
+
+    def ends(stage: str) -> Callable[[], None]:
+        return lambda: clock.mark(stage)
+
+    tokenizer.decoder = Stage(tokenizer.decoder, ends("generator"), ends("vit_decoder"))
+    if hasattr(tokenizer, "pixel_decoder"):
+        tokenizer.pixel_decoder = Stage(
+            tokenizer.pixel_decoder, lambda: None, ends("pixel_decoder")
+        )
+    return clock
+
+
+def shared(model: T) -> T:
+    """A copy of a pipeline (or upstream's models) on the same tensors, to compile or to watch."""
     memo = {id(t): t for module in _modules(model) for t in _tensors(module)}
     return copy.deepcopy(model, memo)
 
@@ -35,6 +121,21 @@ def in_dtypes(pipe: TiTokPipeline, names: Sequence[str]) -> dict[str, TiTokPipel
     """A pipeline with the weights that each precision wants; in float32 `pipe` itself."""
     low = copy.deepcopy(pipe).to(dtype=torch.bfloat16) if "bf16" in names else None
     return {name: low if low is not None and name == "bf16" else pipe for name in names}
+
+
+def labels_of(first: int, count: int) -> Tensor:
+    """(count,) int64 classes of images first .. first + count - 1: distinct up to 1000."""
+    return 37 * torch.arange(first, first + count) % 1000
+
+
+def fixed_ids(pipe: TiTokPipeline, count: int) -> tuple[Tensor, Tensor]:
+    """(count, K) ids that are the same in every run, and the same half masked."""
+    assert pipe.generator is not None
+    config, seeded = pipe.generator.config, torch.Generator().manual_seed(0)
+    shape = (count, config.image_seq_len)
+    ids = torch.randint(config.codebook_size, shape, generator=seeded).to(pipe.device)
+    even = torch.arange(shape[1], device=pipe.device) % 2 == 0
+    return ids, ids.masked_fill(even, config.mask_token_id)
 
 
 def weight_bytes(model: object) -> int:
@@ -64,17 +165,10 @@ def arithmetic(name: str, autocast: str | None = None) -> Iterator[None]:
 class Candidate:
     """One implementation in one precision.
 
-    Attributes:
-        implementation: "ours", "reference" or "upstream".
-        dtype: a name that harness.precision knows.
-        mode: one of options.MODES.
-        call: the work that is timed, inside `context`.
-        probe: its output for fixed inputs, compared with that of the first candidate: "ids"
-            (integers) and "pixels" (floats), either may be absent.
-        context: arithmetic to run both in.
-        weight_bytes: what this candidate alone would hold in memory.
-        clock: times the stages of each call.
-        images: in one call, where this differs from `measure`.
+    `call` is the work that is timed. `probe` gives its output for fixed inputs, which is compared
+    with that of the first candidate: "ids" (integers) and "pixels" (floats), either may be absent.
+    Both run in `context`. `weight_bytes` is what it alone would hold. `images` differ from those of
+    `measure` where given.
     """
 
     implementation: str
@@ -99,6 +193,29 @@ class Candidate:
                 return self.call()
 
 
+def candidate(
+    implementation: str,
+    dtype: str,
+    mode: str,
+    model: Any,
+    call: Callable[[], object],
+    probe: Callable[[], dict[str, Tensor]] = dict,
+    *,
+    context: Callable[[], AbstractContextManager[None]] | None = None,
+    clocked: bool = True,
+) -> Candidate:
+    """A `Candidate` that calls `model`, ours or upstream's; a clock goes into it, in place.
+
+    By default it runs in the arithmetic of its precision: upstream in bfloat16 under autocast.
+    """
+    device = next(model.tokenizer.parameters()).device
+    autocast = device.type if implementation.startswith("upstream") and dtype == "bf16" else None
+    context = context or partial(arithmetic, dtype, autocast)
+    weights = weight_bytes(model)  # before the clock goes in
+    clock = watch(model.tokenizer, device) if clocked else None
+    return Candidate(implementation, dtype, mode, call, probe, context, weights, clock)
+
+
 def measure(
     candidates: Sequence[Candidate],
     *,
@@ -107,14 +224,7 @@ def measure(
     repeats: int | None = None,
     prefix: str = "",
 ) -> list[dict[str, Any]]:
-    """Measure candidates for the same work, alternating.
-
-    Args:
-        candidates: the first one is what the others' outputs are compared with.
-        images: images in one call.
-        device: where they run.
-        repeats: timed rounds; by default as many as fit ROUND_BUDGET_S.
-        prefix: of progress lines.
+    """Measure candidates for the same work, alternating, as many rounds as fit ROUND_BUDGET_S.
 
     Returns:
         A row per candidate, in order. One that ran out of memory or failed to compile has "error",
@@ -158,9 +268,7 @@ def measure(
 def _first_calls(c: Candidate, device: torch.device) -> tuple[float, dict[str, Any]]:
     """Seconds of a second call, and the first-call time and memory for the row.
 
-    Other candidates stay loaded, so memory is what the calls add to it, plus the own weights. The
-    first call's lasting additions (packed weights, workspaces) count, its compiler's do where they
-    last.
+    Memory is the candidate's weights, and what its calls add to all that is loaded.
     """
     idle = peak_memory(lambda: None, device)
     first = timed(c.run, device)

@@ -4,8 +4,8 @@ A stage costs the sum of its work, each kind at a rate of its own: matmuls and c
 FLOPs, attention by FLOPs and query rows, weights and activations by bytes, the draw by logits, the
 rest by layer calls. The rates are the only free numbers, the same for all models, batches and
 stages; relative errors are fitted on few workloads of the same run. The work counted is that of
-the published networks (titok_fast/costs.py), so a rate may pass the machine's own where an exact
-rewrite saves work.
+the published networks (titok_fast/costs.py), without the passes that our sampler skips because
+their guidance has weight 0; a rate may pass the machine's own where an exact rewrite saves work.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,83 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from lib.counted_work import KINDS, Work, work
 from lib.harness import table
 from lib.workloads import Workload
 
-from titok_fast import PRESETS
-from titok_fast.costs import DEVICES, speed_of_light
+from titok_fast import PRESETS, costs
+from titok_fast.presets import Preset
+from titok_fast.sampling.schedules import masked_after, steps
+
+DTYPES = {"bf16": "bfloat16", "tf32": "tf32", "fp32-ieee": "float32"}
+
+# kind of work: unit of its rate, and how many of the counted make one of that unit
+KINDS = {
+    "gemm_flops": ("GFLOP/s", 1e9),
+    "attention_flops": ("GFLOP/s", 1e9),
+    "attention_rows": ("Mrow/s", 1e6),
+    "conv_flops": ("GFLOP/s", 1e9),
+    "weight_bytes": ("GB/s", 1e9),
+    "activation_bytes": ("GB/s", 1e9),
+    "draws": ("Mlogit/s", 1e6),
+    "layer_calls": ("layer/s", 1.0),
+}
+Work = dict[str, float]
+
+
+def _transformer(
+    cost: costs.Cost, L: int, size: tuple[int, int, int], runs: float, dtype: str, streams: int
+) -> Work:
+    """Work of `runs` sequences of L tokens, the weights being streamed `streams` times."""
+    (D, layers, heads), each = size, costs.DTYPE_BYTES[dtype]
+    mixing = layers * costs.attention(L, D).flops
+    return {
+        "gemm_flops": runs * (cost.flops - mixing),
+        "attention_flops": runs * mixing,
+        "attention_rows": runs * layers * heads * L,
+        "weight_bytes": streams * (cost.weight_bytes(dtype) - cost.lookups * each),
+        "activation_bytes": runs * cost.activations * each,
+        "layer_calls": streams * layers,
+    }
+
+
+def work(system: Preset, batch: int, dtype: str) -> dict[str, Work]:
+    """Work of each stage for a batch, by kind; "head" is head and draw of one step, all masked.
+
+    The "vit_decoder" has the legacy head; the "pixel_decoder", where there is one, the codebook.
+    """
+    assert system.generator is not None
+    assert system.sampling is not None
+    g, t, sampling, dtype = system.generator, system.tokenizer, system.sampling, DTYPES[dtype]
+    K, N, T = g.image_seq_len, g.codebook_size, sampling.num_sample_steps
+    # U-ViT has one block more between its halves
+    layers = g.num_hidden_layers if g.model_type == "ViT" else g.num_hidden_layers // 2 * 2 + 1
+    size, stages = (g.hidden_size, layers, g.num_attention_heads), costs.tokenizer_costs(t)
+    runs = batch * sum(1 if step.guidance == 0 else 2 for step in steps(sampling))
+    masked = [K, *masked_after(sampling, K)[:-1]]
+    generator = _transformer(costs.generator_cost(g), 1 + K, size, runs, dtype, T)
+    generator["draws"] = batch * N * sum(masked)
+    L = 1 + t.decoder_grid**2 + t.num_latent_tokens
+    found = {
+        "generator": generator,
+        "vit_decoder": _transformer(stages["vit_decoder"], L, t.decoder_size, batch, dtype, 1),
+    }
+    if "pixel_decoder" in stages:
+        pixels, codebook = stages["pixel_decoder"], stages["pixel_codebook"]
+        activations = batch * (pixels.activations + codebook.activations)
+        found["pixel_decoder"] = {
+            "gemm_flops": batch * codebook.flops,
+            "conv_flops": batch * pixels.flops,
+            "weight_bytes": pixels.weight_bytes(dtype),
+            "activation_bytes": activations * costs.DTYPE_BYTES[dtype],
+        }
+    head = costs.linear(K, g.hidden_size, N)
+    found["head"] = {
+        "gemm_flops": batch * head.flops,
+        "weight_bytes": head.weight_bytes(dtype),
+        "draws": batch * K * N,
+    }
+    return found
+
 
 STAGES = ("generator", "vit_decoder", "pixel_decoder", "head")
 GOAL = 0.15
@@ -62,10 +133,6 @@ class Machine:
 def fit(stages: Sequence[Work], seconds: Sequence[float]) -> Machine:
     """The constants, none negative, that make the squares of the relative errors smallest.
 
-    Args:
-        stages: work of each measured stage, as many as there are kinds or more.
-        seconds: its time, positive.
-
     Raises:
         ValueError: fewer stages than constants, or a time that is not positive.
     """
@@ -87,9 +154,10 @@ def fit(stages: Sequence[Work], seconds: Sequence[float]) -> Machine:
     return Machine(dict(zip(KINDS, (found / scale).tolist(), strict=True)))
 
 
-def _workload(row: Mapping[str, Any]) -> Workload:
+def _works(row: Mapping[str, Any]) -> dict[str, Work]:
     fields = ("model", "batch", "tokens", "steps", "threads", "ranks")
-    return Workload(**{name: row[name] for name in fields})
+    workload = Workload(**{name: row[name] for name in fields})
+    return work(workload.system, row["batch"], row["dtype"])
 
 
 def usable(row: Mapping[str, Any]) -> bool:
@@ -103,9 +171,8 @@ def fit_rows(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload] = FIT
     for row in rows:
         if not usable(row) or not _is_among(row, fitted):
             continue
-        works = work(_workload(row).system, row["batch"], row["dtype"])
-        for stage in works:
-            stages.append(works[stage])
+        for stage, amounts in _works(row).items():
+            stages.append(amounts)
             seconds.append(row["stages_s"][stage])
     return fit(stages, seconds)
 
@@ -116,8 +183,7 @@ def _is_among(row: Mapping[str, Any], workloads: Sequence[Workload]) -> bool:
 
 def predicted(machine: Machine, row: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of each stage of a row; "total" is without the head, a part of the others."""
-    works = work(_workload(row).system, row["batch"], row["dtype"])
-    found = {stage: machine.predict(amounts) for stage, amounts in works.items()}
+    found = {stage: machine.predict(amounts) for stage, amounts in _works(row).items()}
     return found | {"total": sum(s for stage, s in found.items() if stage != "head")}
 
 
@@ -165,16 +231,13 @@ def worst(lines: Sequence[Mapping[str, Any]], *, fitted: bool = False) -> dict[s
 
 
 def floors(batch: int = 128) -> list[dict[str, Any]]:
-    """Rows of the least ms per image on each A100 and H100, per stage, in bfloat16.
-
-    The batch streams the weights once; a stage is bound by its FLOPs or by its bytes.
-    """
+    """Least ms per image on A100s and H100s in bfloat16; a batch streams the weights once."""
     rows = []
-    for card in (name for name in DEVICES if name.startswith(("a100", "h100"))):
+    for card in (name for name in costs.DEVICES if name.startswith(("a100", "h100"))):
         for name, known in PRESETS.items():
             if known.generator is None:
                 continue
-            stages = speed_of_light(known, card, "bfloat16", batch)
+            stages = costs.speed_of_light(known, card, "bfloat16", batch)
             ms = {
                 s: 1000 * stages[s] / batch for s in stages if s not in ("encoder", "code_search")
             }
@@ -193,12 +256,8 @@ def floors_table(batch: int = 128) -> str:
 def analysis(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload]) -> dict[str, Any]:
     """The cost model of a run, for its record.
 
-    Args:
-        rows: the run's cases.
-        fitted: workloads to fit on.
-
     Raises:
-        ValueError: too few of them were measured.
+        ValueError: too few of the workloads to fit on were measured.
         ImportError: there is no scipy.
     """
     machine = fit_rows(rows, fitted)

@@ -35,11 +35,7 @@ RATES = "matmul_flop_per_s"  # in a record: of the device, by dtype, measured in
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     """Describe what a result depends on; no host name, user or path.
 
-    Args:
-        device: the device measured; by default CUDA where there is one.
-
-    Returns:
-        JSON-ready dict; None stands for what could not be found out.
+    None stands for what could not be found out.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     commit = command_output("git", "rev-parse", "HEAD")
@@ -90,8 +86,8 @@ def command_output(*command: str) -> str | None:
 def cpu_name(cpuinfo: str) -> str | None:
     """The processor that Linux describes, or None.
 
-    With family and model, by which Intel and AMD tell generations apart: under a hypervisor two of
-    them, one twice as fast in bfloat16, may both be called "AMD EPYC".
+    With family and model: under a hypervisor two generations, one twice as fast in bfloat16, may
+    both be called "AMD EPYC".
     """
     fields = dict(re.findall(r"^(\w[^:\n]*?)\s*:[ \t]*(.*?)\s*$", cpuinfo, re.MULTILINE))
     name = fields.get("model name")
@@ -120,8 +116,7 @@ def synchronize(device: torch.device | str) -> None:
 def timed(fn: Callable[[], object], device: torch.device | str) -> float:
     """Wall-clock seconds of one call, the device idle before and after.
 
-    A first call includes compilation, tuning and allocation. The result is dropped after the clock
-    has stopped.
+    The result is dropped after the clock has stopped.
     """
     synchronize(device)
     start = time.perf_counter()
@@ -139,19 +134,9 @@ def time_interleaved(
     warmup: int,
     device: torch.device | str,
 ) -> dict[str, list[float]]:
-    """Time candidates in turns, so that drifting clocks and other load meet all of them alike.
+    """Seconds of each candidate in each round, in turns: drifting clocks meet all of them alike.
 
     Each round calls every candidate once and begins one further along than the round before.
-    First calls fall into the warm-up; record them with `timed` before, where they matter.
-
-    Args:
-        candidates: name to function, all doing the same work.
-        repeats: measured rounds, 1 or more.
-        warmup: rounds thrown away before, 0 or more.
-        device: the device they work on.
-
-    Returns:
-        Name to the seconds of each measured round, in the order measured.
 
     Raises:
         ValueError: no candidate, repeats below 1 or warmup below 0.
@@ -178,11 +163,7 @@ def time_interleaved(
 
 
 def summary(times: Sequence[float]) -> dict[str, float | int]:
-    """{median, p20, p80, repeats} of one or more times, in their unit; percentiles are linear.
-
-    Raises:
-        ValueError: no measurement.
-    """
+    """{median, p20, p80, repeats} of one or more times, in their unit; percentiles are linear."""
     if len(times) == 0:
         raise ValueError("summary wants one or more times; got none")
     p20, median, p80 = np.percentile(times, [20, 50, 80]).tolist()
@@ -203,8 +184,7 @@ def gib(count: int | None) -> str | None:
 def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Best matmul rate of a device in FLOP/s, under the float32 mode in force.
 
-    The best of several square sizes and repeats, 2 n^3 operations counted per matmul. The inputs
-    are random: matmuls of zeros draw less power and would reach clocks that no model sees.
+    Inputs are random: matmuls of zeros draw less power and reach clocks that no model sees.
     """
     on_gpu = torch.device(device).type == "cuda"
     sizes, calls = ((2048, 4096, 8192), 10) if on_gpu else ((512, 1024, 2048), 1)
@@ -223,16 +203,10 @@ def _matmul_rate(n: int, calls: int, device: torch.device | str, dtype: torch.dt
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str) -> int | None:
-    """Most memory in use while one call runs, with everything that was resident before it.
+    """Most bytes in use while one call runs, with everything that was resident before it.
 
-    To compare candidates, hold only one of them in memory at a time.
-
-    Args:
-        fn: what to run once.
-        device: CUDA: bytes held by torch's allocator on it. CPU: the resident set of the process.
-
-    Returns:
-        Bytes, or None where the system cannot tell (CPU other than Linux); fn has then not run.
+    On CUDA those of torch's allocator, else the resident set. None where the system cannot tell
+    (CPU other than Linux); fn has then not run.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -262,17 +236,12 @@ def resident(field: str) -> int:
 
 @contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """Set the float32 mode of matmuls and convolutions, and restore it afterwards.
+    """Set the float32 mode of matmuls and convolutions; yields the dtype for weights and inputs.
 
-    Args:
-        name: "fp32-ieee"; "tf32", which the published speeds imply; or "bf16", where whatever
-            stays float32 beside the bfloat16 weights is computed as in "fp32-ieee".
-
-    Yields:
-        The dtype for weights and inputs.
+    In "bf16" whatever stays float32 is computed as in "fp32-ieee".
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
     """
     dtypes = {"fp32-ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
     if name not in dtypes:
@@ -289,12 +258,7 @@ def precision(name: str) -> Iterator[torch.dtype]:
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Write or replace a file whole or not at all; folders on the way are created.
-
-    Raises:
-        ValueError: the record holds NaN or infinity, which JSON does not know.
-        TypeError: the record holds something that is not JSON.
-    """
+    """Write or replace a file whole or not at all; NaN and infinity are refused."""
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,11 +60,7 @@ class MachineCode:
 
 
 def compile_offline(case: OfflineCase, capability: int) -> MachineCode:
-    """Compile one case for one architecture and read registers, spills and instructions.
-
-    Args:
-        case: what to compile.
-        capability: 80, 86, 89, 90: compute capability times ten.
+    """Compile one case for a compute capability times ten, and read its machine code.
 
     Raises:
         RuntimeError: the process has `TRITON_INTERPRET` set, or ptxas refuses the kernel.
@@ -117,15 +113,7 @@ def _assemble(ptx: str, capability: int) -> str:
 
 
 def read_machine_code(ttir: str, ptx: str, log: str, shared: int, threads: int) -> MachineCode:
-    """Gather the figures.
-
-    Args:
-        ttir: Triton's representation of the kernel before any layout is assigned.
-        ptx: of the same kernel.
-        log: output of `ptxas -v` for it.
-        shared: bytes of shared memory per program.
-        threads: of one program.
-    """
+    """Gather the figures of a program of `threads` from its texts; `log` is that of `ptxas -v`."""
 
     def numbers(pattern: str) -> list[int]:
         return [int(found) for found in re.findall(pattern, log)]
@@ -186,11 +174,7 @@ _OPERATION = re.compile(r'\s*(?:(%\w+)(?::\d+)? = )?"?([a-z]\w*\.\w+)"?(.*)')
 
 
 def _accesses(ttir: str, pointers: list[str]) -> list[_Access]:
-    """The kernel's loads and stores.
-
-    One pass in the order of the text: names are defined before use, and one is defined again only
-    outside the scope of the first.
-    """
+    """The kernel's loads and stores, in one pass: names are defined before use."""
     known = {f"%{name}": _Value(name) for name in pointers}
     found: list[_Access] = []
     for line in ttir.splitlines():
@@ -234,12 +218,7 @@ def _access(pointer: _Value, reads: bool, rest: str) -> _Access:
 def _load_widths(ptx: str, parameters: list[str]) -> dict[str, list[int]]:
     """Bytes per thread of each global load instruction, by the pointer it reads through.
 
-    Args:
-        ptx: the kernel.
-        parameters: name of each parameter that is a pointer, "" for a scalar.
-
-    Returns:
-        Widths by name; under "" those of loads whose address came out of shared memory.
+    Parameters that are scalars are "", as are loads whose address came out of shared memory.
     """
     sources: dict[str, set[str]] = {}  # of each register: registers, and names of pointers
     loads: list[tuple[str, int]] = []

@@ -2,13 +2,13 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lib import upstream as official
-from lib.candidates import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, shared
+from lib.candidates import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, Candidate, measure, shared
 from lib.harness import RATES, environment, matmul_peak, precision, say, write_json
 
 from titok_fast import PRESETS, TiTokPipeline
@@ -24,108 +24,122 @@ MODES: dict[str, bool | str | tuple[str, ...]] = {
 }
 
 
-def plain_parser(description: str | None) -> argparse.ArgumentParser:
-    """Without options; the description, a module's docstring, keeps its lines."""
-    return argparse.ArgumentParser(
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"wants at least 1; got {number}")
+    return number
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"wants an existing folder; got {text}")
+    return Path(text)
+
+
+def _checkout(text: str) -> Path:
+    try:
+        return official.find(text)
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+COUNT: dict[str, Any] = {"type": _count}
+_ROUNDS = f"{MIN_ROUNDS} to {MAX_ROUNDS}, as many as fit {ROUND_BUDGET_S} s"
+_WEIGHTS = "directories or hub names for one model; `published`; default: random"
+SHARED: dict[str, dict[str, Any]] = {  # options of several benchmarks
+    "device": {},
+    "json": {"metavar": "FILE", "help": "write the record there; a folder: name it after the run"},
+    "plots": {"type": _folder, "metavar": "DIR", "help": "also a plot there, named after the run"},
+    "repeats": COUNT | {"metavar": "N", "help": f"timed rounds; default: {_ROUNDS}"},
+    "threads": COUNT | {"metavar": "N", "help": "CPU threads; default: torch's own choice"},
+    "upstream": {
+        "type": _checkout,
+        "metavar": "PATH",
+        "help": "clone of bytedance/1d-tokenizer to measure as well",
+    },
+    "weights": {"metavar": "TOKENIZER[,GENERATOR]", "help": _WEIGHTS},
+}
+RUN = ("json", "device", "threads")
+
+
+def parser(description: str | None, *shared: str) -> argparse.ArgumentParser:
+    """With these options of SHARED; the description, a module's docstring, keeps its lines."""
+    p = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    for name in shared:
+        p.add_argument(f"--{name}", **SHARED[name])
+    p.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
+    return p
 
 
-def parser(description: str | None, default_models: Sequence[str]) -> argparse.ArgumentParser:
-    """The options of sampling.py and reconstruction.py."""
-    p = plain_parser(description)
+def names_of(known: Collection[str]) -> dict[str, Any]:
+    """Of an option that takes some of these names, with commas between them; default: all."""
+
+    def names(text: str) -> list[str]:
+        unknown = [name for name in text.split(",") if name not in known]
+        if unknown:
+            said = f"unknown {', '.join(unknown)}; known: {', '.join(known)}"
+            raise argparse.ArgumentTypeError(said)
+        return text.split(",")
+
+    all_names = ",".join(known)
+    return {"type": names, "metavar": "A,B", "default": all_names, "help": f"default: {all_names}"}
+
+
+def matrix_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of sampling.py and reconstruction.py, for `parse_matrix`."""
+    p = parser(description, "repeats", "weights", "upstream", *RUN)
     add = p.add_argument
-    add("--models", nargs="+", metavar="NAME", help=f"presets: {', '.join(PRESETS)}")
-    add("--batch", nargs="+", type=int, metavar="B", help="CPU: 2; CUDA: 1 32 128")
+    add("--models", nargs="+", choices=PRESETS, metavar="NAME", help=f"of {', '.join(PRESETS)}")
+    add("--batch", nargs="+", **COUNT, metavar="B", help="CPU: 2; CUDA: 1 32 128")
     add("--dtype", nargs="+", choices=PRECISIONS, help="default: all that the device has")
     modes = (
         "eager; fast: TiTokPipeline.compile(); int8 (CPU, bf16); compiled: torch.compile alone. "
         "Default: all that the device has, compiled on CUDA only"
     )
     add("--modes", nargs="+", choices=MODES, help=modes)
-    add_repeats(p)
-    add_weights(p)
-    add_upstream(p)
-    add_run(p)
-    p.set_defaults(default_models=tuple(default_models))
     return p
 
 
-def add_repeats(p: argparse.ArgumentParser) -> None:
-    """The option --repeats, for `candidates.measure`."""
-    rounds = f"{MIN_ROUNDS} to {MAX_ROUNDS}, as many as fit {ROUND_BUDGET_S} s"
-    p.add_argument("--repeats", type=int, metavar="N", help=f"timed rounds; default: {rounds}")
-
-
-def add_weights(p: argparse.ArgumentParser) -> None:
-    """The option --weights, for `load`."""
-    sources = "directories or hub names for one model; `published`; default: random"
-    p.add_argument("--weights", metavar="TOKENIZER[,GENERATOR]", help=sources)
-
-
-def add_upstream(p: argparse.ArgumentParser) -> None:
-    """The option --upstream, for `find_upstream`."""
-    clone = "clone of bytedance/1d-tokenizer to measure as well"
-    p.add_argument("--upstream", metavar="PATH", help=clone)
-
-
-def add_json(p: argparse.ArgumentParser) -> None:
-    """The option --json, for `save`."""
-    target = "write the record there; a folder: name it after the run"
-    p.add_argument("--json", metavar="FILE", help=target)
-
-
-def add_threads(p: argparse.ArgumentParser) -> None:
-    """The option --threads, for `check`."""
-    threads = "CPU threads; default: torch's own choice"
-    p.add_argument("--threads", type=int, metavar="N", help=threads)
-
-
-def add_run(p: argparse.ArgumentParser) -> None:
-    """The options --json, --device and --threads."""
-    add_json(p)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_threads(p)
-
-
-def add_single(p: argparse.ArgumentParser, what: str) -> None:
-    """One precision, one mode, --repeats and `add_run`; `what` runs in that mode, says the help."""
+def single_parser(description: str | None, what: str, *shared: str) -> argparse.ArgumentParser:
+    """One precision and one mode; `what` runs in that mode, says the help."""
+    p = parser(description, *RUN, *shared)
     add = p.add_argument
     add("--dtype", choices=PRECISIONS, default="bf16")
     how = f"{what} in the fast mode, with these techniques, or in int8"
     add("--compile", nargs="?", const="fast", metavar="A,B", help=how)
-    add("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
-    add_run(p)
+    add("--repeats", **COUNT, default=3, metavar="N", help="timed rounds (default: 3)")
+    return p
 
 
-def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the options of `parser`, set the defaults of the device, refuse what does not fit."""
+def parse_matrix(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None, models: tuple[str, ...]
+) -> argparse.Namespace:
+    """Parse the options of `matrix_parser`; without --models a CPU has the first of `models`."""
     args = p.parse_args(argv)
-    on_cuda = check(p, args, "batch", "repeats", "threads")
-    args.models = args.models or args.default_models[: None if on_cuda else 1]
-    args.batch = args.batch or ([1, 32, 128] if on_cuda else [2])
-    args.dtype = args.dtype or [d for d in PRECISIONS if on_cuda or d != "tf32"]
-    args.modes = args.modes or (["eager", "fast"] + (["compiled"] if on_cuda else ["int8"]))
+    on_cuda = check(
+        p,
+        args,
+        models=(models[:1], models),
+        batch=([2], [1, 32, 128]),
+        dtype=(["fp32-ieee", "bf16"], list(PRECISIONS)),
+        modes=(["eager", "fast", "int8"], ["eager", "fast", "compiled"]),
+    )
     if on_cuda and "int8" in args.modes:
         p.error("--modes int8 is for the CPU")
-    unknown = [name for name in args.models if name not in PRESETS]
-    if unknown:
-        p.error(f"--models: unknown {', '.join(unknown)}; known: {', '.join(PRESETS)}")
     if args.weights not in (None, "published") and len(args.models) != 1:
         p.error("--weights of one model wants one name in --models")
     return args
 
 
-def check(p: argparse.ArgumentParser, args: argparse.Namespace, *counts: str) -> bool:
-    """Refuse what cannot run here; set the device, the checkout and the CPU threads.
+def check(
+    p: argparse.ArgumentParser, args: argparse.Namespace, **defaults: tuple[Any, Any]
+) -> bool:
+    """Refuse what cannot run here, set the device and the CPU threads; whether it is CUDA.
 
-    Args:
-        p: makes the usage errors.
-        args: device, and where the benchmark has them dtype, upstream and threads; changed.
-        counts: options that want at least 1: numbers, lists of them, or None.
-
-    Returns:
-        Whether the device is CUDA.
+    `defaults`, on a CPU and on CUDA, are for options that are None or that do not exist.
     """
     args.device = torch.device(args.device)
     on_cuda, given = args.device.type == "cuda", vars(args)
@@ -133,29 +147,12 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, *counts: str) ->
         p.error("--device cuda: torch sees no CUDA device here")
     if "tf32" in (given.get("dtype") or ()) and not on_cuda:
         p.error("--dtype tf32 exists on CUDA devices only")
-    check_counts(p, args, *counts)
-    if "upstream" in given:
-        find_upstream(p, args)
     if given.get("threads") is not None:
         torch.set_num_threads(args.threads)
+    for name, values in defaults.items():
+        if given.get(name) is None:
+            setattr(args, name, values[on_cuda])
     return on_cuda
-
-
-def find_upstream(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Make the checkout of --upstream an absolute path; a usage error where it holds none."""
-    if args.upstream is not None:
-        try:
-            args.upstream = official.find(args.upstream)
-        except FileNotFoundError as error:
-            p.error(str(error))
-
-
-def check_counts(p: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """A usage error for a number below 1, alone or in a list; None passes."""
-    for name in names:
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [1 if value is None else value]) < 1:
-            p.error(f"--{name.replace('_', '-')} wants at least 1; got {value}")
 
 
 def chosen_mode(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
@@ -184,6 +181,38 @@ def in_mode(pipe: TiTokPipeline, mode: str) -> TiTokPipeline:
     return own.compile(names) if names else own
 
 
+def contenders(
+    by_dtype: Mapping[str, TiTokPipeline], rival: Any, modes: Sequence[str]
+) -> Iterator[tuple[str, str, str, Any]]:
+    """(implementation, dtype, mode, model): ours in each mode, and upstream where there is one."""
+    for dtype, ours in by_dtype.items():
+        for mode in modes:
+            if mode != "int8" or dtype == "bf16":
+                yield "ours", dtype, mode, in_mode(ours, mode)
+        if rival is not None:
+            yield "upstream", dtype, "eager", shared(rival)
+
+
+def measure_case(
+    record: dict[str, Any],
+    args: argparse.Namespace,
+    case: dict[str, Any],
+    made: Sequence[Candidate],
+) -> None:
+    """Add a row for each candidate to the record, and write it; `case` says what they do."""
+    words = (case["model"], case.get("direction"), f"batch {case['batch']}: ")
+    rows = measure(
+        made,
+        images=case["batch"],
+        device=args.device,
+        repeats=args.repeats,
+        prefix=" ".join(filter(None, words)),
+    )
+    record["cases"] += [case | row for row in rows]
+    save(args.json, record)
+    torch.compiler.reset()
+
+
 def load(name: str, weights: str | None, device: torch.device, *, generate: bool) -> TiTokPipeline:
     """A preset in float32: random weights, published ones, or those of "TOKENIZER[,GENERATOR]"."""
     if weights is None:
@@ -203,31 +232,29 @@ def load(name: str, weights: str | None, device: torch.device, *, generate: bool
     return pipe
 
 
-def start_record(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON before its first case: device, versions, protocol, matmul rates.
+def new_record(benchmark: str, device: torch.device | str, **protocol: Any) -> dict[str, Any]:
+    """The JSON before its first case."""
+    start = {"benchmark": benchmark, "environment": environment(device)}
+    return start | {"protocol": protocol, "cases": []}
 
-    Args:
-        benchmark: its name.
-        args: device, dtype (one or several), and weights and upstream where there are such options.
-    """
+
+def start_record(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
+    """`new_record` with the protocol of `candidates.measure` and the matmul rates of --dtype."""
     say("measuring the device's matmul rates")
     rates, given = {}, vars(args)
     for name in [args.dtype] if isinstance(args.dtype, str) else args.dtype:
         with precision(name) as dtype:
             rates[name] = matmul_peak(args.device, dtype)
-    return {
-        "benchmark": benchmark,
-        "environment": environment(args.device),
-        "protocol": {
-            "timing": "wall clock between device synchronisations, candidates taking turns",
-            "warmup": "three calls of each: first-call time, memory, agreement",
-            "memory": "weights of the candidate, and what its second call adds at most",
-            "weights": _describe_weights(given.get("weights")),
-        },
-        "upstream_commit": official.commit(args.upstream) if given.get("upstream") else None,
-        RATES: rates,
-        "cases": [],
-    }
+    record = new_record(
+        benchmark,
+        args.device,
+        timing="wall clock between device synchronisations, candidates taking turns",
+        warmup="three calls of each: first-call time, memory, agreement",
+        memory="weights of the candidate, and what its second call adds at most",
+        weights=_describe_weights(given.get("weights")),
+    )
+    commit = official.commit(args.upstream) if given.get("upstream") else None
+    return record | {"upstream_commit": commit, RATES: rates}
 
 
 def _describe_weights(weights: str | None) -> str:
@@ -245,6 +272,11 @@ def save(target: str | None, record: dict[str, Any]) -> Path | None:
     path = result_path(target, record)
     write_json(path, record)
     return path
+
+
+def stem(target: str | None, record: dict[str, Any]) -> str:
+    """The name of a record's file without its ending, also where --json names none."""
+    return result_path(target or ".", record).stem
 
 
 def result_path(target: str, record: dict[str, Any]) -> Path:

@@ -32,7 +32,8 @@ def _wanted(record: Record, benchmark: str, found: Sequence[Any], what: str) -> 
     """Refuse a record of another benchmark, or one with nothing to draw."""
     if record.get("benchmark") != benchmark or not found:
         got = f"{record.get('benchmark')} with {len(found)} measured cases"
-        raise ValueError(f"{benchmark} wants a record of {benchmark}.py with {what}; got {got}")
+        script = f"{benchmark.removeprefix('paper-')}.py"
+        raise ValueError(f"{benchmark} wants a record of {script} with {what}; got {got}")
 
 
 def caption(record: Record, dtype: str | None = None) -> str:
@@ -44,11 +45,7 @@ def caption(record: Record, dtype: str | None = None) -> str:
 
 
 def scaling(record: Record) -> Figure:
-    """Samples/s above, peak memory below, a column per axis that was measured.
-
-    Raises:
-        ValueError: a record of another benchmark, or without a measured workload.
-    """
+    """Samples/s above, peak memory below, a column per axis that was measured."""
     cases = [c for c in record["cases"] if c.get("images_per_s")]
     axes = [a for a in AXES if any(c.get("axis") == a for c in cases)]
     _wanted(record, "scaling", axes, "measured workloads")
@@ -108,11 +105,7 @@ def _speeds(
 
 
 def peers(record: Record) -> Figure:
-    """How many times faster ours are than each system, beside the ratio of the paper's figures.
-
-    Raises:
-        ValueError: a record of another benchmark, or without a measured system.
-    """
+    """How many times faster ours are than each system, beside the ratio of the paper's figures."""
     bars = [(case, own) for case in record["cases"] for own in case.get("ours") or ()]
     _wanted(record, "peers", bars, "measured systems")
     figure = Figure(figsize=(7.5, 0.9 + 0.36 * len(bars)), layout="constrained")
@@ -131,11 +124,7 @@ def peers(record: Record) -> Figure:
 
 
 def waterfall(record: Record) -> Figure:
-    """Samples/s of each measured row, first at the top, with the ratio to upstream's float32.
-
-    Raises:
-        ValueError: a record of another benchmark, or without a measured row.
-    """
+    """Samples/s of each measured row, first at the top, with the ratio to upstream's float32."""
     cases = [case for case in record["cases"] if "images_per_s" in case]
     _wanted(record, "waterfall", cases, "measured rows")
     figure = Figure(figsize=(8, 0.9 + 0.28 * len(cases)), layout="constrained")
@@ -157,11 +146,7 @@ def waterfall(record: Record) -> Figure:
 
 
 def trends(record: Record) -> Figure:
-    """Our curves above, the paper's below, a column for each group that was measured.
-
-    Raises:
-        ValueError: a record of another benchmark, or without a curve.
-    """
+    """Our curves above, the paper's below, a column for each group that was measured."""
     curves = [c for c in record.get("comparisons", ()) if not c["line"].endswith("tokens")]
     _wanted(record, "paper-trends", curves, "curves")
     groups = list(dict.fromkeys(c["group"] for c in curves))

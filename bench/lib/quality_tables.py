@@ -54,12 +54,7 @@ def figures_table(record: Mapping[str, Any]) -> str:
 
 
 def newest_quality(model: str, files: Files | None = None) -> Record | None:
-    """The last record of fashion.py on a model, of any device; None where there is none.
-
-    Args:
-        model: its preset.
-        files: result files; by default those of bench/results.
-    """
+    """The last record of fashion.py on a model, of any device; None where there is none."""
     records = [record for _, record in (read() if files is None else files)]
     fashion = [r for r in records if r["benchmark"] == "fashion"]
     mine = [r for r in fashion if r["protocol"]["model"] == model]

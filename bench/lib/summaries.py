@@ -110,11 +110,7 @@ _EXACT, _INT8 = ("eager", "compiled", "fast"), "int8"
 
 
 class _Newest:
-    """Cases of _MODEL in bfloat16 at the largest batch that the newest device ran it with.
-
-    Args:
-        records: of sampling.py, one per device.
-    """
+    """Cases of _MODEL in bfloat16 at the largest batch that the newest device ran it with."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.ours: dict[str, Case] = {}  # by mode
@@ -155,11 +151,7 @@ def device_of(record: Record) -> str:
 
 
 def headline(records: Sequence[Record]) -> str:
-    """One sentence: samples/s of the fastest exact mode and of int8, and over upstream's.
-
-    Args:
-        records: of sampling.py, one per device.
-    """
+    """One sentence: samples/s of the fastest exact mode and of int8, and over upstream's."""
     found = _Newest(records)
     if not found.ours:
         return f"TiTok-L-32: {NOT_MEASURED}."
@@ -178,11 +170,7 @@ def headline(records: Sequence[Record]) -> str:
 
 
 def fast_modes(records: Sequence[Record]) -> str:
-    """A table of eager, fast and int8 on the newest device: speed, ratios, agreement.
-
-    Args:
-        records: of sampling.py, one per device.
-    """
+    """A table of eager, fast and int8 on the newest device: speed, ratios, agreement."""
     found = _Newest(records)
     columns = ("x upstream as shipped", "x upstream under autocast")
     rows = []
@@ -199,11 +187,7 @@ def fast_modes(records: Sequence[Record]) -> str:
 
 
 def training_minutes(record: Record | None) -> str:
-    """One line: minutes of each training run in the record, and their sum.
-
-    Args:
-        record: of `fashion.py --times`; None where there is none.
-    """
+    """One line: minutes of each run in a record of `fashion.py --times`, and their sum."""
     if record is None:
         return f"Minutes of training: {NOT_MEASURED}."
     runs = record["cases"]

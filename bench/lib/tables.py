@@ -33,25 +33,22 @@ def read(folder: Path = RESULTS) -> Files:
 def sampling_table(record: Record, *, details: bool = False) -> str:
     """A row per case; `details` adds the columns that only the terminal shows."""
     more = ("x reference", *_STAGES, *_DETAILS, PAPER) if details else ()
-    rates = ("steps", RATE, *_RATIOS)
-    columns = (*_COMMON, *rates, *_COST_AND_QUALITY, *more)
-    rows = [_row(case, record, RATE) for case in record["cases"]]
-    return table(rows, columns)
+    return _rates_table(record, (*_COMMON, "steps"), RATE, more)
 
 
 def reconstruction_table(record: Record, *, details: bool = False) -> str:
     """A row per case; `details` adds the columns that only the terminal shows."""
-    rates = ("images/s (p20-p80)", *_RATIOS, *_COST_AND_QUALITY)
-    columns = ("direction", *_COMMON, *rates, *(_DETAILS if details else ()))
-    rows = [_row(case, record, "images/s (p20-p80)") for case in record["cases"]]
-    return table(rows, columns)
+    more = _DETAILS if details else ()
+    return _rates_table(record, ("direction", *_COMMON), "images/s (p20-p80)", more)
+
+
+def _rates_table(record: Record, keys: tuple[str, ...], rate: str, more: tuple[str, ...]) -> str:
+    rows = [_row(case, record, rate) for case in record["cases"]]
+    return table(rows, (*keys, rate, *_RATIOS, *_COST_AND_QUALITY, *more))
 
 
 def kernels_table(record: Record) -> str:
-    """A row per op, shape and pass: ours beside upstream, then each other implementation timed.
-
-    "-" stands where an op has no such implementation.
-    """
+    """A row per op, shape and pass: ours, upstream, the others; "-": there is no such rival."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     rivals: dict[str, None] = {}
     for case in record["cases"]:
@@ -111,9 +108,8 @@ def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:
     measured_peak = case.get(RATES, record[RATES]).get(case["dtype"])
     if measured_peak:
         row["of matmul peak"] = f"{speed['median'] * flop / measured_peak:.0%}"
-    for column, stage in zip(
-        _STAGES, ("generator", "vit_decoder", "pixel_decoder", "transfer"), strict=True
-    ):
+    for column in _STAGES:
+        stage = column.removesuffix(" ms").lower().replace(" ", "_")
         seconds = (case.get("stages_s") or {}).get(stage)
         row[column] = seconds and f"{seconds * 1000:,.{0 if seconds >= 0.1 else 2}f}"
     return row | agreement(case)

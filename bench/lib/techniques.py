@@ -1,6 +1,10 @@
-"""Switch techniques of titok_fast off and on: the plain code stands in while a context is open."""
+"""Switch techniques of titok_fast off and on: the plain code stands in while a context is open.
 
-from collections.abc import Collection, Iterator
+With all switches off the sampling loop does upstream's arithmetic. The noise, which upstream does
+not fix, is a function of the seed, so that every variant draws the same ids but for rounding.
+"""
+
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -8,28 +12,26 @@ from sys import maxsize
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.nn.functional as F
-from lib import variants
-from lib.variants import Switches
 from torch import Tensor
 
+from titok_fast.config import SamplingConfig
+from titok_fast.kernels.guided_sample import guided_sample
+from titok_fast.kernels.lm_head_sample import lm_head_sample
 from titok_fast.models import vqgan as maskgit_vqgan
 from titok_fast.models.blocks import Attention, PostNormBlock
+from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.vqgan import NormSiLU, PixelDecoder, ResnetBlock
 from titok_fast.sampling import unmask as sampling
+from titok_fast.sampling.schedules import steps
 
 
 @dataclass(frozen=True)
 class Technique:
-    """One technique.
+    """One technique: its key, its text for a table, whether results stay the same but for rounding.
 
-    Attributes:
-        name: its key.
-        text: what it does, for a table.
-        exact: the same result but for rounding.
-        kind: "built in" (always on in titok_fast), "weights" (chosen by `to`) or "fast" (chosen by
-            `compile`).
-        devices: where it exists.
+    `kind`: "built in" (always on), "weights" (chosen by `to`) or "fast" (chosen by `compile`).
     """
 
     name: str
@@ -64,12 +66,23 @@ TECHNIQUES: dict[str, Technique] = {
 BUILT_IN = tuple(t.name for t in TECHNIQUES.values() if t.kind == "built in")
 
 
+@dataclass(frozen=True)
+class _Switches:
+    """Techniques of the loop; the defaults are what titok_fast does.
+
+    `one_batch`: both passes of a guided step in one doubled batch. `mixed`: guidance on the last
+    hidden state, so one head. `skips`: no unconditional pass where its weight is 0 (in power-cosine
+    upstream has one).
+    """
+
+    one_batch: bool = True
+    mixed: bool = True
+    skips: bool = True
+
+
 @contextmanager
 def applied(names: Collection[str]) -> Iterator[None]:
     """titok_fast with these of its built-in techniques and no others, while the context is open.
-
-    Args:
-        names: of TECHNIQUES; those that are not built in have no effect here.
 
     Raises:
         ValueError: an unknown name.
@@ -77,15 +90,80 @@ def applied(names: Collection[str]) -> Iterator[None]:
     unknown = sorted(set(names) - set(TECHNIQUES))
     if unknown:
         raise ValueError(f"unknown technique {', '.join(unknown)}; known: {', '.join(TECHNIQUES)}")
-    switches = Switches("one-batch" in names, "mixed-hidden" in names, "skip-zero" in names)
+    switches = _Switches("one-batch" in names, "mixed-hidden" in names, "skip-zero" in names)
     with ExitStack() as stack:
-        if switches != Switches():  # else the loop that titok_fast ships
-            loop = partial(variants.unmask, switches=switches)
+        if switches != _Switches():  # else the loop that titok_fast ships
+            loop = partial(_unmask, switches=switches)
             stack.enter_context(patch.object(sampling, "unmask", loop))
         for name, (owner, attribute, plain) in _PLAIN.items():
             if name not in names:
                 stack.enter_context(patch.object(owner, attribute, plain))
         yield
+
+
+def _unmask(
+    generator: MaskedGenerator,
+    ids: Tensor,
+    class_ids: Tensor,
+    seeds: Tensor,
+    config: SamplingConfig,
+    on_step: Callable[[], object] | None = None,
+    *,
+    switches: _Switches,
+) -> Tensor:
+    """In place of `titok_fast.sampling.unmask.unmask`: its arguments, and the switches."""
+    mask_id, K = generator.config.mask_token_id, generator.image_seq_len
+    base = sampling.maskable(ids, config, mask_id)
+    no_class = torch.full_like(class_ids, generator.config.no_class_id)
+    for step in steps(config):
+        always = not switches.skips and config.guidance_decay == "power-cosine"
+        uncond = None
+        if step.guidance == 0 and not always:
+            cond = generator.hidden(ids, class_ids)
+        elif switches.one_batch:
+            both = torch.cat([class_ids, no_class])
+            cond, uncond = generator.hidden(ids.repeat(2, 1), both).chunk(2)
+        else:
+            cond, uncond = (generator.hidden(ids, c) for c in (class_ids, no_class))
+        settings = {
+            "step": step.index,
+            "guidance": step.guidance,
+            "softmax_temperature": step.softmax_temperature,
+            "noise_temperature": step.token_noise,
+            "rule": config.confidence,
+        }
+        if switches.mixed:
+            candidates, scores = lm_head_sample(
+                cond.flatten(0, 1),
+                None if uncond is None else uncond.flatten(0, 1),
+                generator.lm_head.weight,
+                generator.lm_head.bias,
+                seeds=seeds.repeat_interleave(K),
+                positions=torch.arange(K, device=seeds.device).repeat(len(seeds)),
+                **settings,
+            )
+        else:  # as upstream: the head for both passes, then the draw for all positions
+            candidates, scores = guided_sample(
+                generator.lm_head(cond),
+                None if uncond is None else generator.lm_head(uncond),
+                mask=torch.ones_like(ids, dtype=torch.bool),
+                ids=torch.zeros_like(ids),
+                seeds=seeds,
+                **settings,
+            )
+        ids = sampling.end_step(
+            ids,
+            candidates.view_as(ids),
+            scores.view_as(ids),
+            step,
+            base,
+            mask_id=mask_id,
+            seeds=seeds,
+            rule=config.confidence,
+        )
+        if on_step is not None:
+            on_step()
+    return ids
 
 
 def _three_linears(self: PostNormBlock, x: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ As its training scripts do on one device, without accelerate: the model under au
 float32, loss, backward, clipping, torch's AdamW; their settings of CUDA. Weights are those of ours.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lib import upstream as official
@@ -28,14 +27,7 @@ CPU = torch.device("cpu")
 
 
 class UpstreamLearner:
-    """A stage of upstream's training.
-
-    Args:
-        checkout: root of a clone of bytedance/1d-tokenizer.
-        recipe: what is trained; its losses and optimizer under upstream's own names.
-        task: ours, which gives the weights and the device; weights are shared, not copied.
-        bf16: run the model under bfloat16 autocast.
-    """
+    """A stage of upstream's training: our recipe under its names, on the weights of our task."""
 
     def __init__(self, checkout: Path, recipe: Recipe, task: Task, bf16: bool) -> None:
         set_cuda_math(recipe.training.enable_tf32)
@@ -160,17 +152,10 @@ def _stage2_loss(losses: Any, config: Any, task: Task) -> Any:
     from torchvision import models
 
     assert task.criterion is not None
-    plain, models.convnext_small = models.convnext_small, partial(_unloaded, models.convnext_small)
-    try:
+    plain = models.convnext_small  # without its download
+    with patch.object(models, "convnext_small", lambda weights=None: plain(weights=None)):
         criterion = losses.ReconstructionLoss_Stage2(config)
-    finally:
-        models.convnext_small = plain
     network: Any = task.criterion.perceptual.network
     criterion.perceptual_loss.convnext.load_state_dict(network.state_dict())
     criterion.load_state_dict(task.criterion.state_dict(), strict=False)
     return criterion
-
-
-def _unloaded(make: Callable[..., nn.Module], weights: Any = None) -> nn.Module:
-    """Torchvision's constructor without its download."""
-    return make(weights=None)

@@ -21,17 +21,15 @@ from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.models.weights import PretrainedModel, to_official
 
+# of `generate`
+_SETTINGS = "guidance_scale guidance_decay guidance_scale_pow randomize_temperature"
+_SETTINGS += " softmax_temperature_annealing num_sample_steps"
+
 
 class Upstream:
-    """Upstream's tokenizer and generator with the weights of ours.
-
-    Args:
-        checkout: root of a clone of bytedance/1d-tokenizer.
-        tokenizer: gives configuration and float32 weights.
-        generator: the same; None for a tokenizer alone.
+    """Upstream's tokenizer and generator with the float32 weights of ours.
 
     Raises:
-        FileNotFoundError: no such checkout.
         ImportError: upstream's own requirements are not installed.
         ValueError: upstream has no such model; see `supports`.
     """
@@ -48,27 +46,16 @@ class Upstream:
             self.generator = _build(checkout, "maskgit", name, generator)
 
     @torch.no_grad()
-    def draw(self, labels: Tensor, config: SamplingConfig) -> Tensor:
-        """What upstream's `sample_fn` does, left as a tensor.
-
-        Args:
-            labels: (B,) int64 on the model's device.
-            config: settings; schedule and confidence are upstream's own.
-
-        Returns:
-            (B, S, S, 3) uint8 on the CPU.
-        """
+    def ids(self, labels: Tensor, config: SamplingConfig) -> Tensor:
+        """(B, K) ids; schedule and confidence are upstream's own."""
         assert self.generator is not None
-        ids = self.generator.generate(
-            condition=labels,
-            guidance_scale=config.guidance_scale,
-            guidance_decay=config.guidance_decay,
-            guidance_scale_pow=config.guidance_scale_pow,
-            randomize_temperature=config.randomize_temperature,
-            softmax_temperature_annealing=config.softmax_temperature_annealing,
-            num_sample_steps=config.num_sample_steps,
-        )
-        pixels = self.tokenizer.decode_tokens(ids.view(len(labels), -1)).clamp(0.0, 1.0)
+        settings = {name: getattr(config, name) for name in _SETTINGS.split()}
+        return self.generator.generate(condition=labels, **settings).view(len(labels), -1)
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, config: SamplingConfig) -> Tensor:
+        """What upstream's `sample_fn` does, left as a tensor: (B, S, S, 3) uint8 on the CPU."""
+        pixels = self.tokenizer.decode_tokens(self.ids(labels, config)).clamp(0.0, 1.0)
         return (pixels * 255.0).permute(0, 2, 3, 1).to("cpu", dtype=torch.uint8)
 
 
@@ -90,11 +77,7 @@ def supports(config: TokenizerConfig) -> bool:
 
 
 def find(checkout: str | Path) -> Path:
-    """The checkout as an absolute path.
-
-    Raises:
-        FileNotFoundError: it does not hold upstream's modeling/titok.py.
-    """
+    """The checkout as an absolute path; FileNotFoundError where it holds no modeling/titok.py."""
     path = Path(checkout).expanduser().resolve()
     if not (path / "modeling" / "titok.py").is_file():
         raise FileNotFoundError(

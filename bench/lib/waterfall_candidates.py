@@ -1,4 +1,4 @@
-"""Make the candidate of each row of the waterfall, on weights and inputs that all rows share."""
+"""Make the candidate of each row of the waterfall, and compare what it draws with our float32."""
 
 import argparse
 import gc
@@ -6,20 +6,129 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import log10
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lib import upstream as official
-from lib.candidates import Candidate, arithmetic, in_dtypes, shared, weight_bytes
+from lib.candidates import (
+    Candidate,
+    arithmetic,
+    candidate,
+    fixed_ids,
+    in_dtypes,
+    labels_of,
+    shared,
+)
 from lib.harness import say, timed
 from lib.options import load
-from lib.stages import watch
 from lib.techniques import TECHNIQUES, applied
-from lib.waterfall_quality import compare, labels_of, outputs, reference_ids
 from lib.waterfall_rows import Row
+from torch import Tensor
 
-from titok_fast import SamplingConfig
-from titok_fast.sampling.unmask import sample_seeds
+from titok_fast import SamplingConfig, TiTokPipeline
+from titok_fast.sampling import unmask as sampling
+from titok_fast.sampling.reference import generate
+
+IMAGES = 8  # at least: one image has too few tokens for a share
+Outputs = dict[str, Tensor]
+
+
+@contextmanager
+def _first_candidates() -> Iterator[list[Tensor]]:
+    """Collects the ids drawn in the first step of runs of more than one, before re-masking."""
+    seen: list[Tensor] = []
+    remask = sampling.remask
+
+    def recorded(candidates: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs["step"] == 0:
+            seen.append(candidates.clone())
+        return remask(candidates, *args, **kwargs)
+
+    with patch.object(sampling, "remask", recorded):
+        yield seen
+
+
+def _parts(batch: int) -> list[int]:
+    """First image of each call; calls have the batch that models were compiled for."""
+    return list(range(0, IMAGES, batch))
+
+
+@torch.no_grad()
+def outputs(model: Any, pipe: TiTokPipeline, batch: int, config: SamplingConfig) -> Outputs:
+    """A model's outputs, in float32 on the CPU; call it in the model's arithmetic.
+
+    "logits" (batch, K, N) of ids that are half masked; "pixels" (batch, 3, S, S) of fixed ids, in
+    [0, 1]; "final" (n, K), ids drawn for IMAGES images or a batch, whichever is more; of ours also
+    "step1", those drawn in the first step. `pipe` gives shapes and the device.
+    """
+    fixed, masked = fixed_ids(pipe, batch)
+    labels = labels_of(0, batch).to(pipe.device)
+    found = {
+        "logits": [model.generator(masked, labels, 0.0).float()],
+        "pixels": [model.tokenizer.decode_tokens(fixed).float().clamp(0, 1)],
+    }
+    for first in _parts(batch):
+        for name, ids in _draw(model, pipe, first, batch, config).items():
+            found.setdefault(name, []).append(ids)
+    return {name: torch.cat(tensors).cpu() for name, tensors in found.items()}
+
+
+def _draw(
+    model: Any, pipe: TiTokPipeline, first: int, batch: int, config: SamplingConfig
+) -> Outputs:
+    """Ids (batch, K) of images `first` and on."""
+    labels = labels_of(first, batch).to(pipe.device)
+    if isinstance(model, TiTokPipeline):
+        assert model.generator is not None
+        seeds = sampling.sample_seeds(0, batch, first)
+        with _first_candidates() as seen:
+            ids = sampling.sample(model.generator, labels, seeds, config)
+        return {"final": ids, "step1": seen[0] if seen else ids}  # one step masks nothing again
+    with _global_seed(first):
+        return {"final": model.ids(labels, config)}
+
+
+@torch.no_grad()
+def reference_ids(pipe: TiTokPipeline, batch: int, config: SamplingConfig) -> Tensor:
+    """(n, K) ids that upstream draws in `outputs` if it makes no rounding error of its own."""
+    assert pipe.generator is not None
+    drawn = []
+    for first in _parts(batch):
+        with _global_seed(first):
+            labels = labels_of(first, batch).to(pipe.device)
+            drawn.append(generate(pipe.generator, labels, config).cpu())
+    return torch.cat(drawn)
+
+
+@contextmanager
+def _global_seed(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def compare(got: Outputs, wanted: Outputs) -> dict[str, float | None]:
+    """How far outputs are from those of float32; None where not known.
+
+    "logit_error" is the norm of the difference over that of what is wanted; "psnr_db" is None for
+    identical pixels.
+    """
+    shares = {
+        f"{name}_ids_equal": float((got[name] == wanted[name]).double().mean())
+        if name in got and name in wanted
+        else None
+        for name in ("step1", "final")
+    }
+    logits, pixels = (got[n].double() - wanted[n].double() for n in ("logits", "pixels"))
+    rms = float(pixels.square().mean().sqrt())
+    return {
+        **shares,
+        "logit_error": float(logits.norm() / wanted["logits"].double().norm()),
+        "pixel_rms": rms,
+        "psnr_db": -20 * log10(rms) if rms > 0 else None,
+    }
 
 
 @dataclass
@@ -32,12 +141,7 @@ class Prepared:
 
 
 class Inputs:
-    """Weights, labels, and the float32 outputs that every row is compared with.
-
-    Args:
-        args: of waterfall.py.
-        config: settings of the sampler.
-    """
+    """Weights, labels, and the float32 outputs that every row is compared with."""
 
     def __init__(self, args: argparse.Namespace, config: SamplingConfig) -> None:
         self.device, self.batch, self.config = args.device, args.batch_size, config
@@ -67,12 +171,7 @@ class Inputs:
         gc.collect()
 
     def make(self, row: Row) -> Prepared:
-        """The candidate of a row of the group; one that earlier groups had is not made again.
-
-        Raises:
-            ValueError: techniques that do not go together here.
-            RuntimeError: they cannot be compiled.
-        """
+        """The candidate of a row of the group; one that earlier groups had is not made again."""
         if row.name not in self._prepared:
             self._prepared[row.name] = self._upstream(row) if row.upstream else self._ours(row)
         return self._prepared[row.name]
@@ -87,7 +186,6 @@ class Inputs:
     def _upstream(self, row: Row) -> Prepared:
         assert self.rival is not None
         theirs = shared(self.rival)
-        weights = weight_bytes(theirs)
         mode = "compiled" if row.name == "upstream-compiled" else "eager"
         if mode == "compiled":
             # their loop calls `forward`, not the module
@@ -95,34 +193,25 @@ class Inputs:
             theirs.tokenizer.decoder.compile(dynamic=False)
             theirs.tokenizer.pixel_decoder.compile(dynamic=False)
         dtype = self.shipped if row.name == "upstream-fp32" else "bf16"
-        context = partial(arithmetic, dtype, self.device.type if dtype == "bf16" else None)
         draw = partial(theirs.draw, labels_of(0, self.batch).to(self.device), self.config)
-        clock = watch(theirs.tokenizer, self.device)
-        return Prepared(
-            Candidate(row.name, dtype, mode, draw, dict, context, weights, clock), theirs, 0.0
-        )
+        return Prepared(candidate(row.name, dtype, mode, theirs, draw), theirs, 0.0)
 
     def _ours(self, row: Row) -> Prepared:
         low = row.weights != "float32"
-        own, dtype = shared(self._pipes["bfloat16" if low else "float32"]), self.shipped
-        if low:
-            dtype = "bf16"
+        own = shared(self._pipes["bfloat16" if low else "float32"])
+        dtype = "bf16" if low else self.shipped
         fast = [name for name in row.techniques if TECHNIQUES[name].kind == "fast"]
         seconds = timed(partial(own.compile, fast), self.device) if fast else 0.0
-        weights = weight_bytes(own)  # before the clock goes in
         draw = partial(
             own,
             labels_of(0, self.batch),
-            seeds=sample_seeds(0, self.batch),
+            seeds=sampling.sample_seeds(0, self.batch),
             batch_size=self.batch,
             output="tensor",
             **asdict(self.config),
         )
-        clock, context = watch(own.tokenizer, self.device), partial(_as_row, row, dtype)
-        mode = "compiled" if fast else "eager"
-        return Prepared(
-            Candidate(row.name, dtype, mode, draw, dict, context, weights, clock), own, seconds
-        )
+        mode, context = "compiled" if fast else "eager", partial(_as_row, row, dtype)
+        return Prepared(candidate(row.name, dtype, mode, own, draw, context=context), own, seconds)
 
 
 @contextmanager

@@ -14,15 +14,9 @@ WEIGHTS_AT_ONCE = 3  # sets of weights in memory
 class Row:
     """One row.
 
-    Attributes:
-        name: its key: that of the technique it adds, "plain", or "upstream-...".
-        text: what it is, for a table.
-        weights: which set of weights it works on: "float32", "bfloat16", or its own name where
-            `compile` changes them.
-        techniques: all that are on.
-        parent: the row that it adds its technique to; None at the start.
-        exact: its technique leaves results as they were, but for rounding.
-        not_measured: why it is left out; None where it is measured.
+    `name` is that of the technique it adds to its `parent`, "plain", or "upstream-...". `weights`
+    is the set that it works on: "float32", "bfloat16", or its own name where `compile` changes
+    them. `techniques` are all that are on; `exact` is said of the one it adds.
     """
 
     name: str
@@ -52,14 +46,7 @@ UPSTREAM = (
 
 
 def rows(system: Preset, device: str, batch: int, *, upstream: str | None = None) -> list[Row]:
-    """All rows in order.
-
-    Args:
-        system: a preset with generator and sampling.
-        device: "cpu" or "cuda".
-        batch: images at once.
-        upstream: why the official code is not measured; None where it is.
-    """
+    """All rows in order; `upstream` says why the official code is not measured."""
     made = [replace(row, not_measured=upstream) for row in UPSTREAM]
     made.append(Row("plain", "its arithmetic in our code, float32"))
     parent, weights = made[-1], "float32"
@@ -100,14 +87,9 @@ def _left_out(t: Technique, system: Preset, device: str, batch: int) -> str | No
 
 
 def next_group(waiting: list[Row], anchor: Row | None) -> list[Row]:
-    """The rows from the start of `waiting` that take turns, with at most WEIGHTS_AT_ONCE sets.
+    """The anchor and the first of `waiting` that take turns, with at most WEIGHTS_AT_ONCE sets.
 
-    Args:
-        waiting: rows yet to be measured, at least one.
-        anchor: a measured row that joins the group, so that its rates compare with earlier ones.
-
-    Returns:
-        The anchor, where there is one, and one or more of `waiting`.
+    The anchor is a measured row: through it the rates compare with those of earlier groups.
     """
     group = [] if anchor is None else [anchor]
     loaded = set().union(*(row.sets for row in group))

@@ -41,12 +41,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def build(make: Callable[[], M], device: torch.device, dtype: torch.dtype) -> M:
-    """A model in eval mode under random weights, made in its final type.
+    """A model in eval mode under random weights, made in its final type; "meta" takes no memory.
 
-    Args:
-        make: constructs it.
-        device: "meta" makes one that takes no memory.
-        dtype: of the weights; our codebooks are float32 whatever it is, as they are elsewhere.
+    Our codebooks are float32 whatever the type is.
     """
     with NoInit(), _default_dtype(dtype), torch.device(device):
         model = make()
@@ -61,10 +58,7 @@ def build(make: Callable[[], M], device: torch.device, dtype: torch.dtype) -> M:
 
 @torch.no_grad()
 def fill(model: M) -> M:
-    """Normal weights of scale fan_in**-0.5, the same noise repeated; norms scale by 1.
-
-    In place; gives the model back.
-    """
+    """Normal weights of scale fan_in**-0.5, the same noise repeated; norms scale by 1; in place."""
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for name, p in model.named_parameters():
         if p.ndim < 2:
@@ -77,11 +71,7 @@ def fill(model: M) -> M:
 
 
 def draw_only(system: Preset, device: torch.device, dtype: torch.dtype) -> TiTokPipeline:
-    """One of our pipelines without its encoder, which sampling does not run.
-
-    Raises:
-        ValueError: a preset without a generator.
-    """
+    """One of our pipelines without its encoder, which sampling does not run."""
     config = system.generator
     if config is None:
         raise ValueError("draw_only wants a system with a generator; this is a tokenizer alone")

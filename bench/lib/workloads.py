@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from lib import candidates
-from lib.candidates import Candidate, arithmetic, weight_bytes
+from lib.candidates import Candidate, arithmetic, watch, weight_bytes
 from lib.harness import say
 from lib.options import in_mode
-from lib.stages import watch
 from lib.weights import draw_only
 
 from titok_fast import PRESETS, SamplingConfig, TiTokPipeline
@@ -30,13 +29,8 @@ HEAD_CALLS = 5  # one takes milliseconds
 class Workload:
     """What is drawn, and on how much of the machine.
 
-    Attributes:
-        model: a preset with a generator.
-        batch: images at once, in each rank.
-        tokens: K in place of the preset's; the networks stay.
-        steps: of the sampler, whose other settings are the preset's.
-        threads: of the CPU; None leaves them.
-        ranks: processes that draw at the same time.
+    `batch` is that of each of `ranks` processes. `tokens` replace the preset's K (the networks
+    stay), `steps` those of its sampler. `threads` None leaves them.
     """
 
     model: str = "titok-l-32"
@@ -122,14 +116,7 @@ def measure(
     repeats: int,
     mode: str = "eager",
 ) -> list[dict[str, Any]]:
-    """Time workloads in turns.
-
-    Args:
-        workloads: of one rank each.
-        device: where they run.
-        dtype: a precision that harness.precision knows.
-        repeats: timed rounds.
-        mode: of options.in_mode.
+    """Time workloads of one rank each in turns.
 
     Returns:
         A row per workload, in order: its fields, "seconds", "images_per_s", "peak_bytes" (weights

@@ -18,16 +18,9 @@ _HERE = {"rFID": "distance", "gFID": "distance", "probe %": "top-1 %", "samples/
 def compare(ours: Sequence[float], paper: Sequence[float], noise: float = 0.0) -> dict[str, Any]:
     """Count the pairs of points in the paper's order, and judge the curve.
 
-    Args:
-        ours: our values.
-        paper: the paper's values at the matching points.
-        noise: differences of ours up to this are not significant; 0 where it is unknown.
-
-    Returns:
-        `pairs` that the paper orders, `alike` of them in its order, `untold` closer than the noise,
-        `rank_correlation` (Spearman's; None where one series is constant) and `verdict`: "agrees"
-        (every pair alike), "mostly agrees" (80 % and more), "not told apart" (that only without the
-        untold), or "does not agree".
+    Differences of ours up to `noise` are not significant: `untold`. `rank_correlation` is
+    Spearman's, None where one series is constant. `verdict`: "agrees" (every pair alike), "mostly
+    agrees" (80 % and more), "not told apart" (that only without the untold), or "does not agree".
     """
     pairs = alike = untold = 0
     for i, j in combinations(range(len(ours)), 2):
@@ -62,25 +55,12 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def comparisons(figures: Mapping[str, Figures], settings: Settings) -> list[dict[str, Any]]:
-    """Every curve whose experiments are measured, with the paper's values and `compare`'s result.
-
-    Args:
-        figures: of experiments, by their names.
-        settings: of the run.
-    """
+    """Every curve whose experiments are in `figures`, with the paper's and `compare`'s result."""
     K, sizes = settings.tokens, tuple(name for name, _ in settings.sizes)
     paper_K = tuple(published.PAPER_TOKENS[k] for k in K)
     found: list[dict[str, Any]] = []
 
-    def add(
-        group: str,
-        line: str,
-        metric: str,
-        x: Sequence[int | str],
-        paper_x: Sequence[int | str],
-        paper: Sequence[float],
-        ours: Sequence[Sequence[float | None]],
-    ) -> None:
+    def add(group: str, line: str, metric: str, x: Any, there: Any, paper: Any, ours: Any) -> None:
         """Add a curve if it is whole; `ours` has the values of all seeds for each point."""
         values = [[v for v in seeds if v is not None] for seeds in ours]
         if [len(v) for v in values] != [len(seeds) for seeds in ours]:
@@ -88,7 +68,7 @@ def comparisons(figures: Mapping[str, Figures], settings: Settings) -> list[dict
         means = [sum(v) / len(v) for v in values]
         noise = max(max(v) - min(v) for v in values)
         curve: dict[str, Any] = {"group": group, "line": line, "metric": metric}
-        curve |= {"metric_here": _HERE[metric], "x": x, "paper_x": paper_x, "noise": noise}
+        curve |= {"metric_here": _HERE[metric], "x": x, "paper_x": there, "noise": noise}
         curve |= {"ours": means, "paper": paper}
         found.append(curve | compare(means, paper, noise))
 

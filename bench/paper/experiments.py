@@ -92,13 +92,9 @@ SMOKE = Settings(
 class Experiment:
     """One network trained and measured, or one measurement.
 
-    Attributes:
-        kind: "vqgan", "tokenizer" (stage 1), "training" (the others of table 3c), "generator",
-            "probe" or "speed".
-        size: of the tokenizer.
-        tokens: K.
-        variant: of "training" one of TRAININGS, of "generator" its masking schedule.
-        seed: of the training.
+    `kind`: "vqgan", "tokenizer" (stage 1), "training" (the others of table 3c), "generator",
+    "probe" or "speed". `size` is that of the tokenizer; `variant` of "training" one of TRAININGS,
+    of "generator" its masking schedule.
     """
 
     kind: str
@@ -141,11 +137,7 @@ def by_schedule(schedule: str, settings: Settings) -> list[Experiment]:
 
 
 def experiments_of(group: str, settings: Settings) -> list[Experiment]:
-    """The experiments that a group of GROUPS shows.
-
-    Raises:
-        ValueError: an unknown group.
-    """
+    """The experiments that one of GROUPS shows."""
     sizes, tokens = [name for name, _ in settings.sizes], settings.tokens
     groups = {
         "reconstruction-tokens": [
@@ -169,13 +161,7 @@ def with_needs(experiments: list[Experiment]) -> list[Experiment]:
 
 
 def recipe(e: Experiment, settings: Settings, work: Path) -> Recipe:
-    """The training recipe of an experiment that trains.
-
-    Args:
-        e: the experiment.
-        settings: of the run.
-        work: folder of the trained networks, in folders named by their experiments.
-    """
+    """The training recipe of an experiment that trains, its network in a folder of `work`."""
     S, single = settings, e.variant in ("single-stage", "2d")
     stage = {"tokenizer": "stage1", "training": "single_stage" if single else "stage2"}
     file = stage.get(e.kind, e.kind)

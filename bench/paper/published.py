@@ -41,11 +41,5 @@ TRAINING_RFID = {"two-stage": 1.70, "single-stage": 5.15, "2d": 15.58}
 
 
 def table_4(metric: str, size: str, tokens: int) -> float:
-    """A figure of table 4.
-
-    Args:
-        metric: "rFID", "gFID" or "probe %".
-        size: "S", "B" or "L".
-        tokens: K of a small model, a key of PAPER_TOKENS.
-    """
+    """A figure of table 4: "rFID", "gFID" or "probe %" of a size; K is that of a small model."""
     return _TABLE_4[metric][size][_K.index(PAPER_TOKENS[tokens])]

@@ -27,22 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library of b
 import numpy as np
 import torch
 from fashion import CLASSIFIER
-from lib import plots as plot
+from lib import plots
 from lib.harness import environment, say, write_json
-from lib.options import add_run, check, save
-from lib.plots import write
+from lib.options import COUNT, RUN, check, names_of, new_record, parser, save, stem
 from lib.quality_tables import trends_table
+from paper import experiments
 from paper.curves import comparisons
-from paper.experiments import (
-    CLASSES,
-    GROUPS,
-    RATE,
-    SMOKE,
-    Experiment,
-    Settings,
-    experiments_of,
-    with_needs,
-)
 from paper.work import SIDE, Setup, StoppedError, measure, train_network
 
 from titok_fast.data.sources import ArraySource, fashion_mnist
@@ -50,7 +40,7 @@ from titok_fast.evaluation.networks import FashionFeatures
 from titok_fast.models.classifier import FashionClassifier
 
 
-def open_setup(args: argparse.Namespace, settings: Settings, work: Path) -> Setup:
+def open_setup(args: argparse.Namespace, settings: experiments.Settings, work: Path) -> Setup:
     """Data, classifier and folder of a run.
 
     Raises:
@@ -81,7 +71,7 @@ def open_setup(args: argparse.Namespace, settings: Settings, work: Path) -> Setu
 
 def smoke_data(count: int) -> ArraySource:
     """Stripes whose slope is the class, with noise."""
-    rng, labels = np.random.default_rng(count), np.arange(count) % CLASSES
+    rng, labels = np.random.default_rng(count), np.arange(count) % experiments.CLASSES
     y, x = np.mgrid[:SIDE, :SIDE]
     waves = np.sin((x + y * labels[:, None, None] / 3) / 2)
     noise = rng.integers(0, 40, waves.shape)
@@ -105,14 +95,8 @@ def _digest(model: FashionClassifier) -> str:
     return digest.hexdigest()
 
 
-def run_experiment(setup: Setup, e: Experiment, now: dict[str, Any]) -> dict[str, Any]:
-    """The case of an experiment: read from its file, or trained, measured and written there.
-
-    Args:
-        setup: shared by all experiments.
-        e: one whose needs are done.
-        now: `environment()`; a case names the commit that measured it.
-    """
+def run_experiment(setup: Setup, e: experiments.Experiment, now: dict[str, Any]) -> dict[str, Any]:
+    """The case of an experiment: read from its file, or trained, measured and written there."""
     path = setup.work / "experiments" / f"{e.name}.json"
     if path.exists():
         done: dict[str, Any] = json.loads(path.read_text())
@@ -134,17 +118,14 @@ def run_experiment(setup: Setup, e: Experiment, now: dict[str, Any]) -> dict[str
     return case
 
 
-def run(args: argparse.Namespace, settings: Settings, work: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, settings: experiments.Settings, work: Path) -> dict[str, Any]:
     """Do all experiments of the groups in --only and compare the curves; may raise StoppedError."""
     setup = open_setup(args, settings, work)
     now = environment(args.device)
-    wanted = [e for group in args.only for e in experiments_of(group, settings)]
-    cases = [run_experiment(setup, e, now) for e in with_needs(wanted)]
+    wanted = [e for group in args.only for e in experiments.experiments_of(group, settings)]
+    cases = [run_experiment(setup, e, now) for e in experiments.with_needs(wanted)]
     figures = {case["experiment"]: case["figures"] for case in cases}
-    return {
-        "benchmark": "paper-trends",
-        "environment": now,
-        "protocol": _protocol(setup),
+    return new_record("paper-trends", args.device, **_protocol(setup)) | {
         "cases": cases,
         "comparisons": [c for c in comparisons(figures, settings) if c["group"] in args.only],
     }
@@ -156,7 +137,8 @@ def _protocol(setup: Setup) -> dict[str, Any]:
     return {
         "settings": asdict(S),
         "features": f"distance: Frechet's, in the features of {network} (figures call it fid)",
-        "learning-rate": f"{RATE} / width in stage 1 and a single stage, else the recipes'",
+        "learning-rate": f"{experiments.RATE} / width in stage 1 and a single stage, "
+        "else the recipes'",
         "reconstruction": "stage 1: likeliest proxy codes, decoded by the proxy tokenizer; "
         f"averaged weights, clamped, rounded; first {S.judged} evaluation images",
         "generation": f"{S.drawn} images, classes in turn, truncated, against the features of "
@@ -179,23 +161,22 @@ def _protocol(setup: Setup) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; status 130 when a signal ended a training."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__, "plots", *RUN)
     add = p.add_argument
-    add("--only", metavar="A,B", default=",".join(GROUPS), help=f"default: {','.join(GROUPS)}")
-    budget = f"of tokenizers and generators (default: {Settings().budget})"
-    add("--budget", type=int, metavar="UPDATES", help=budget)
+    add("--only", **names_of(experiments.GROUPS))
+    budget = f"of tokenizers and generators (default: {experiments.Settings().budget})"
+    add("--budget", **COUNT, metavar="UPDATES", help=budget)
     work_help = "networks, finished experiments (default: runs/fashion/trends-BUDGET)"
     add("--work", type=Path, metavar="DIR", help=work_help)
     classifier = "trained by recipes/fashion/classifier.yaml; default: fashion-16's"
     add("--classifier", type=Path, default=CLASSIFIER, metavar="DIR", help=classifier)
     add("--data", type=Path, metavar="DIR", help="Fashion-MNIST's files; default: Debian's folder")
     add("--smoke", action="store_true", help="every kind of experiment, tiny, on synthetic images")
-    add_run(p)
-    add("--plots", type=Path, metavar="DIR", help="also an SVG there, named like the record")
     args = p.parse_args(argv)
-    settings = _check(p, args)
+    check(p, args)
+    settings = experiments.SMOKE if args.smoke else experiments.Settings()
+    if args.budget is not None:
+        settings = replace(settings, budget=args.budget, generator_budget=args.budget)
     temporary = tempfile.TemporaryDirectory() if args.smoke and args.work is None else nullcontext()
     with temporary as folder:
         work = args.work or Path(folder or f"runs/fashion/trends-{settings.budget}")
@@ -206,27 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         except (FileNotFoundError, ValueError) as error:
             p.error(str(error))
-    path = save(args.json, record)
+    save(args.json, record)
     if args.plots is not None and record["comparisons"]:
-        name = path.stem if path is not None else record["benchmark"]
-        write(plot.trends(record), args.plots / f"{name}.svg")
+        plots.write(plots.trends(record), args.plots / f"{stem(args.json, record)}.svg")
     print(trends_table(record))
     return 0
-
-
-def _check(p: argparse.ArgumentParser, args: argparse.Namespace) -> Settings:
-    """Refuse wrong options before any work, and return the settings."""
-    args.only = args.only.split(",")
-    unknown = [group for group in args.only if group not in GROUPS]
-    if unknown:
-        p.error(f"--only: unknown {', '.join(unknown)}; known: {', '.join(GROUPS)}")
-    check(p, args, "budget", "threads")
-    if args.plots is not None and not args.plots.is_dir():
-        p.error(f"--plots wants an existing folder; got {args.plots}")
-    settings = SMOKE if args.smoke else Settings()
-    if args.budget is not None:
-        settings = replace(settings, budget=args.budget, generator_budget=args.budget)
-    return settings
 
 
 if __name__ == "__main__":

@@ -20,11 +20,7 @@ from titok_fast.evaluation.generation import Reference, evaluate_generation, mea
 from titok_fast.evaluation.networks import FeatureNetwork
 from titok_fast.evaluation.pictures import ArrayPictures, SourcePictures
 from titok_fast.evaluation.probe import ProbeConfig, linear_probe
-from titok_fast.evaluation.reconstruction import (
-    Reconstruct,
-    evaluate_reconstruction,
-    reconstructor,
-)
+from titok_fast.evaluation.reconstruction import Reconstruct, evaluate_reconstruction, reconstructor
 from titok_fast.evaluation.statistics import Gaussian
 from titok_fast.io.images import to_uint8
 from titok_fast.sampling.unmask import sample, sample_seeds
@@ -42,14 +38,9 @@ class StoppedError(Exception):
 
 @dataclass
 class Setup:
-    """What all experiments share.
+    """What all experiments share; `work` holds trained networks and token shards.
 
-    Attributes:
-        settings: of the run.
-        work: folder of trained networks and token shards.
-        train, test: images of 32 x 32 with classes 0..9.
-        network: the feature space, and the classifier of sampled images.
-        device: where networks run.
+    Images are 32 x 32 with classes 0..9. `network` is the feature space and classifies samples.
     """
 
     settings: Settings

@@ -10,8 +10,8 @@ from support.bench_scripts import add_tiny, scripts
 from titok_fast.costs import generation_costs
 
 pytest.importorskip("scipy")
-cost_model, counted_work, options, scaling, workloads = scripts(
-    "lib.cost_model", "lib.counted_work", "lib.options", "scaling", "lib.workloads"
+cost_model, options, scaling, workloads = scripts(
+    "lib.cost_model", "lib.options", "scaling", "lib.workloads"
 )
 
 Workload = workloads.Workload
@@ -31,7 +31,7 @@ TRUE = {
 def row(workload: Any, seconds_per: dict[str, float], noise: float = 0.0) -> dict[str, Any]:
     """A measured row whose times follow the model, some by `noise` too long, some too short."""
     machine = cost_model.Machine(seconds_per)
-    works = counted_work.work(workload.system, workload.batch, "bf16")
+    works = cost_model.work(workload.system, workload.batch, "bf16")
     signs = (1 + noise, 1 - noise)
     times = {s: machine.predict(w) * signs[i % 2] for i, (s, w) in enumerate(works.items())}
     return workload.row() | {"dtype": "bf16", "stages_s": {"transfer": 1e-3} | times}
@@ -66,7 +66,7 @@ def test_noisy_workloads_are_predicted_within_twice_the_noise() -> None:
 
 def test_work_is_that_of_the_costs() -> None:
     workload = Workload("titok-b-64", 4)
-    found = counted_work.work(workload.system, 4, "bf16")
+    found = cost_model.work(workload.system, 4, "bf16")
     system = workload.system
     costs = generation_costs(system.tokenizer, system.generator, system.sampling)
     flops = ("gemm_flops", "attention_flops", "conv_flops")
@@ -79,7 +79,7 @@ def test_work_is_that_of_the_costs() -> None:
     assert found["vit_decoder"]["attention_flops"] == 4 * 12 * 4 * 321**2 * 768
     assert found["vit_decoder"]["attention_rows"] == 4 * 12 * 12 * 321
     # weights are read once a step, whatever the batch; the draw shrinks as tokens become known
-    alone = counted_work.work(workload.system, 1, "bf16")
+    alone = cost_model.work(workload.system, 1, "bf16")
     assert found["generator"]["weight_bytes"] == alone["generator"]["weight_bytes"]
     assert found["head"]["draws"] == 4 * 64 * 4096
     assert 64 * 4096 < alone["generator"]["draws"] < 8 * 64 * 4096
@@ -88,7 +88,7 @@ def test_work_is_that_of_the_costs() -> None:
 def test_a_step_of_no_guidance_is_one_pass() -> None:
     # power-cosine begins with weight 0: of two steps three passes, as L-32's linear has
     one, two = (
-        counted_work.work(Workload("titok-s-128", steps=T).system, 1, "bf16")["generator"]
+        cost_model.work(Workload("titok-s-128", steps=T).system, 1, "bf16")["generator"]
         for T in (1, 2)
     )
     assert two["gemm_flops"] == pytest.approx(3 * one["gemm_flops"])
@@ -168,4 +168,4 @@ def test_a_run_measures_what_is_fitted_and_what_is_checked(
     assert record["benchmark"] == "cost-model"
     assert [(c["batch"], c["tokens"]) for c in record["cases"]] == [(1, 8), (3, 8), (2, 4)]
     assert [line["fitted"] for line in record["cost_model"]["lines"]] == [True] * 10 + [False] * 5
-    assert set(record["cost_model"]["seconds_per"]) == set(counted_work.KINDS)
+    assert set(record["cost_model"]["seconds_per"]) == set(cost_model.KINDS)

@@ -128,7 +128,7 @@ def test_quality_stands_beside_the_speed(
 def test_mistakes_are_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--count=5"], "--count wants at least 10"),
-        ([f"--plots={tmp_path / 'none'}"], "--plots: no folder"),
+        ([f"--plots={tmp_path / 'none'}"], "--plots: wants an existing folder"),
         ([f"--classifier={tmp_path / 'none'}"], "none is neither a directory"),
     ):
         refused(capsys, fashion, words, message)

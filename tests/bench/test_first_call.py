@@ -76,27 +76,6 @@ def test_a_child_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         first_call.measure(args, "int8")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--batch-size", "0"], "--batch-size wants at least 1; got 0"),
-        (["--threads", "-1"], "--threads wants at least 1; got -1"),
-        (["--modes", "graph"], "invalid choice: 'graph'"),
-        (["--model", "titok-x"], "invalid choice: 'titok-x'"),
-    ],
-)
-def test_wrong_options(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        first_call.main(["--device", "cpu", *words])
-    assert message in capsys.readouterr().err
-
-
-def test_a_mode_of_another_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        first_call.main(["--device", "cuda", "--modes", "fast", "int8"])
-    assert "--modes: int8 not on cuda" in capsys.readouterr().err
-
-
 def test_every_mode_of_a_device_fits_it() -> None:
     for device, modes in first_call.MODES.items():
         names = [options.techniques(mode, device) for mode in modes]

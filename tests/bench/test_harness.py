@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +30,6 @@ class Clock:
             self.now += seconds
 
         return call
-
-
-def test_scripts_import_it_as_a_neighbour(tmp_path: Path) -> None:
-    code = f"import sys; sys.path[0] = {str(ROOT / 'bench')!r}; from lib import harness"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=60)
 
 
 def test_environment_is_complete_and_holds_nothing_private() -> None:
@@ -164,10 +158,6 @@ def test_matmul_rate_counts_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "mm", lambda a, b, out: clock.spend(1e-6 * a.shape[0])())
     # time grows with n, work with n^3: the largest size is the best, 2 n^3 / (1e-6 n)
     assert harness.matmul_peak("cpu", torch.float32) == pytest.approx(2 * 2048**2 * 1e6)
-
-
-def test_matmul_peak_of_this_machine() -> None:
-    assert 1e8 < harness.matmul_peak("cpu", torch.float32) < 1e16
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no way to reset it")

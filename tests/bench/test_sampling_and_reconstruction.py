@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import add_tiny, refused, scripts, small_official
+from support.bench_scripts import add_tiny, scripts, small_official
 from support.tiny_models import tiny_tokenizer_config
 from torch import Tensor
 
 from titok_fast import PRESETS, TiTokPipeline
 from titok_fast.presets import Preset
 
-candidates, options, reconstruction, sampling, stages, upstream = scripts(
-    "lib.candidates", "lib.options", "reconstruction", "sampling", "lib.stages", "lib.upstream"
+candidates, options, reconstruction, sampling, upstream = scripts(
+    "lib.candidates", "lib.options", "reconstruction", "sampling", "lib.upstream"
 )
 
 CPU = torch.device("cpu")
@@ -149,9 +149,9 @@ def test_a_copy_shares_weights_and_leaves_the_original_alone() -> None:
     pipe = TiTokPipeline.random("tiny")
     decoder = pipe.tokenizer.decoder
     own = candidates.shared(pipe)
-    stages.watch(own.tokenizer, CPU)
+    candidates.watch(own.tokenizer, CPU)
     assert pipe.tokenizer.decoder is decoder
-    assert isinstance(own.tokenizer.decoder, stages.Stage)
+    assert isinstance(own.tokenizer.decoder, candidates.Stage)
     mine, theirs = pipe.generator.lm_head.weight, own.generator.lm_head.weight
     assert mine.data_ptr() == theirs.data_ptr()
     assert candidates.weight_bytes(own) == candidates.weight_bytes(pipe)
@@ -216,8 +216,8 @@ def test_memory_is_own_weights_plus_what_the_call_adds() -> None:
 
 
 def test_stage_clock_of_a_slow_part() -> None:
-    clock = stages.StageClock(CPU, rest="end")
-    part = stages.Stage(
+    clock = candidates.StageClock(CPU, rest="end")
+    part = candidates.Stage(
         torch.nn.Identity(), lambda: clock.mark("before"), lambda: clock.mark("part")
     )
     part(torch.zeros(1))  # outside a call: not counted
@@ -229,43 +229,6 @@ def test_stage_clock_of_a_slow_part() -> None:
     assert list(clock.medians(last=2)) == ["before", "part", "end"]
     times = clock.medians(last=2)  # the first call, 0.2 s, is not among them
     assert times["part"] < 0.01 <= times["before"] < 0.03 <= times["end"]
-
-
-@pytest.mark.parametrize(
-    ("main", "words", "message"),
-    [
-        ("sampling", ["--models", "titok-xl"], "unknown titok-xl; known: titok-l-32"),
-        ("sampling", ["--models", "titok-bl-64-vq8k"], "has no generator"),
-        ("sampling", ["--dtype", "tf32"], "tf32 exists on CUDA devices only"),
-        ("sampling", ["--batch", "0"], "--batch wants at least 1; got [0]"),
-        ("sampling", ["--repeats", "0"], "--repeats wants at least 1; got 0"),
-        ("sampling", ["--steps", "0"], "num_sample_steps wants"),
-        ("sampling", ["--upstream", "/nowhere"], "modeling/titok.py"),
-        ("sampling", ["--weights", "a,b", "--models", "tiny", "titok-l-32"], "wants one name"),
-        ("reconstruction", ["--threads", "0"], "--threads wants at least 1"),
-    ],
-)
-def test_options_are_refused_before_any_work(
-    main: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = {"sampling": sampling, "reconstruction": reconstruction}[main]
-    refused(capsys, module, ["--device", "cpu", *words], message)
-
-
-def test_defaults_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def defaults(*words: str) -> Any:
-        return options.parse(options.parser("", sampling.MODELS), list(words))
-
-    on_cpu = defaults("--device", "cpu")
-    assert on_cpu.models == ("titok-l-32",)
-    assert (on_cpu.batch, on_cpu.dtype) == ([2], ["fp32-ieee", "bf16"])
-    assert on_cpu.modes == ["eager", "fast", "int8"]
-    assert defaults("--device", "cpu", "--modes", "compiled").modes == ["compiled"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    on_cuda = defaults("--device", "cuda")
-    assert on_cuda.models == sampling.MODELS
-    assert (on_cuda.batch, on_cuda.dtype) == ([1, 32, 128], ["fp32-ieee", "tf32", "bf16"])
-    assert on_cuda.modes == ["eager", "fast", "compiled"]
 
 
 def test_weights_from_files_are_loaded_and_their_paths_stay_private(tmp_path: Path) -> None:

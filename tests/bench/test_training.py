@@ -153,17 +153,6 @@ def test_what_is_measured_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training.high_water(CPU) != 5
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [["--batch", "0"], ["--models", "titok-x"], ["--upstream", "/nowhere"], ["--steps", "0"]],
-)
-def test_refused_before_any_work(wrong: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "start_record", None)
-    with pytest.raises(SystemExit) as ended:
-        training.main(wrong)
-    assert ended.value.code == 2
-
-
 def test_a_child_that_fails_is_told() -> None:
     job = {"threads": 1, "model": "none", "stage": "stage1", "batch": 1}
     found = training.child(job | {"system": "ours bf16", "device": "cpu"})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import scripts
+from support.bench_scripts import refused, scripts
 
 from titok_fast import TiTok
 from titok_fast.config import SCHEDULES
@@ -257,17 +257,15 @@ def test_an_ended_run_goes_on(
     ("words", "said"),
     [
         (["--only", "width"], "--only: unknown width"),
-        (["--budget", "0"], "--budget wants at least 1; got 0"),
-        (["--plots", "/nowhere/at/all"], "--plots wants an existing folder"),
+        (["--budget", "0"], "--budget: wants at least 1; got 0"),
+        (["--plots", "/nowhere/at/all"], "--plots: wants an existing folder"),
         (["--classifier", "/nowhere/at/all"], "run titok-fast train recipes/fashion/classifier"),
     ],
 )
 def test_what_is_wrong_is_said(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        trends.main([*words, "--work", str(tmp_path / "work"), "--device", "cpu"])
-    assert said in capsys.readouterr().err
+    refused(capsys, trends, [*words, "--work", str(tmp_path / "work"), "--device", "cpu"], said)
     assert not (tmp_path / "work").exists()
 
 

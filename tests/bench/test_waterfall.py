@@ -2,17 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from math import log10
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from support.bench_scripts import BENCH, add_tiny, refused, scripts, small_official
+from support.bench_scripts import BENCH, add_tiny, scripts, small_official
 from support.tiny_models import (
     TINY_VQGAN,
     CountingForwards,
@@ -28,7 +28,7 @@ from titok_fast.models import vqgan as maskgit_vqgan
 from titok_fast.sampling import unmask as sampling
 
 options, techniques, waterfall = scripts("lib.options", "lib.techniques", "waterfall")
-quality, rows_of = scripts("lib.waterfall_quality", "lib.waterfall_rows")
+quality, rows_of = scripts("lib.waterfall_candidates", "lib.waterfall_rows")
 
 CPU = torch.device("cpu")
 UPSTREAM = os.environ.get("TITOK_UPSTREAM")
@@ -95,28 +95,14 @@ def test_kept_tokens_stay_and_images_may_differ_in_their_number(pipe: TiTokPipel
         assert torch.equal(sampling.sample(pipe.generator, *run), want)
 
 
-@contextmanager
-def spied(owner: Any, name: str) -> Iterator[list[tuple[Any, ...]]]:
-    """The positional arguments of each call of a function or module."""
-    calls: list[tuple[Any, ...]] = []
-    before = getattr(owner, name)
-    if isinstance(before, torch.nn.Module):
-        handle = before.register_forward_pre_hook(lambda module, args: calls.append(args))
-        try:
-            yield calls
-        finally:
-            handle.remove()
-        return
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return before(*args, **kwargs)
-
-    setattr(owner, name, recorded)
-    try:
-        yield calls
-    finally:
-        setattr(owner, name, before)
+def _calls(pipe: TiTokPipeline, owner: Any, name: str) -> list[Any]:
+    """The first argument of each call of a function or module while a batch is drawn."""
+    found = getattr(owner, name)
+    if isinstance(found, torch.nn.Module):
+        owner, name, found = found, "forward", found.forward
+    with patch.object(owner, name, wraps=found) as spy:
+        drawn(pipe, LINEAR)
+    return [call.args[0] for call in spy.call_args_list]
 
 
 def _trunk_rows(pipe: TiTokPipeline, config: SamplingConfig = LINEAR) -> list[int]:
@@ -125,45 +111,33 @@ def _trunk_rows(pipe: TiTokPipeline, config: SamplingConfig = LINEAR) -> list[in
     return passes.rows
 
 
-def _batches(pipe: TiTokPipeline) -> list[int]:
-    with spied(pipe.tokenizer.pixel_decoder, "conv_in") as calls:
-        drawn(pipe, LINEAR)
-    return [len(args[0]) for args in calls]
-
-
-def _widths(owner: Any, name: str, pipe: TiTokPipeline) -> list[int]:
-    """Rows in each call of a layer."""
-    with spied(owner, name) as calls:
-        drawn(pipe, LINEAR)
-    return [args[0].flatten(0, -2).shape[0] for args in calls]
-
-
-def _count(owner: Any, name: str, pipe: TiTokPipeline) -> int:
-    with spied(owner, name) as calls:
-        drawn(pipe, LINEAR)
-    return len(calls)
+def _head_rows(pipe: TiTokPipeline) -> list[int]:
+    return [x.flatten(0, -2).shape[0] for x in _calls(pipe, pipe.generator, "lm_head")]
 
 
 def _layout(pipe: TiTokPipeline) -> bool:
-    with spied(pipe.tokenizer.pixel_decoder.mid[0], "conv2") as calls:
-        drawn(pipe, LINEAR)
-    return calls[0][0].is_contiguous(memory_format=torch.channels_last)
+    x = _calls(pipe, pipe.tokenizer.pixel_decoder.mid[0], "conv2")[0]
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _shortcuts(pipe: TiTokPipeline) -> int:
-    return _count(pipe.tokenizer.pixel_decoder.up[0].block[0], "nin_shortcut", pipe)
+    return len(_calls(pipe, pipe.tokenizer.pixel_decoder.up[0].block[0], "nin_shortcut"))
+
+
+def _batches(pipe: TiTokPipeline) -> list[int]:
+    return [len(x) for x in _calls(pipe, pipe.tokenizer.pixel_decoder, "conv_in")]
 
 
 # what shows that a technique is there: what is seen with it, and without
 SEEN: dict[str, tuple[Callable[[TiTokPipeline], object], object, object]] = {
     "one-batch": (_trunk_rows, [4, 8, 8, 8], [4] * 7),
     "skip-zero": (lambda p: _trunk_rows(p, SETTINGS["power-cosine"]), [4, 8, 8, 8], [8] * 4),
-    "mixed-hidden": (lambda p: _widths(p.generator, "lm_head", p), [], [32] * 7),
-    "fused-qkv": (lambda p: _count(p.generator.blocks[0].attn, "qkv", p), 4, 0),
+    "mixed-hidden": (_head_rows, [], [32] * 7),
+    "fused-qkv": (lambda p: len(_calls(p, p.generator.blocks[0].attn, "qkv")), 4, 0),
     "channels-last": (_layout, True, False),
-    "phases": (lambda p: _count(maskgit_vqgan, "interleave_phases", p), 4, 0),
+    "phases": (lambda p: len(_calls(p, maskgit_vqgan, "interleave_phases")), 4, 0),
     "folded-shortcut": (_shortcuts, 0, 4),
-    "fused-norm": (lambda p: _count(maskgit_vqgan, "group_norm_silu", p), 4 * 7, 0),
+    "fused-norm": (lambda p: len(_calls(p, maskgit_vqgan, "group_norm_silu")), 4 * 7, 0),
     "one-image": (_batches, [1] * 4, [4]),
 }
 
@@ -463,35 +437,3 @@ def test_upstream_is_side_by_side(official_size: None, tmp_path: Path, compiled:
         assert (fast["mode"], fast["dtype"]) == ("compiled", "bf16")
         assert fast["first_call_s"] > 10 * min(fast["seconds"])
         assert fast["quality"]["logit_error"] < 0.1
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--model", "titok-xl"], "--model wants a preset with a generator; got titok-xl"),
-        (["--model", "titok-bl-64-vq8k"], "got titok-bl-64-vq8k; known: titok-l-32, titok-b-64"),
-        (["--rows", "plain,int4"], "--rows: unknown int4; known: upstream-fp32"),
-        (["--batch-size", "0"], "--batch-size wants at least 1; got 0"),
-        (["--repeats", "0"], "--repeats wants at least 1; got 0"),
-        (["--upstream", "/nowhere"], "modeling/titok.py"),
-    ],
-)
-def test_options_are_refused_before_any_work(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused(capsys, waterfall, ["--device", "cpu", *words], message)
-
-
-def test_a_picture_wants_a_measured_waterfall(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("matplotlib")
-    (plot,) = scripts("lib.plots")
-    path = tmp_path / "r.json"
-    for name, message in (("sampling", "wants a record"), ("waterfall", "measured rows; got")):
-        record = {"benchmark": name}
-        path.write_text(json.dumps(record | {"cases": [{"row": "plain", "error": "RuntimeError"}]}))
-        with pytest.raises(SystemExit):
-            plot.main([str(path)])
-        assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [path]

@@ -39,12 +39,9 @@ MODELS = {
 class Spec:
     """Which op at which shape.
 
-    Attributes:
-        op: name of the public function.
-        model: key of MODELS; for the pixel decoder "channels x side", such as "256x64".
-        batch: images.
-        dtype: of logits, hidden states or activations.
-        training: whether the gradients are part of the work.
+    `model` is a key of MODELS, or for the pixel decoder "channels x side", such as "256x64".
+    `dtype` is that of logits, hidden states or activations; with `training` gradients are part of
+    the work.
     """
 
     op: str
@@ -73,14 +70,10 @@ class Rival:
 
 @dataclass(frozen=True)
 class Case:
-    """A spec with its tensors.
+    """A spec with its tensors; `absent` says why a library is missing.
 
-    Attributes:
-        rivals: by name: "ours", "reference", "upstream" and libraries.
-        judge: of the reference, and of the same when compiled.
-        bytes_min: every input and every output of the call once.
-        flops: operations of the definition, a multiply-add counting two.
-        absent: by name, why a library is missing.
+    `judge` is that of the reference. `bytes_min` counts every input and output once, `flops` are
+    those of the definition.
     """
 
     rivals: dict[str, Rival]
@@ -96,10 +89,7 @@ class Case:
 
 
 def make_case(judge: Judge, *, bytes_min: float, flops: float, **calls: Call | Rival | str) -> Case:
-    """A case whose implementations share a judge.
-
-    Of `calls`, a `Rival` brings its own check, and a string says why a library is absent.
-    """
+    """A case whose implementations share a judge; a string for a call says why it is absent."""
 
     def judged(call: Call) -> Rival:
         return Rival(call, lambda: judge(call()))
@@ -129,13 +119,9 @@ def gradients(fn: Callable[..., Any], leaves: Sequence[Tensor]) -> Call:
 def judge_near(
     got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype, terms: int
 ) -> None:
-    """Bound the norm of the error over the norm of the float64 truth, in roundings of `dtype`.
+    """Bound the norm of the error over that of the float64 truth, in roundings of `dtype`.
 
-    Args:
-        got: outputs.
-        want: the same in float64.
-        dtype: in which the work is done.
-        terms: length of the longest sum behind an output.
+    `terms` is the length of the longest sum behind an output.
     """
     # a plain float32 sum of n terms drifts by up to 1.2 sqrt(n) roundings (upstream's loss over
     # channels-first logits does); halves are summed in float32 and show their own roundings only
@@ -165,11 +151,8 @@ def judge_samples(
 ) -> None:
     """Candidates reach the best noisy logit, and scores are their logits.
 
-    Args:
-        got: candidates (...) int64 and scores (...).
-        l: (..., N) float64 guided logits.
-        noise: (..., N) float64, to be added; None for greedy sampling.
-        dtype: in which the logits were computed.
+    `l` are guided logits, `noise` is added to them (None: greedy); both float64. The logits were
+    computed in `dtype`.
     """
     candidates, scores = got
     noisy = l if noise is None else l + noise

@@ -10,19 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lib.kernels import rivals
-from lib.kernels.cases import (
-    MODELS,
-    Call,
-    Case,
-    Rival,
-    Spec,
-    gradients,
-    judge_ids,
-    judge_near,
-    judge_samples,
-    make_case,
-)
+from lib.kernels import cases, rivals
 from torch import Tensor
 
 from titok_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
@@ -43,21 +31,21 @@ _GUIDED: dict[str, Any] = _NOISE | {"guidance": GUIDANCE}
 _SAMPLE_FLOPS = 50.0  # per logit: two logarithms and the uniform number are 46 of them
 
 
-def _codes(spec: Spec, device: torch.device) -> tuple[Tensor, Tensor]:
+def _codes(spec: cases.Spec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Latents that lie near a code, as those of a trained encoder do, and the codebook."""
-    m = MODELS[spec.model]
+    m = cases.MODELS[spec.model]
     codebook = torch.randn(m.N, m.C, device=device)
     z = codebook[torch.randint(m.N, (spec.batch * m.K,), device=device)]
     return z + 0.1 * torch.randn_like(z), codebook
 
 
-def nearest_code_case(spec: Spec, device: torch.device) -> Case:
+def nearest_code_case(spec: cases.Spec, device: torch.device) -> cases.Case:
     """The latents of a batch against the codebook; float32 in every model."""
-    m, (z, codebook) = MODELS[spec.model], _codes(spec, device)
+    m, (z, codebook) = cases.MODELS[spec.model], _codes(spec, device)
     R = len(z)
     library = rivals.vq_library(codebook, m.metric)
-    return make_case(
-        partial(judge_ids, z=z, codebook=codebook, metric=m.metric),
+    return cases.make_case(
+        partial(cases.judge_ids, z=z, codebook=codebook, metric=m.metric),
         ours=partial(nearest_code, z, codebook, metric=m.metric),
         reference=partial(nearest_code_ref, z, codebook, m.metric),
         upstream=partial(rivals.nearest_code_upstream, z, codebook, m.metric),
@@ -67,19 +55,19 @@ def nearest_code_case(spec: Spec, device: torch.device) -> Case:
     )
 
 
-def nearest_code_stats_case(spec: Spec, device: torch.device) -> Case:
+def nearest_code_stats_case(spec: cases.Spec, device: torch.device) -> cases.Case:
     """A training step of the quantizer: codes, two losses and their gradients."""
-    m = MODELS[spec.model]
+    m = cases.MODELS[spec.model]
     leaves = [x.requires_grad_() for x in _codes(spec, device)]
     R = len(leaves[0])
     reference = partial(nearest_code_stats_ref, metric=m.metric)
     upstream = partial(rivals.nearest_code_stats_upstream, metric=m.metric, beta=0.25)
-    want = gradients(reference, [x.detach().double().requires_grad_() for x in leaves])()
-    return make_case(
-        partial(judge_near, want=want, dtype=torch.float32, terms=m.N),
-        ours=gradients(partial(nearest_code_stats, metric=m.metric), leaves),
-        reference=gradients(reference, leaves),
-        upstream=gradients(upstream, leaves),
+    want = cases.gradients(reference, [x.detach().double().requires_grad_() for x in leaves])()
+    return cases.make_case(
+        partial(cases.judge_near, want=want, dtype=torch.float32, terms=m.N),
+        ours=cases.gradients(partial(nearest_code_stats, metric=m.metric), leaves),
+        reference=cases.gradients(reference, leaves),
+        upstream=cases.gradients(upstream, leaves),
         # forward: z in, codes and ids out; backward: their gradient and z in, one of z out;
         # the codebook in, its gradient out, the histogram out
         bytes_min=R * (4 * m.C * 5 + 8) + 8 * m.N * m.C + 8 * m.N,
@@ -89,22 +77,22 @@ def nearest_code_stats_case(spec: Spec, device: torch.device) -> Case:
 
 def _sampling_case(
     judge: Callable[..., None], noise: Tensor, upstream: Callable[..., Any], **rest: Any
-) -> Case:
+) -> cases.Case:
     """Ours and the reference are judged with the noise, upstream without."""
-    own_noise = Rival(
+    own_noise = cases.Rival(
         partial(upstream, noise_temperature=TEMPERATURE),
         lambda: judge(upstream(noise_temperature=0.0), noise=None),
     )
-    return make_case(partial(judge, noise=noise), upstream=own_noise, **rest)
+    return cases.make_case(partial(judge, noise=noise), upstream=own_noise, **rest)
 
 
 def _guide(cond: Tensor, uncond: Tensor) -> Tensor:
     return cond.double() + GUIDANCE * (cond.double() - uncond.double())
 
 
-def guided_sample_case(spec: Spec, device: torch.device) -> Case:
+def guided_sample_case(spec: cases.Spec, device: torch.device) -> cases.Case:
     """Guided sampling with half of the tokens known."""
-    m, B = MODELS[spec.model], spec.batch
+    m, B = cases.MODELS[spec.model], spec.batch
     logits, uncond = (4 * torch.randn(2, B, m.K, m.N, device=device)).to(spec.dtype)
     mask = torch.rand(B, m.K, device=device) < 0.5
     ids = torch.randint(m.N, (B, m.K), device=device)
@@ -116,7 +104,7 @@ def guided_sample_case(spec: Spec, device: torch.device) -> Case:
         assert bool((got[1][~mask] == torch.inf).all()), "a known token has a finite score"
         # ours works in float32 whatever the logits are
         dtype = spec.dtype if noise is None else torch.float32
-        judge_samples((got[0][mask], got[1][mask]), l, noise, dtype)
+        cases.judge_samples((got[0][mask], got[1][mask]), l, noise, dtype)
 
     return _sampling_case(
         judge,
@@ -131,9 +119,9 @@ def guided_sample_case(spec: Spec, device: torch.device) -> Case:
     )
 
 
-def remask_case(spec: Spec, device: torch.device) -> Case:
+def remask_case(spec: cases.Spec, device: torch.device) -> cases.Case:
     """From the unknown tokens and the schedule's ratio: half of all tokens are masked again."""
-    m, B = MODELS[spec.model], spec.batch
+    m, B = cases.MODELS[spec.model], spec.batch
     candidates = torch.randint(m.N, (B, m.K), device=device)
     scores = torch.randn(B, m.K, device=device)
     unknown = torch.ones(B, m.K, dtype=torch.bool, device=device)
@@ -167,9 +155,9 @@ def remask_case(spec: Spec, device: torch.device) -> Case:
     )
 
 
-def lm_head_sample_case(spec: Spec, device: torch.device) -> Case:
+def lm_head_sample_case(spec: cases.Spec, device: torch.device) -> cases.Case:
     """The head and the sampling of every token, as in the first guided step."""
-    m = MODELS[spec.model]
+    m = cases.MODELS[spec.model]
     R, width = spec.batch * m.K, spec.dtype.itemsize
     hidden, uncond = torch.randn(2, R, m.D, device=device).to(spec.dtype)
     weight = (0.1 * torch.randn(m.N, m.D, device=device)).to(spec.dtype)
@@ -179,7 +167,7 @@ def lm_head_sample_case(spec: Spec, device: torch.device) -> Case:
     tensors = (hidden, uncond, weight, bias)
     l = _guide(hidden, uncond) @ weight.double().T + bias.double()
     return _sampling_case(
-        partial(judge_samples, l=l, dtype=spec.dtype),
+        partial(cases.judge_samples, l=l, dtype=spec.dtype),
         TEMPERATURE * row_gumbel(seeds, STEP, positions, m.N, TOKEN_STREAM).double(),
         partial(rivals.lm_head_sample_upstream, *tensors, guidance=GUIDANCE),
         ours=partial(lm_head_sample, *tensors, seeds=seeds, positions=positions, **_GUIDED),
@@ -191,7 +179,7 @@ def lm_head_sample_case(spec: Spec, device: torch.device) -> Case:
     )
 
 
-def soft_codes_case(spec: Spec, device: torch.device) -> Case:
+def soft_codes_case(spec: cases.Spec, device: torch.device) -> cases.Case:
     """Pixel codes of a batch; channels-first logits for upstream, as its decoder leaves them."""
     M, N, C = spec.batch * PIXEL_GRID**2, PIXEL_CODES, PIXEL_CHANNELS
     logits = (3 * torch.randn(M, N, device=device)).to(spec.dtype)
@@ -201,9 +189,9 @@ def soft_codes_case(spec: Spec, device: torch.device) -> Case:
 
     def judge(got: Tensor) -> None:
         rows = got if got.ndim == 2 else got.permute(0, 2, 3, 1).reshape(M, C)
-        judge_near((rows,), (want,), spec.dtype, terms=N)
+        cases.judge_near((rows,), (want,), spec.dtype, terms=N)
 
-    return make_case(
+    return cases.make_case(
         judge,
         ours=partial(soft_codes, logits, codebook),
         reference=partial(soft_codes_ref, logits, codebook),
@@ -213,24 +201,24 @@ def soft_codes_case(spec: Spec, device: torch.device) -> Case:
     )
 
 
-def group_norm_silu_case(spec: Spec, device: torch.device) -> Case:
+def group_norm_silu_case(spec: cases.Spec, device: torch.device) -> cases.Case:
     """A block of the pixel decoder, channels-last; upstream's lines also channels-first."""
     C, side = map(int, spec.model.split("x"))
     x = (torch.randn(spec.batch, C, side, side, device=device) + 0.5).to(spec.dtype)
     weight, bias = torch.rand(2, C, device=device) + 0.5
     last = [x.to(memory_format=torch.channels_last), weight.to(spec.dtype), bias.to(spec.dtype)]
 
-    def call(fn: Callable[..., Tensor], tensors: list[Tensor]) -> Call:
+    def call(fn: Callable[..., Tensor], tensors: list[Tensor]) -> cases.Call:
         """The op, or with its gradients; a single result in a tuple, as gradients are."""
         if spec.training:
-            return gradients(fn, [t.detach().requires_grad_() for t in tensors])
+            return cases.gradients(fn, [t.detach().requires_grad_() for t in tensors])
         return lambda: (fn(*tensors),)
 
     upstream = rivals.group_norm_silu_upstream
     want = call(upstream, [t.double() for t in last])()
     moves, operations = (5, 45.0) if spec.training else (2, 14.0)  # x, y; x, gradient in and out
-    return make_case(
-        partial(judge_near, want=want, dtype=spec.dtype, terms=C // 32 * side * side),
+    return cases.make_case(
+        partial(cases.judge_near, want=want, dtype=spec.dtype, terms=C // 32 * side * side),
         ours=call(group_norm_silu, last),
         reference=call(partial(group_norm_silu_ref, groups=32, eps=1e-6), last),
         upstream=call(upstream, last),
@@ -240,9 +228,9 @@ def group_norm_silu_case(spec: Spec, device: torch.device) -> Case:
     )
 
 
-def masked_cross_entropy_case(spec: Spec, device: torch.device) -> Case:
+def masked_cross_entropy_case(spec: cases.Spec, device: torch.device) -> cases.Case:
     """A training step of the generator from its last hidden states on: loss and gradients."""
-    m = MODELS[spec.model]
+    m = cases.MODELS[spec.model]
     R, dtype = spec.batch * m.K, spec.dtype
     hidden = torch.randn(R, m.D, device=device).to(dtype)
     weight = (0.05 * torch.randn(m.N, m.D, device=device)).to(dtype)
@@ -253,14 +241,14 @@ def masked_cross_entropy_case(spec: Spec, device: torch.device) -> Case:
         "weights": torch.where(torch.rand(R, device=device) < 0.6, 1.0, 0.1),
     }
 
-    def call(fn: Callable[..., Tensor], **options: int) -> Call:
-        return gradients(partial(fn, **fixed, **options), leaves)
+    def call(fn: Callable[..., Tensor], **options: int) -> cases.Call:
+        return cases.gradients(partial(fn, **fixed, **options), leaves)
 
     library = rivals.liger_loss(device)
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    want = gradients(partial(masked_cross_entropy_ref, **fixed), wide)()
-    return make_case(
-        partial(judge_near, want=want, dtype=dtype, terms=m.N),
+    want = cases.gradients(partial(masked_cross_entropy_ref, **fixed), wide)()
+    return cases.make_case(
+        partial(cases.judge_near, want=want, dtype=dtype, terms=m.N),
         ours=call(masked_cross_entropy),
         reference=call(masked_cross_entropy_ref),
         upstream=call(rivals.masked_cross_entropy_upstream, K=m.K),
@@ -270,7 +258,7 @@ def masked_cross_entropy_case(spec: Spec, device: torch.device) -> Case:
     )
 
 
-BUILDERS: dict[str, Callable[[Spec, torch.device], Case]] = {
+BUILDERS: dict[str, Callable[[cases.Spec, torch.device], cases.Case]] = {
     "nearest_code": nearest_code_case,
     "nearest_code_stats": nearest_code_stats_case,
     "guided_sample": guided_sample_case,

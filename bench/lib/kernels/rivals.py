@@ -121,9 +121,9 @@ def masked_cross_entropy_upstream(
 
 
 def vq_library(codebook: Tensor, metric: str) -> Callable[[Tensor], Tensor] | str:
-    """vector-quantize-pytorch's quantizer with this codebook: latents (N, C) -> ids (N,).
+    """vector-quantize-pytorch's quantizer: latents (N, C) -> ids (N,), or why it is absent.
 
-    It gathers the codes as well, which cannot be turned off. A string says why it is absent.
+    It gathers the codes as well, which cannot be turned off.
     """
     if importlib.util.find_spec("vector_quantize_pytorch") is None:
         return "not installed"
@@ -138,10 +138,9 @@ def vq_library(codebook: Tensor, metric: str) -> Callable[[Tensor], Tensor] | st
 
 
 def liger_loss(device: torch.device) -> Callable[..., Tensor] | str:
-    """Liger-Kernel's fused head and cross-entropy, weighted per token as ours is.
+    """Liger-Kernel's fused head and cross-entropy, weighted per token, or why it is absent.
 
     Token weights want its reduction "none", which recomputes the logits in the backward.
-    A string says why it is absent.
     """
     if importlib.util.find_spec("liger_kernel") is None:
         return "not installed"

@@ -46,13 +46,10 @@ def time_calls(calls: Calls, device: torch.device, budget_s: float) -> tuple[Sec
 
 
 def time_shuffled(calls: Calls, repeats: int, device: torch.device) -> tuple[Seconds, Seconds]:
-    """Time calls in rounds of random order, with cold caches, after one round of warm-up.
+    """Seconds of calls in rounds of random order, with cold caches, after a round of warm-up.
 
-    Order matters on the CPU: a fixed neighbour leaves its data in the cache, or evicts it.
-
-    Returns:
-        Seconds of each call, between device events on CUDA; and on CUDA the seconds that the host
-        spent on issuing it, else an empty dict.
+    Order matters on the CPU: a fixed neighbour leaves its data in the cache, or evicts it. The
+    second result, on CUDA only, has the seconds that the host spent on issuing each call.
     """
     flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
     order, shuffle = list(calls), random.Random(0).shuffle

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lib.peers.models import Autoregressive, Diffusion, Masked, Peer, ResidualQuantized
-from lib.peers.vits import UViT, ViTDecoder
+from lib.peers import models
 from torch import Tensor, nn
 
 from titok_fast import GeneratorConfig, SamplingConfig, VQGANConfig
@@ -28,18 +27,10 @@ PAPER_A100 = {
 
 @dataclass(frozen=True)
 class System:
-    """One row of the paper's tables.
+    """One row of the paper's tables, under the paper's names.
 
-    Attributes:
-        name: for --peers.
-        tokenizer, generator: the paper's names.
-        side: pixels.
-        steps: published number of sampling steps.
-        paper_rate: samples/s of the paper, None where it gives none.
-        paper_millions: parameters of the generator, in millions, as the paper states them.
-        classes: the libraries' classes that rebuild it here.
-        build: the networks; called with True, small ones of the same kind for tests.
-        left_out: why it is not measured, where it is not.
+    `paper_rate` is in samples/s, None where it gives none; `paper_millions` are parameters of the
+    generator. `classes` are the libraries' that rebuild it here; `build(True)` makes a small one.
     """
 
     name: str
@@ -50,7 +41,7 @@ class System:
     paper_rate: float | None
     paper_millions: int
     classes: str
-    build: Callable[[bool], Peer] | None
+    build: Callable[[bool], models.Peer] | None
     left_out: str | None = None
 
 
@@ -94,7 +85,7 @@ def _vq_decoder(widths: tuple[int, ...], C: int, N: int, tiny: bool, attention: 
     return _without_encoder(vq)
 
 
-def _dit(side: int, tiny: bool) -> Peer:
+def _dit(side: int, tiny: bool) -> models.Peer:
     """DiT-XL/2: 28 layers, 16 heads of 72 (arXiv 2212.09748, table 1; facebook/DiT-XL-2-256).
 
     The library's class repeats the conditioning tables in each layer: 750M parameters for 675M.
@@ -109,17 +100,17 @@ def _dit(side: int, tiny: bool) -> Peer:
         out: Tensor = net(z, timestep=times, class_labels=labels).sample
         return out[:, :4]  # the other half is the variance
 
-    return Diffusion(net, _kl_decoder(tiny), (4, latent), denoise)
+    return models.Diffusion(net, _kl_decoder(tiny), (4, latent), denoise)
 
 
-def _uvit(D: int, depth: int, patch: int, side: int, tiny: bool) -> Peer:
+def _uvit(D: int, depth: int, patch: int, side: int, tiny: bool) -> models.Peer:
     """U-ViT: L 1024 x 20, H 1152 x 28, 16 heads (baofff/U-ViT, configs/imagenet*_uvit_*.py)."""
     latent = 8 if tiny else side // 8
-    net = UViT(64, 2, 2, latent, patch) if tiny else UViT(D, depth, 16, latent, patch)
-    return Diffusion(net, _kl_decoder(tiny), (4, latent), net)
+    net = models.UViT(64, 2, 2, latent, patch) if tiny else models.UViT(D, depth, 16, latent, patch)
+    return models.Diffusion(net, _kl_decoder(tiny), (4, latent), net)
 
 
-def _ldm4(tiny: bool) -> Peer:
+def _ldm4(tiny: bool) -> models.Peer:
     """LDM-4, class-conditional ImageNet, before VQ-f4 (arXiv 2112.10752, appendices D and E).
 
     192 channels x (1, 2, 3, 5), heads of 32 at the three coarser levels, cross-attention to one
@@ -146,7 +137,7 @@ def _ldm4(tiny: bool) -> Peer:
         return out
 
     decoder = _vq_decoder((128, 256, 512), 3, 8192, tiny, attention=False)
-    return Diffusion(net, decoder, (3, latent), denoise)
+    return models.Diffusion(net, decoder, (3, latent), denoise)
 
 
 def _gpt_config(D: int, layers: int, heads: int, length: int, N: int, tiny: bool) -> Any:
@@ -157,7 +148,7 @@ def _gpt_config(D: int, layers: int, heads: int, length: int, N: int, tiny: bool
     return GPT2Config(vocab_size=N, bos_token_id=None, eos_token_id=None, **size)
 
 
-def _taming(tiny: bool) -> Peer:
+def _taming(tiny: bool) -> models.Peer:
     """GPT of 48 layers, 24 heads, width 1536, on 256 codes (arXiv 2012.09841, as released).
 
     Before the f16 VQGAN of 1024 codes: CompVis/taming-transformers, configs/imagenet_vqgan.yaml.
@@ -166,10 +157,10 @@ def _taming(tiny: bool) -> Peer:
 
     gpt = GPT2LMHeadModel(_gpt_config(1536, 48, 24, 257, 1024, tiny))
     decoder = _vq_decoder((128, 128, 256, 256, 512), 256, 1024, tiny)
-    return Autoregressive(gpt, decoder, (256, 2 if tiny else 16))
+    return models.Autoregressive(gpt, decoder, (256, 2 if tiny else 16))
 
 
-def _rq(D: int, heads: int, tiny: bool) -> Peer:
+def _rq(D: int, heads: int, tiny: bool) -> models.Peer:
     """RQ-Transformer: 42 body and 6 head layers on 8 x 8 x 4 codes of 16384.
 
     kakaobrain/rq-vae-transformer, configs/imagenet256: stage2/*-1400M.yaml and *-3800M.yaml, and
@@ -180,10 +171,10 @@ def _rq(D: int, heads: int, tiny: bool) -> Peer:
     body = GPT2Model(_gpt_config(D, 42, heads, 65, 1, tiny))
     head = GPT2LMHeadModel(_gpt_config(D, 6, heads, 4, 16384, tiny))
     decoder = _vq_decoder((128, 128, 256, 256, 512, 512), 256, 16384, tiny)
-    return ResidualQuantized(body, head, decoder, (256, 2 if tiny else 8))
+    return models.ResidualQuantized(body, head, decoder, (256, 2 if tiny else 8))
 
 
-def _vim(tiny: bool) -> Peer:
+def _vim(tiny: bool) -> models.Peer:
     """VIM-Large, 1.7B, on 1024 codes of 8192 (arXiv 2110.04627).
 
     Only the count is matched, by 33 layers of width 2048. Decoder: its ViT-Base, 12 layers of 768
@@ -193,28 +184,28 @@ def _vim(tiny: bool) -> Peer:
 
     gpt = GPT2LMHeadModel(_gpt_config(2048, 33, 16, 1025, 8192, tiny))
     size, grid = ((64, 2, 2, 4), 4) if tiny else ((768, 12, 12, 32), 32)
-    return Autoregressive(gpt, ViTDecoder(32, *size), (32, grid))
+    return models.Autoregressive(gpt, models.ViTDecoder(32, *size), (32, grid))
 
 
 def _masked(
     config: GeneratorConfig, pixel: VQGANConfig, guidance: float, steps_per_call: int, tiny: bool
-) -> Peer:
+) -> models.Peer:
     # MaskGIT's own rules (google-research/maskgit): cosine schedule, confidence by probability
     rules = SamplingConfig(8, guidance, "constant", schedule="cosine", confidence="probability")
     if tiny:
         shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = GeneratorConfig(intermediate_size=128, image_seq_len=16, codebook_size=64, **shape)
         pixel = VQGANConfig(32, (1, 2), 1, 16, 64)
-    return Masked(config, pixel, rules, steps_per_call)
+    return models.Masked(config, pixel, rules, steps_per_call)
 
 
-def _maskgit(side: int, steps_per_call: int, tiny: bool) -> Peer:
+def _maskgit(side: int, steps_per_call: int, tiny: bool) -> models.Peer:
     """TiTok's 177M MaskGIT-ViT on MaskGIT-VQGAN's 16 x 16 or 32 x 32 codes of 1024 (paper, 4.1)."""
     config = GeneratorConfig(image_seq_len=(side // 16) ** 2, codebook_size=1024)
     return _masked(config, VQGANConfig(), 0.0, steps_per_call, tiny)
 
 
-def _magvit2(side: int, tiny: bool) -> Peer:
+def _magvit2(side: int, tiny: bool) -> models.Peer:
     """MAGVIT-v2: 307M, BERT-large's shape, two heads of 512 for 2**18 codes (arXiv 2310.05737).
 
     The decoder as TencentARC/Open-MAGVIT2 restates it (imagenet_lfqgan_256_L.yaml): four blocks a
@@ -252,7 +243,7 @@ _PUBLISHED: dict[str, tuple[str, str, int, int, float | None, int]] = {
     "maskgit-512": ("MaskGIT-VQGAN", _VIT, 512, 12, 3.9, 177),
     "magvit-v2-512": ("LFQ", "MAGVIT-v2", 512, 64, 1.0, 307),
 }
-_BUILT: dict[str, tuple[str, Callable[[bool], Peer]]] = {
+_BUILT: dict[str, tuple[str, Callable[[bool], models.Peer]]] = {
     "ldm-4": (_UNET, _ldm4),
     "uvit-l-2": (_UVIT, partial(_uvit, 1024, 20, 2, 256)),
     "uvit-h-2": (_UVIT, partial(_uvit, 1152, 28, 2, 256)),
