@@ -21,7 +21,7 @@ class Means(FeatureNetwork):
         super().__init__(name, 3, 3, labelled=labelled)
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
         means = images.double().mean(dim=(2, 3)) / 16
         return means, means
 

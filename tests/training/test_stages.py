@@ -143,7 +143,7 @@ def test_sample(runs: Path) -> None:
         "sample --tokenizer runs/fashion/stage2/final --generator runs/fashion/generator/final "
         "--label 7 --num 3 --steps 4 --out drawn --device cpu --quiet"
     )
-    drawn = [np.asarray(Image.open(path)) for path in sorted((runs / "drawn").iterdir())]
+    drawn = [np.asarray(Image.open(path)) for path in sorted((runs / "drawn").glob("*.png"))]
     assert [picture.shape for picture in drawn] == [(32, 32, 3)] * 3
     assert all(picture.std() > 1 for picture in drawn)
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -162,7 +161,7 @@ class TokenSource:
         self.path = Path(path)
         self.about: dict[str, Any] = {}
         if self.path.suffix == ".jsonl":
-            parts = list(_read_jsonl(self.path, rows=65536))
+            parts = list(_read_jsonl(self.path))
         else:
             parts = []
             for tokens, labels, about in read_folder(self.path):
@@ -192,22 +191,18 @@ class TokenSource:
             "kind": "tokens",
             "count": len(self),
             "tokens_per_image": self.tokens.shape[1],
-            "sha256": self._sha256,
+            "sha256": _digest({"tokens": self.tokens, "labels": self.labels}),
             **self.about,
         }
 
-    @cached_property
-    def _sha256(self) -> str:
-        return _digest({"tokens": self.tokens, "labels": self.labels})
 
-
-def _read_jsonl(path: Path, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens (M, K) uint16 or uint32 and labels (M,) int32, M = `rows` or less at the end."""
+def _read_jsonl(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens (M, K) uint16 or uint32 and labels (M,) int32, in parts of 65536 rows."""
     if not path.is_file():
         raise FileNotFoundError(f"no file of tokens at {path}")
     K, number = 0, 0
     with open(path, "rb") as file:
-        while lines := list(islice(file, rows)):
+        while lines := list(islice(file, 65536)):
             records = [_parse(path, number + i, line) for i, line in enumerate(lines, 1)]
             K = K or len(records[0][0])
             for i, (ids, _) in enumerate(records, 1):
@@ -237,10 +232,10 @@ def _parse(path: Path, number: int, line: bytes) -> tuple[list[int], int]:
 def jsonl_to_shards(
     path: str | Path, folder: str | Path, *, codebook_size: int, shard_size: int = 100_000
 ) -> int:
-    """Turn the official JSONL into shards, a shard in memory at a time.
+    """Turn the official JSONL into shards; its ids are all in memory, as in training.
 
     Args:
-        path: file of lines {"class_id": int, "tokens": [int, ...]}.
+        path: .jsonl file of lines {"class_id": int, "tokens": [int, ...]}.
         folder: for the shards; is made, and must not hold shards yet.
         codebook_size: N of the tokenizer that made the ids.
         shard_size: rows of a shard.
@@ -257,17 +252,16 @@ def jsonl_to_shards(
     path, folder = Path(path), Path(folder)
     if shard_size < 1:
         raise ValueError(f"shard_size wants 1 or more; got {shard_size}")
-    rows = sum(len(tokens) for tokens, _ in _read_jsonl(path, rows=65536))  # checks all lines too
-    if not rows:
-        raise ValueError(f"{path} wants at least one line; got none")
+    source = TokenSource(path)  # checks all lines before the first shard is written
     make_writable(folder)
     if shard_numbers(folder):
         raise FileExistsError(f"{folder} holds token shards already: choose another folder")
-    shards = -(-rows // shard_size)
-    for number, (tokens, labels) in enumerate(_read_jsonl(path, rows=shard_size)):
-        about = {"codebook_size": codebook_size, "shard": number, "shards": shards}
-        write_shard(shard_path(folder, number), tokens, labels, about)
-    return shards
+    starts = range(0, len(source), shard_size)
+    for number, start in enumerate(starts):
+        rows = slice(start, start + shard_size)
+        about = {"codebook_size": codebook_size, "shard": number, "shards": len(starts)}
+        write_shard(shard_path(folder, number), source.tokens[rows], source.labels[rows], about)
+    return len(starts)
 
 
 def shards_to_jsonl(folder: str | Path, path: str | Path) -> int:

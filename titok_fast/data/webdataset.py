@@ -1,7 +1,7 @@
 """WebDataset shards read at any index: tar headers are scanned once, records read by offset.
 
-Of a shard only the image and the `cls` of each record are ever read. Nothing is extracted or
-unpickled, and there are no URLs and no pipes.
+Only the image and the `cls` of a record are read. Nothing is extracted or unpickled; URLs and pipes
+are refused.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import os
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,19 +182,15 @@ class WebDatasetSource:
         """Number of records, name and size of each shard, and a digest of names and offsets."""
         above = os.path.commonpath([path.absolute().parent for path in self.paths])
         names = [path.absolute().relative_to(above).as_posix() for path in self.paths]
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(b"\0".join([*shard.keys.tolist(), shard.spans.astype("<i8").tobytes()]))
         return {
             "kind": "webdataset",
             "count": len(self),
             "shards": {n: s.size for n, s in zip(names, self._shards, strict=True)},
-            "index_sha256": self._sha256,
+            "index_sha256": digest.hexdigest(),
         }
-
-    @cached_property
-    def _sha256(self) -> str:
-        digest = hashlib.sha256()
-        for shard in self._shards:
-            digest.update(b"\0".join([*shard.keys.tolist(), shard.spans.astype("<i8").tobytes()]))
-        return digest.hexdigest()
 
     def _find(self, index: int) -> tuple[int, int]:
         """Shard, and row within it."""

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from titok_fast.distributed import gather_rows, sum_over_ranks
 from titok_fast.evaluation.networks import INCEPTION, FeatureNetwork
-from titok_fast.evaluation.statistics import SPLITS, ClassScore, FeatureSums, frechet_distance
+from titok_fast.evaluation.statistics import (
+    SPLITS,
+    ClassScore,
+    FeatureSums,
+    Gaussian,
+    frechet_distance,
+)
 
 Figures = dict[str, float]
 
@@ -30,7 +36,7 @@ class Measurement:
         self.sums = FeatureSums(dim, device)
         logits = network.num_logits
         self.score = ClassScore(total, logits, device) if logits else None
-        # images put into their class, images whose class is known
+        # images classified correctly, images whose class is known
         self.guesses = torch.zeros(2, dtype=torch.float64, device=device)
         self._step = -(-total // keep) if keep else 0
         self._kept: list[Tensor] = []
@@ -82,33 +88,34 @@ class Measurement:
         return torch.cat(self._kept)
 
     def label_share(self) -> float | None:
-        """Share of images that the network puts into their class; None where none is known."""
+        """Share of images classified correctly; None where no class is known."""
         right, seen = self.guesses.tolist()
         return right / seen if seen else None
 
-    def scores(self) -> Figures:
-        """`is` over one split and `is10` over ten, where the network has logits."""
-        if self.score is None:
-            return {}
-        return {"is": self.score.one_split(), "is10": self.score.ten_splits()}
+    def figures(self, reference: Gaussian) -> Figures:
+        """`fid` against a reference; `is` (one split) and `is10` (ten) where there are logits."""
+        found = {"fid": frechet_distance(self.sums.gaussian(), reference)}
+        if self.score is not None:
+            found |= {"is": self.score.one_split(), "is10": self.score.ten_splits()}
+        return found
 
     def floor(self) -> float:
-        """Frechet distance of the two halves: the distance of n / 2 equally good images.
+        """Frechet distance of the two halves, which is the distance of n / 2 perfect images.
 
-        It is above 0 because samples are finite, and about twice that of n against n images.
+        Above 0 because the samples are finite; about twice the distance of n against n images.
         """
-        assert self._halves is not None  # the constructor was told
+        assert self._halves is not None  # `halves` of the constructor
         a, b = self._halves
         return frechet_distance(a.gaussian(), b.gaussian())
 
 
 def labelled(figures: Figures, network: FeatureNetwork, plain: str) -> Figures:
-    """Figures under their network's name, `fid[inception]`: those of two cannot be compared.
+    """Figures under their network's name, `fid[inception]`: networks cannot be compared.
 
     Args:
         figures: `fid` among them.
         network: that they come from.
-        plain: the literature's name of `fid`, which Inception alone may bear.
+        plain: the literature's name of `fid`, used for Inception alone.
     """
     named = {f"{name}[{network.name}]": value for name, value in figures.items()}
     return named | ({plain: figures["fid"]} if network.name == INCEPTION else {})
@@ -122,7 +129,7 @@ def warn_if_sorted(labels: Tensor) -> None:
     """
     classes = len(labels.unique())
     for part in labels.tensor_split(SPLITS):
-        # random and interleaved orders show at least 63 % of what a tenth has room for
+        # in a random or interleaved order a tenth shows at least 63 % of the classes it could
         if len(part.unique()) < min(classes, len(part)) / 2:
             warnings.warn(
                 f"the images seem sorted by class: a tenth of them shows {len(part.unique())} of "

@@ -1,11 +1,11 @@
-"""Sets of images to measure: in memory, in files, of data sources, drawn by a pipeline.
+"""Sets of images to measure: in memory, in files, of data sources, or drawn by a pipeline.
 
-Each has a fixed order, for the Inception Score in ten splits depends on it.
+Each has a fixed order, on which the Inception Score in ten splits depends.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ class Pictures(Protocol):
         """Number of images."""
 
     def read(self, part: range) -> Batch:
-        """A run of them.
+        """Consecutive images.
 
         Args:
             part: ascending indices, step 1. Parts are asked for in ascending order.
@@ -46,12 +46,19 @@ class Pictures(Protocol):
         """
 
 
-def batches(pictures: Pictures, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """This rank's share, as (index of the first image, images, classes)."""
+def batches(
+    pictures: Pictures, batch_size: int, progress: Callable[[int], object] | None = None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """This rank's share, as (index of the first image, images, classes).
+
+    After each batch, `progress` is called with its number of images.
+    """
     share = my_share(len(pictures))
     for first in range(share.start, share.stop, batch_size):
         images, labels = pictures.read(range(first, min(first + batch_size, share.stop)))
         yield first, images, labels
+        if progress is not None:
+            progress(len(images))
 
 
 class ArrayPictures:
@@ -75,7 +82,7 @@ class ArrayPictures:
         return len(self.images)
 
     def read(self, part: range) -> Batch:
-        """See Pictures."""
+        """Rows of the arrays."""
         rows = slice(part.start, part.stop)
         return as_batch(self.images[rows], None if self.labels is None else self.labels[rows])
 
@@ -102,7 +109,7 @@ class FolderPictures:
         return len(self.paths)
 
     def read(self, part: range) -> Batch:
-        """See Pictures.
+        """Load, and resize if a size was given.
 
         Raises:
             ValueError: an unreadable image, or one of another size.
@@ -150,10 +157,10 @@ class SourcePictures:
         return len(self.source)
 
     def read(self, part: range) -> Batch:
-        """See Pictures.
+        """Load and resize.
 
         Raises:
-            ValueError: a damaged record. None is skipped: that would be another set.
+            ValueError: a damaged record. Skipping it would measure another set.
         """
         records = []
         for index in part:
@@ -189,7 +196,7 @@ class DrawnPictures:
         return self.count
 
     def read(self, part: range) -> Batch:
-        """See Pictures."""
+        """Draw images, each by its own seed."""
         labels = torch.arange(part.start, part.stop) % self.classes
         pixels = self.pipe(
             labels,

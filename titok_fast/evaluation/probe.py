@@ -1,7 +1,7 @@
-"""Linear probing: how well a linear classifier on a frozen encoder's latents finds the class.
+"""Linear probing: train a linear classifier on a frozen encoder's latents and test it.
 
-Spec: the paper names MAE's recipe (arXiv:2111.06377, code facebookresearch/mae): BatchNorm without
-affine, a linear layer, LARS. Which features go in it does not say: that is an argument.
+The paper names MAE's recipe (arXiv:2111.06377, code facebookresearch/mae): BatchNorm without
+affine, a linear layer, LARS. It does not say which features it used: `layer` chooses them.
 """
 
 import math
@@ -36,7 +36,7 @@ class ProbeConfig:
     Attributes:
         layer: "latents", the D-wide latents after the encoder's last norm, or "codes", the C-wide
             vectors before quantisation (of a VAE: the means); either way their mean over the K
-            tokens. The paper does not say which it used.
+            tokens.
         epochs: passes over the training data.
         warmup_epochs: linear, from 0; then half a cosine down to 0.
         base_learning_rate: per 256 images of a batch.
@@ -70,8 +70,8 @@ class ProbeConfig:
 class LARS(torch.optim.Optimizer):
     """Momentum SGD whose matrices move by a fixed share of their length (arXiv:1708.03888).
 
-    As in MAE's code: vectors get neither that nor weight decay. Not timm's, which the package does
-    not depend on.
+    As in MAE's code, vectors get neither that nor weight decay. Not timm's: the package does not
+    depend on timm.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand."""
+        """One update."""
         for group in self.param_groups:
             for p in group["params"]:
                 step = p.grad
@@ -101,7 +101,7 @@ def probe_features(tokenizer: TiTok, images: Tensor, layer: str) -> Tensor:
     """Inputs of the linear layer.
 
     Args:
-        tokenizer: its encoder is used as it is.
+        tokenizer: provides the encoder.
         images: (B, 3, S, S) in [0, 1], any device.
         layer: "latents" or "codes", see ProbeConfig.
 

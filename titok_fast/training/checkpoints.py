@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from titok_fast.distributed import Ranks
 from titok_fast.io.files import write_atomic
 
-JSON = Any
 LATEST = "latest"
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _HIDDEN = ".checkpoint-"  # being written, or being deleted
@@ -43,7 +42,7 @@ class Checkpoint:
 
     folder: Path
     step: int
-    state: dict[str, JSON]
+    state: dict[str, Any]
 
     def load(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         """Fill tensors, whole or sharded, from those of the same names. Every rank must call it.
@@ -64,7 +63,7 @@ def write(
     output: Path,
     step: int,
     tensors: Mapping[str, Tensor],
-    state: Mapping[str, JSON],
+    state: Mapping[str, Any],
     *,
     ranks: Ranks,
     keep: int = 0,
@@ -123,7 +122,7 @@ def _make_way(final: Path, part: Path) -> bool:
     return True
 
 
-def _seal(part: Path, final: Path, step: int, state: dict[str, JSON]) -> None:
+def _seal(part: Path, final: Path, step: int, state: dict[str, Any]) -> None:
     (part / _STATE).write_text(json.dumps(state, indent=1) + "\n")
     files = {path.name: _fingerprint(path) for path in sorted(part.iterdir())}
     manifest = {"step": step, "files": files}
@@ -208,7 +207,7 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _fingerprint(path: Path) -> dict[str, JSON]:
+def _fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_SLOPE = 0.1  # of LeakyReLU below zero
-
 
 class Blur(nn.Module):
     """Halve the sides with a fixed 4 x 4 binomial kernel, against aliasing."""
@@ -45,7 +43,7 @@ class Discriminator(nn.Module):
         pooled_side: largest side of the grid of logits, at least 1.
 
     Raises:
-        ValueError: an argument is none of the above.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -63,15 +61,16 @@ class Discriminator(nn.Module):
                 f"got {num_stages} and {pooled_side}"
             )
         self.pooled_side = pooled_side
+        leaky = nn.LeakyReLU(0.1)
         widths = [hidden_channels, *(hidden_channels * 2**s for s in range(num_stages))]
-        self.block_in = nn.Sequential(nn.Conv2d(3, hidden_channels, 5, padding=2), _leaky())
+        self.block_in = nn.Sequential(nn.Conv2d(3, hidden_channels, 5, padding=2), leaky)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), Blur(), nn.GroupNorm(32, o), _leaky())
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), Blur(), nn.GroupNorm(32, o), leaky)
             for i, o in pairwise(widths)
         )
         last = widths[-1]
         self.to_logits = nn.Sequential(
-            nn.Conv2d(last, last, 1), _leaky(), nn.Conv2d(last, 1, 5, padding=2)
+            nn.Conv2d(last, last, 1), leaky, nn.Conv2d(last, 1, 5, padding=2)
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -93,7 +92,3 @@ class Discriminator(nn.Module):
             x = block(x)
         side = (min(self.pooled_side, x.shape[-2]), min(self.pooled_side, x.shape[-1]))
         return self.to_logits(F.adaptive_max_pool2d(x, side))
-
-
-def _leaky() -> nn.LeakyReLU:
-    return nn.LeakyReLU(_SLOPE)

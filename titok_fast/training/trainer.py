@@ -23,7 +23,7 @@ from titok_fast.training.losses import Logs, ReconstructionLoss
 from titok_fast.training.optim import build_optimizer, discriminator_learning_rate, learning_rate
 from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.stage_model import StageModel, prepare_blocks
-from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs
+from titok_fast.training.tasks.base import Batch, Outcome
 from titok_fast.training.tasks.registry import build_task
 
 _RANDOM_INPUTS, _DROPOUT, _INIT = range(3)  # streams of random numbers
@@ -35,7 +35,7 @@ def seed_of(seed: int, *parts: int) -> int:
 
 
 class Trainer:
-    """A stage's networks, their optimizers and averages.
+    """A stage's networks with their optimizers and averages.
 
     Args:
         recipe: what is trained, and how.
@@ -61,8 +61,7 @@ class Trainer:
         self.model = StageModel("model", model, engine, build_optimizer(model, recipe.optimizer))
         self.criterion: StageModel | None = None
         if criterion is not None:
-            rate = recipe.optimizer.discriminator_learning_rate
-            optimizer = build_optimizer(criterion, recipe.optimizer, learning_rate=rate)
+            optimizer = build_optimizer(criterion, recipe.optimizer)
             # the discriminator is small, so it is never sharded
             self.criterion = StageModel("criterion", criterion, Engine(criterion, ranks), optimizer)
         self.ema = Ema(model, training.ema_decay) if training.use_ema else None
@@ -73,7 +72,7 @@ class Trainer:
         self.step = self.bad = self.bad_in_a_row = 0
         self._outcomes: list[Outcome] = []
         self._logs: Logs = {}
-        self._lecam: dict[str, Tensor] = {}  # averages of before the update
+        self._lecam: dict[str, Tensor] = {}  # LeCam's averages before the update
 
     def gradients(self, batch: Batch, detailed: bool = False) -> bool:
         """Gradients of an update, from this rank's share of the global batch.
@@ -86,25 +85,25 @@ class Trainer:
             Whether they and the losses are finite on this rank.
         """
         parts = list(self._parts(batch))
-        # dropout is drawn on the device by rank; all other random numbers come with the parts
+        # dropout draws on the device and differs by rank; other random numbers come with the parts
         torch.manual_seed(seed_of(self.recipe.training.seed, self.step, _DROPOUT, self.ranks.rank))
         self._outcomes, self._logs = [], {}
         engine = self.model.engine
-        for i, (part, random_inputs) in enumerate(parts):
+        for i, part in enumerate(parts):
             with engine.gradients(reduce=i + 1 == len(parts)):
-                outcome = self.task.loss(engine, part, random_inputs, self.step, detailed)
+                outcome = self.task.loss(engine, part, self.step, detailed)
                 (outcome.loss / len(parts)).backward()
             self._add_logs(outcome.logs, len(parts))
             self._outcomes.append(outcome)
         self._logs["grad_norm"] = self.model.gradient_norm()
-        # both networks' gradients come before both steps: neither sees the other's new weights, as
-        # published, and a NaN in one of them stops the other in time
+        # both gradients are computed before both steps: as published, neither network sees the
+        # other's new weights, and a NaN in one skips both
         criterion = self._active_criterion()
         if criterion is not None:
-            self._discriminator_gradients(criterion, [part["images"] for part, _ in parts])
+            self._discriminator_gradients(criterion, [part["images"] for part in parts])
             self._logs["discriminator_grad_norm"] = criterion.gradient_norm()
         values = torch.stack([value.float() for value in self._logs.values()])
-        return bool(torch.isfinite(values).all())  # the one wait for the device in an update
+        return bool(torch.isfinite(values).all())  # the update's only wait for the device
 
     def apply(self) -> None:
         """Take the optimizer steps."""
@@ -115,10 +114,7 @@ class Trainer:
         self.model.step(rate, max_norm)
         criterion = self._active_criterion()
         if criterion is not None:
-            rate = discriminator_learning_rate(
-                self.step, recipe.lr_scheduler, recipe.optimizer, recipe.losses, recipe.training
-            )
-            criterion.step(rate, max_norm)
+            criterion.step(discriminator_learning_rate(self.step, recipe), max_norm)
         if self.ema is not None:
             self.ema.update(self.step)
         self._finish(bad=False)
@@ -164,8 +160,8 @@ class Trainer:
             if p.grad is not None
         }
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[Batch, RandomInputs]]:
-        """Batches to accumulate with their random numbers, on the device.
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """Batches to accumulate, with their random numbers, on the device.
 
         Numbers are drawn for the global batch, in its order: each sample gets the same ones
         whatever the number of ranks and of parts.
@@ -173,14 +169,13 @@ class Trainer:
         size, device = self.recipe.training.per_gpu_batch_size, self.ranks.device
         count = len(batch["labels"])
         first = self.ranks.rank * count
-        generator = torch.Generator()
-        generator.manual_seed(seed_of(self.recipe.training.seed, self.step, _RANDOM_INPUTS))
-        drawn = self.task.random_inputs(count * self.ranks.size, generator)
+        seed = seed_of(self.recipe.training.seed, self.step, _RANDOM_INPUTS)
+        drawn = self.task.random_inputs(
+            count * self.ranks.size, torch.Generator().manual_seed(seed)
+        )
+        whole = {**batch, **{k: v[first : first + count] for k, v in drawn.items()}}
         for start in range(0, count, size):
-            yield (
-                {k: v[start : start + size].to(device) for k, v in batch.items()},
-                {k: v[first + start : first + start + size].to(device) for k, v in drawn.items()},
-            )
+            yield {k: v[start : start + size].to(device) for k, v in whole.items()}
 
     def _stage_models(self) -> list[StageModel]:
         return [self.model] if self.criterion is None else [self.model, self.criterion]

@@ -1,7 +1,7 @@
-"""What differs between stages: the networks, what is done with a batch, and what is shown.
+"""What differs between stages: the networks, the loss, the measures and the example images.
 
-A task computes losses; trainer.py turns them into updates. Whatever a task does with the trained
-network goes through the engine, which holds it whole, also where ranks share its parameters out.
+A task computes losses; trainer.py turns them into updates. A task calls the trained network only
+through the engine, which gathers its parameters where they are sharded over ranks.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,6 @@ from titok_fast.training.losses import Logs, ReconstructionLoss
 from titok_fast.training.recipe.recipe import Recipe
 
 Batch = Mapping[str, Tensor]
-RandomInputs = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=PretrainedModel)
 
 
@@ -63,24 +62,19 @@ class Task:
         """Random numbers of a global batch, on the CPU; the first dimension of each is B."""
         return {}
 
-    def loss(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
-    ) -> Outcome:
+    def loss(self, engine: Engine, batch: Batch, step: int, detailed: bool) -> Outcome:
         """Loss of a batch.
 
         Args:
-            engine: holds the model.
-            batch: of `Batches`, on the device.
-            random_inputs: the batch's rows of what `random_inputs` drew, on the device.
+            engine: calls the model.
+            batch: of `Batches`, with its rows of what `random_inputs` drew, on the device.
             step: update, counted from 0.
             detailed: whether logs that cost time are wanted.
         """
         raise NotImplementedError
 
-    def evaluate(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
-    ) -> dict[str, Tensor]:
-        """Measures of each sample of an evaluation batch by name, each (B,)."""
+    def evaluate(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """Measures by name, each (B,), of an evaluation batch with its random numbers."""
         raise NotImplementedError
 
     def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
@@ -94,13 +88,9 @@ class Task:
             weights: the model's state dict, whole, on the CPU.
             folder: made if it does not exist.
         """
-        trained = self.model
-        model: PretrainedModel | FashionClassifier
+        model: Any = self.model
         with torch.device("meta"):
-            if isinstance(trained, FashionClassifier):
-                model = FashionClassifier()
-            else:
-                model = type(trained)(trained.config)
+            model = type(model)(model.config) if hasattr(model, "config") else type(model)()
         nn.Module.load_state_dict(model, weights, assign=True)
         model.save_pretrained(folder)
 
