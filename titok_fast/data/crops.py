@@ -1,8 +1,8 @@
-"""Crops and flips of training images, and the fixed views that pre-tokenisation takes.
+"""Crops and flips of training images, and the fixed views that pre-tokenisation encodes.
 
-Every random number belongs to a position of the run, not to a process: whichever rank, worker or
-batch a position falls to, its image is cropped and mirrored the same way. Not torchvision, which
-the core does not install, and whose crops take their numbers from a global stream.
+Random numbers are drawn by position in the run, so the crop of an image does not depend on the
+rank, worker or batch that reads it. Not torchvision, which the core does not install, and whose
+crops draw from a global generator.
 """
 
 from dataclasses import dataclass
@@ -149,13 +149,12 @@ def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
         BadRecord: no pixels, or one side over 100 times the other.
     """
     _check_sides(*image.shape[:2])
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * size:
-        half = (picture.width // 2, picture.height // 2)
-        picture = picture.resize(half, Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    fitted = (round(picture.width * scale), round(picture.height * scale))
-    pixels = np.asarray(picture.resize(fitted, Image.Resampling.BICUBIC))
+    scaled = Image.fromarray(image)
+    while min(scaled.size) >= 2 * size:
+        scaled = scaled.resize((scaled.width // 2, scaled.height // 2), Image.Resampling.BOX)
+    scale = size / min(scaled.size)
+    fitted = (round(scaled.width * scale), round(scaled.height * scale))
+    pixels = np.asarray(scaled.resize(fitted, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
 

@@ -1,4 +1,4 @@
-"""Batches whose content is a function of source, seed and step alone.
+"""Batches whose content depends on source, seed and step alone.
 
 Position p = step * batch_size + j of a run is in epoch p // usable; the record there is entry
 p % usable of that epoch's order. Ranks take contiguous parts of each global batch, so a run can
@@ -60,16 +60,16 @@ class Batches:
     """One rank's share of the global batches of a run, from a step on.
 
     Iterating yields dictionaries of CPU tensors: `labels` (b,) int64 with `images` (b, 3, S, S)
-    float32 in [0, 1], or with `tokens` (b, K) int64. In training b = batch_size / world, for ever.
-    In evaluation every record comes once, in the order of the source, cropped at the center:
-    damaged records are left out, the last batch is smaller, and ranks may get none of it.
+    float32 in [0, 1], or with `tokens` (b, K) int64. Training never ends, with b = batch_size /
+    world. Evaluation yields every record once, in the order of the source, cropped at the center,
+    without damaged records; the last batch is smaller, and some ranks may get none of it.
 
     Args:
         source: of the records.
         data: crop, workers, and the share of records that may be damaged.
         batch_size: of all ranks together.
         seed: of the run, any integer.
-        train: see above.
+        train: training or evaluation, see above.
         rank: 0..world-1.
         world: ranks; divides batch_size.
         start_step: the step whose batch comes first.
@@ -165,9 +165,9 @@ def _identity(batch: Any) -> Any:
 
 
 def _survive_signals(worker: int) -> None:
-    """Read on after a signal to the whole process group: the parent saves at the end of its step.
+    """Keep a worker reading after a signal to the whole process group.
 
-    Workers end when the parent does.
+    The parent saves at the end of its step; workers end when it does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
@@ -175,6 +175,6 @@ def _survive_signals(worker: int) -> None:
 
 
 def _end_later(number: int, frame: object) -> None:
-    """Restore the default SIGTERM, by which the parent ends a stuck worker; end after a grace."""
+    """Let the next SIGTERM end the worker, as the parent sends to a stuck one, or an alarm."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.alarm(_GRACE_S)

@@ -1,8 +1,8 @@
 """Token files: compact shards of ids and labels, and the official JSONL.
 
 A shard is a safetensors file with `tokens` (M, K), uint16 or for codebooks above 65536 uint32, and
-`labels` (M,) int32. Its one metadata entry holds the settings that made it, its number, the number
-of shards, and the digest of its content, so a folder of shards needs no index.
+`labels` (M,) int32. Its one metadata entry holds the settings, its number, the number of shards and
+the digest of its content, so a folder of shards needs no index.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from titok_fast.io.files import write_atomic
 from titok_fast.io.sample_folder import make_writable
 
 _NAME = re.compile(r"tokens-(\d{5,})\.safetensors")
-# one entry: the order of several is not the same in every process
+# one entry: several would be written in any order
 _ENTRY = "titok_fast"
 _MAX_LABEL = 2**31 - 1
 
@@ -113,7 +113,7 @@ def _check_ranges(path: Path, tokens: np.ndarray, N: int, labels: np.ndarray) ->
 
 
 def read_folder(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
-    """All shards of a folder in order, one in memory at a time.
+    """Tokens, labels and the common settings of a folder's shards, in order, one at a time.
 
     Raises:
         FileNotFoundError: no such folder, no shard in it, or some are missing.
@@ -137,7 +137,7 @@ def read_folder(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str
                 f"{folder} lacks {len(missing)} of {about['shards']} shards, {missing[0]} first: "
                 "run pretokenize again in that folder"
             )
-        yield tokens, labels, about
+        yield tokens, labels, same
 
 
 class TokenSource:
@@ -150,7 +150,7 @@ class TokenSource:
     Attributes:
         tokens: (M, K) uint16 or uint32.
         labels: (M,) int32.
-        about: as `write_shard`, less what is of one shard; empty for JSONL.
+        about: settings that all shards share; empty for JSONL.
 
     Raises:
         FileNotFoundError: nothing there, or shards are missing.
@@ -166,7 +166,7 @@ class TokenSource:
             parts = []
             for tokens, labels, about in read_folder(self.path):
                 parts.append((tokens, labels))
-                self.about = {k: v for k, v in about.items() if k not in ("shard", "skipped")}
+                self.about = about
         if not any(len(labels) for _, labels in parts):
             raise ValueError(f"{path} wants at least one row of tokens; got none")
         self.tokens = np.concatenate([tokens for tokens, _ in parts])

@@ -48,7 +48,7 @@ class Checkpoint:
         """Fill tensors, whole or sharded, from those of the same names. Every rank must call it.
 
         Raises:
-            ValueError: a name is missing, or its shape is another one.
+            ValueError: a name is missing, or a shape differs.
         """
         reader = dcp.HuggingFaceStorageReader(str(self.folder))
         try:
@@ -75,8 +75,8 @@ def write(
         step: updates done.
         tensors: by name; sharded ones are written by the ranks that hold them.
         state: plain JSON; rank 0's is written.
-        ranks: who takes part.
-        keep: newest checkpoints that stay; 0 keeps all.
+        ranks: the processes of the run.
+        keep: number of newest checkpoints to keep; 0 keeps all.
 
     Returns:
         The checkpoint's folder.
@@ -86,7 +86,7 @@ def write(
     """
     final, part = output / f"checkpoint-{step}", output / f"{_HIDDEN}{step}.part"
     if not ranks.agree(lambda: _make_way(final, part)):
-        return final  # written before: a resumed run reaches the same state
+        return final  # a resumed run reaches the same state again
     try:
         _save_tensors(part, dict(tensors), ranks)
         ranks.agree(lambda: _seal(part, final, step, dict(state)))
@@ -95,7 +95,7 @@ def write(
             shutil.rmtree(part, ignore_errors=True)
         reason = error.strerror or error
         raise OSError(error.errno, f"checkpoint {final} was not written: {reason}") from error
-    ranks.agree(lambda: _prune(output, keep))
+    ranks.agree(lambda: [_delete(old) for _, old in found(output)[keep:] if keep])
     return final
 
 
@@ -112,7 +112,7 @@ def _save_tensors(part: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
 
 
 def _make_way(final: Path, part: Path) -> bool:
-    """Remove what has these names; False if a valid checkpoint is there already."""
+    """Delete leftovers of both names; False if a valid checkpoint is there already."""
     clean(final.parent)
     if final.exists():
         if not _damage(final):
@@ -135,13 +135,8 @@ def _seal(part: Path, final: Path, step: int, state: dict[str, Any]) -> None:
     write_atomic(final.parent / LATEST, final.name.encode())
 
 
-def _prune(output: Path, keep: int) -> None:
-    for _, folder in found(output)[keep:] if keep else []:
-        _delete(folder)
-
-
 def _delete(folder: Path) -> None:
-    """Delete under a hidden name: a half deleted folder must not look like a checkpoint."""
+    """Rename, then delete: a half deleted folder must not look like a checkpoint."""
     hidden = folder.with_name(f"{_HIDDEN}{folder.name.removeprefix('checkpoint-')}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)
@@ -169,14 +164,14 @@ def newest(output: Path) -> Checkpoint | None:
         None if there is no checkpoint at all.
 
     Raises:
-        ValueError: there are some, but all are damaged. Each damage is also a warning.
+        ValueError: all checkpoints are damaged. Warns of each damaged one.
     """
     folders = [path for _, path in found(output)]
     try:
         named = output / (output / LATEST).read_text().strip()
         folders.sort(key=lambda path: path != named)  # stable: the others stay newest first
     except FileNotFoundError:
-        pass  # killed between the first checkpoint and its name
+        pass  # killed before `latest` was first written
     for folder in folders:
         damage = _damage(folder)
         if not damage:

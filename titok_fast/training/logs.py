@@ -26,15 +26,15 @@ LOG_NAME = "log.jsonl"
 
 
 class Log:
-    """Where a run's numbers, remarks and images go; a context manager.
+    """Records a run's numbers, notes and images; a context manager.
 
     Args:
         output_dir: is created.
         kind: "none" (JSON lines alone), "tensorboard" or "wandb".
         name, project: of the run; the project counts for W&B only.
         config: the recipe in official form, shown by W&B.
-        step: updates already done. Lines of later updates, left by a run that got further than its
-            last checkpoint, are removed, and so is a torn last line.
+        step: updates already done. Lines of later updates, which a run logged after its last
+            checkpoint, are removed, and so is an incomplete last line.
         total: updates of the whole run, for the bar.
         rank: of this process.
         bar: show a progress bar on standard error.
@@ -94,7 +94,7 @@ class Log:
         if not self.writes:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        # JSON has no NaN and no infinity: their names
+        # JSON has no NaN and no infinity: write their names
         self._line(step, {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()})
         if self.board is not None:
             self.board.scalars(step, numbers)
@@ -102,7 +102,7 @@ class Log:
         self.bar.set_postfix(shown, refresh=False)
 
     def note(self, step: int, text: str) -> None:
-        """Record a remark, such as a skipped update, and print it above the bar."""
+        """Record a note, such as a skipped update, and print it above the bar."""
         if self.writes:
             self._line(step, {"note": text})
             self.bar.write(f"update {step}: {text}", file=sys.stderr)
@@ -151,14 +151,14 @@ class Log:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a log, in order; a torn last one is left out.
+    """The lines of a log, in order, without an incomplete last one.
 
     Raises:
-        ValueError: another line is no JSON object with a `step`.
+        ValueError: another line is not a JSON object with a `step`.
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     records = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
+    for number, line in enumerate(lines[:-1], 1):  # text after the last newline is incomplete
         try:
             record = json.loads(line)
             record["step"] + 0  # refuses all but a number
@@ -169,10 +169,10 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove a log's records of updates after `step`, and a torn last line.
+    """Remove a log's records of updates after `step`, and an incomplete last line.
 
     Raises:
-        ValueError: the file is no log; it stays as it is.
+        ValueError: the file is not a log; it is left unchanged.
     """
     records = [record for record in read_log(path) if record["step"] <= step]
     kept = "".join(json.dumps(record) + "\n" for record in records).encode()
@@ -195,6 +195,7 @@ class _TensorBoard:
         package = _package("torch.utils.tensorboard", "tensorboard", "'titok_fast[train]'")
         # hides what an earlier run wrote after its last checkpoint
         self.writer = package.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.close = self.writer.close
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -202,9 +203,6 @@ class _TensorBoard:
 
     def image(self, step: int, name: str, sheet: Image.Image) -> None:
         self.writer.add_image(name, np.asarray(sheet), step, dataformats="HWC")
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 class _Wandb:
@@ -223,12 +221,10 @@ class _Wandb:
             resume="allow",
             config=dict(config or {}),
         )
+        self.close = self.run.finish
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
     def image(self, step: int, name: str, sheet: Image.Image) -> None:
         self.run.log({name: self.wandb.Image(sheet)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()

@@ -103,7 +103,7 @@ def learning_rate(step: int, schedule: ScheduleConfig, base_lr: float, max_steps
 
     Args:
         step: updates done before this one, so the first update has rate 0 if there is a warm-up.
-        schedule: see there.
+        schedule: warm-up and decay.
         base_lr: rate at the end of the warm-up.
         max_steps: updates of the whole run; the rate stays at its last value after them.
     """

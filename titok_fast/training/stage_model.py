@@ -68,7 +68,7 @@ class StageModel:
         return tensors
 
     def state(self) -> dict[str, Any]:
-        """The rest, as JSON: steps by group, as apex counts them; torch has tensors."""
+        """The rest, as JSON: apex counts steps by group, torch in tensors."""
         groups = self.optimizer.param_groups
         return {f"{self.name}_optimizer_steps": [group.get("step") for group in groups]}
 

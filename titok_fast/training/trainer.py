@@ -1,8 +1,8 @@
-"""One update of a stage: gradients, whether they are finite, the step; and the state of a run.
+"""Updates of a stage: gradients, a check that they are finite, optimizer steps; a run's state.
 
-Weights, optimizer state and averages are float32 whatever autocast does. Every random number is a
-function of (seed, update), so a checkpoint holds no generator's state, and a resumed run draws the
-numbers of the uninterrupted one.
+Weights, optimizer state and averages are float32 even under autocast. Every random number is a
+function of (seed, update), so checkpoints need no generator's state, and a resumed run draws the
+same numbers.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _RANDOM_INPUTS, _DROPOUT, _INIT = range(3)  # streams of random numbers
 
 
 def seed_of(seed: int, *parts: int) -> int:
-    """A 64-bit seed for a use of the run's seed; other parts give unrelated ones."""
+    """A 64-bit seed derived from the run's seed; other `parts` give unrelated seeds."""
     return int(np.random.SeedSequence((seed, *parts)).generate_state(1, np.uint64)[0])
 
 
@@ -38,15 +38,15 @@ class Trainer:
     """A stage's networks with their optimizers and averages.
 
     Args:
-        recipe: what is trained, and how.
-        ranks: who takes part.
+        recipe: of the run.
+        ranks: the processes of the run.
 
     Attributes:
         step: updates done, skipped ones included.
         bad, bad_in_a_row: updates skipped for a NaN or Inf.
 
     Raises:
-        ValueError: options that exclude each other, or see `build_task`.
+        ValueError: options that exclude each other; or as `build_task`.
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
@@ -64,6 +64,7 @@ class Trainer:
             optimizer = build_optimizer(criterion, recipe.optimizer)
             # the discriminator is small, so it is never sharded
             self.criterion = StageModel("criterion", criterion, Engine(criterion, ranks), optimizer)
+        self._networks = [part for part in (self.model, self.criterion) if part is not None]
         self.ema = Ema(model, training.ema_decay) if training.use_ema else None
         codes = self.task.quantizer.embedding.num_embeddings if self.task.quantizer else 0
         self.usage = CodeUsage(codes, ranks.device) if codes else None
@@ -126,9 +127,9 @@ class Trainer:
             The first non-finite loss or gradient, the latter by its parameter's name.
         """
         reason = self._first_non_finite()
-        for name, buffer in self._lecam.items():  # LeCam's averages move in the forward
+        for name, buffer in self._lecam.items():  # the forward has already moved these averages
             setattr(self.task.criterion, name, buffer)
-        for part in self._stage_models():
+        for part in self._networks:
             part.optimizer.zero_grad()
         self._finish(bad=True)
         return reason
@@ -140,7 +141,7 @@ class Trainer:
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
 
     def logs(self) -> dict[str, float]:
-        """Numbers of the last update, means over ranks. Every rank must call it."""
+        """Losses and norms of the last update, averaged over ranks. Every rank must call it."""
         names = list(self._logs)
         sums = self.ranks.sum(torch.stack([self._logs[name].float() for name in names]))
         values = dict(zip(names, (sums / self.ranks.size).tolist(), strict=True))
@@ -163,8 +164,8 @@ class Trainer:
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         """Batches to accumulate, with their random numbers, on the device.
 
-        Numbers are drawn for the global batch, in its order: each sample gets the same ones
-        whatever the number of ranks and of parts.
+        Numbers are drawn for the global batch in its order, so a sample gets the same ones with any
+        number of ranks and parts.
         """
         size, device = self.recipe.training.per_gpu_batch_size, self.ranks.device
         count = len(batch["labels"])
@@ -176,9 +177,6 @@ class Trainer:
         whole = {**batch, **{k: v[first : first + count] for k, v in drawn.items()}}
         for start in range(0, count, size):
             yield {k: v[start : start + size].to(device) for k, v in whole.items()}
-
-    def _stage_models(self) -> list[StageModel]:
-        return [self.model] if self.criterion is None else [self.model, self.criterion]
 
     def _active_criterion(self) -> StageModel | None:
         """The criterion, once its discriminator acts."""
@@ -215,7 +213,7 @@ class Trainer:
         for name, value in self._logs.items():
             if not name.endswith("grad_norm") and not bool(torch.isfinite(value).all()):
                 return f"the loss term {name} is {float(value)}"
-        for part in self._stage_models():
+        for part in self._networks:
             parameter = part.first_non_finite()
             if parameter is not None:
                 return f"the gradient of {parameter} is not finite"
@@ -223,7 +221,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint by name; the tensors themselves, see `StageModel.tensors`."""
-        tensors = {k: v for part in self._stage_models() for k, v in part.tensors().items()}
+        tensors = {k: v for part in self._networks for k, v in part.tensors().items()}
         if self.ema is not None:
             tensors |= {f"ema/{k}": v for k, v in self.ema.average.items()}
         if self.revival is not None:
@@ -231,13 +229,13 @@ class Trainer:
         return tensors
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors, as plain JSON."""
+        """The rest of a checkpoint, as plain JSON."""
         state: dict[str, Any] = {
             "recipe": self.recipe.to_official(),
             "bad_steps": [self.bad, self.bad_in_a_row],
             "versions": {"titok_fast": __version__, "torch": torch.__version__},
         }
-        for part in self._stage_models():
+        for part in self._networks:
             state |= part.state()
         return state
 
@@ -248,7 +246,7 @@ class Trainer:
             ValueError: its tensors do not fit.
         """
         saved.load(self.tensors(), self.ranks)  # in place
-        for part in self._stage_models():
+        for part in self._networks:
             part.restore(saved.state)
         self.step = saved.step
         self.bad, self.bad_in_a_row = saved.state["bad_steps"]
