@@ -27,26 +27,18 @@ _MAX_ASPECT = 100  # as in images.py: a thin strip would become gigapixels
 
 
 def philox(seed: int, stream: int, counter: int = 0) -> np.random.Philox:
-    """A bit generator whose raw words are the same on any machine and numpy.
+    """A bit generator whose raw words are the same on any machine and numpy version.
 
-    Args:
-        seed: of the run, any integer.
-        stream: what the words are for, 0 or more.
-        counter: where to start; each step is four words.
+    Each `stream` (0 or more) of a seed (any integer) is independent; a `counter` is four words.
     """
     return np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64), counter=counter)
 
 
 def crop_draws(seed: int, first: int, count: int) -> np.ndarray:
-    """The random numbers that crop positions first..first+count-1 of a run.
-
-    Args:
-        seed: of the run, any integer.
-        first: a position of the run, 0 or more.
-        count: positions.
+    """Random numbers for the crops of `count` positions of a run, from position `first` on.
 
     Returns:
-        (count, 3) float64 in [0, 1): one each for top, left and flip.
+        (count, 3) float64 in [0, 1): for top, left and flip.
     """
     words = np.asarray(philox(seed, 0, first).random_raw(count * _WORDS), np.uint64)
     return (words.reshape(count, _WORDS)[:, :3] >> np.uint64(11)) * 2.0**-53

@@ -34,9 +34,6 @@ def open_source(data: DataConfig, split: str, classes: int | None = None) -> Sou
         split: "train" or "eval".
         classes: number of classes of the model; None takes any label.
 
-    Returns:
-        ArraySource, WebDatasetSource, FolderSource or TokenSource.
-
     Raises:
         FileNotFoundError: files are missing; the message names them.
         ValueError: another split, no path, damaged files, or labels outside `classes`.

@@ -17,11 +17,8 @@ _EARLY = 1000  # with fewer records read, their share is no estimate
 class Order:
     """The record of each position of the run.
 
-    Args:
-        records: number of records.
-        batch_size: of all ranks together; an epoch drops the records that fill no batch.
-        seed: of the run.
-        shuffle: another order each epoch; else the order of the source.
+    With `shuffle`, each epoch has another order and drops the records that fill no global batch;
+    else the order is that of the source.
 
     Raises:
         ValueError: no batch can be filled.
@@ -109,12 +106,7 @@ class RawBatch(NamedTuple):
 class Reader:
     """Reads the records of positions; a DataLoader calls it in its workers.
 
-    Args:
-        source: of the records.
-        crop: of images.
-        order: of the run.
-        seed: of the run.
-        replace: read the next record of the order for a damaged one; else leave it out.
+    With `replace`, the next record of the order replaces a damaged one; else it is left out.
     """
 
     def __init__(self, source: Source, crop: Crop, order: Order, seed: int, replace: bool) -> None:

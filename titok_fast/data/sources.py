@@ -66,11 +66,7 @@ class Source(Protocol):
 
 
 def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other data than it began with.
-
-    Args:
-        saved: `describe()` of the source then.
-        now: `describe()` of the source now.
+    """Refuse to continue a run with other data than it began with, by `describe()` of both.
 
     Raises:
         ValueError: they differ; the message names what changed.

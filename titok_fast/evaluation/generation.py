@@ -6,7 +6,7 @@ from a file, or from images; samples are truncated to bytes, as in the published
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -143,11 +143,7 @@ def evaluate_generation(
     if real is None and floor:
         raise ValueError("a floor wants real images; this reference has statistics alone")
 
-    def measure(pictures: Pictures, **options: Any) -> list[Measurement]:
-        return measure_pictures(
-            pictures, networks, batch_size=batch_size, progress=progress, **options
-        )
-
+    measure = partial(measure_pictures, networks=networks, batch_size=batch_size, progress=progress)
     keep = len(samples) if neighbours and real is not None else 0
     drawn = measure(samples, keep=keep, check_order=True)
     known: list[Measurement] | list[None] = [None] * len(networks)

@@ -112,21 +112,14 @@ class Measurement:
 def labelled(figures: Figures, network: FeatureNetwork, plain: str) -> Figures:
     """Figures under their network's name, `fid[inception]`: networks cannot be compared.
 
-    Args:
-        figures: `fid` among them.
-        network: that they come from.
-        plain: the literature's name of `fid`, used for Inception alone.
+    `plain` is the literature's name of `fid`, added for Inception alone.
     """
     named = {f"{name}[{network.name}]": value for name, value in figures.items()}
     return named | ({plain: figures["fid"]} if network.name == INCEPTION else {})
 
 
 def warn_if_sorted(labels: Tensor) -> None:
-    """Warn when images lie sorted by class, which makes the score in ten splits far too low.
-
-    Args:
-        labels: (n,) classes in file order.
-    """
+    """Warn when classes (n,) in file order are sorted: the score in ten splits is far too low."""
     classes = len(labels.unique())
     for part in labels.tensor_split(SPLITS):
         # in a random or interleaved order a tenth shows at least 63 % of the classes it could

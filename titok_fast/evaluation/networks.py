@@ -128,11 +128,7 @@ class EfficientNetLite0(FeatureNetwork):
 
 
 class FashionFeatures(FeatureNetwork):
-    """`fashion-classifier`: 128 features and 10 logits of our own Fashion-MNIST classifier.
-
-    Args:
-        model: trained.
-    """
+    """`fashion-classifier`: 128 features and 10 logits of our own Fashion-MNIST classifier."""
 
     def __init__(self, model: classifier.FashionClassifier) -> None:
         super().__init__(classifier.NAME, model.dim, classifier.CLASSES, labelled=True)

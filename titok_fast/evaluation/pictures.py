@@ -143,12 +143,7 @@ def _folder_labels(folder: Path, paths: list[Path]) -> np.ndarray | None:
 
 
 class SourcePictures:
-    """Records of a training source through the evaluation's resize and crop.
-
-    Args:
-        source: of images.
-        size: side S in pixels.
-    """
+    """Images of a training source, resized and center-cropped to a side of `size` pixels."""
 
     def __init__(self, source: Source, size: int) -> None:
         self.source, self.size = source, size
@@ -174,13 +169,9 @@ class SourcePictures:
 
 
 class DrawnPictures:
-    """What a pipeline draws, as `titok-fast sample`: image i shows class i % classes.
+    """Images drawn by a pipeline as by `titok-fast sample`: image i shows class i % classes.
 
-    Args:
-        pipe: with a generator.
-        count: n.
-        seed: of the run.
-        settings: fields of SamplingConfig to change.
+    `settings` are fields of SamplingConfig to change.
 
     Raises:
         ValueError: no generator.

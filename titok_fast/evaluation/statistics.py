@@ -65,12 +65,7 @@ def read_statistics(path: str | Path) -> tuple[Gaussian, str] | None:
 
 
 def write_statistics(path: str | Path, statistics: Gaussian, network: str) -> None:
-    """Write `mu` and `sigma` as ADM's files have them, with the network's name, atomically.
-
-    Args:
-        path: name ending in .npz, in a folder that exists.
-        statistics: of the features.
-        network: name of the network they are of.
+    """Write `mu` and `sigma` as in ADM's files, with the network's name, atomically.
 
     Raises:
         ValueError: another suffix.
@@ -98,12 +93,7 @@ class _Sums:
 
 
 class FeatureSums(_Sums):
-    """Sums from which the mean and the covariance follow.
-
-    Args:
-        dim: d, number of features.
-        device: of the sums.
-    """
+    """Sums from which the mean and the covariance of `dim` features follow."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -159,11 +149,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 class ClassScore(_Sums):
     """The Inception Score of any classifier: exp of the mean KL from the mean prediction.
 
-    Args:
-        total: number of images in the whole evaluation, which ten-split scores divide into tenths
-            in file order.
-        classes: number of logits.
-        device: of the sums.
+    `total` is the number of images in the whole evaluation, which ten-split scores divide into
+    tenths in file order.
     """
 
     def __init__(self, total: int, classes: int, device: torch.device | str = "cpu") -> None:

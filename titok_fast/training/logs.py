@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from titok_fast.io.files import write_atomic
 from titok_fast.io.images import grid, save_png, to_pil, to_uint8
+from titok_fast.training.recipe.sections import Experiment
 
 LOG_NAME = "log.jsonl"
 
@@ -30,8 +31,7 @@ class Log:
 
     Args:
         output_dir: is created.
-        kind: "none" (JSON lines alone), "tensorboard" or "wandb".
-        name, project: of the run; the project counts for W&B only.
+        experiment: board to log to, name and project.
         config: the recipe in official form, shown by W&B.
         step: updates already done. Lines of later updates, which a run logged after its last
             checkpoint, are removed, and so is an incomplete last line.
@@ -40,18 +40,15 @@ class Log:
         bar: show a progress bar on standard error.
 
     Raises:
-        ImportError: the package behind `kind` is missing.
-        ValueError: unknown kind.
+        ImportError: the board's package is missing.
         OSError: the directory cannot be written.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
+        experiment: Experiment,
         *,
-        kind: str = "none",
-        name: str = "",
-        project: str = "titok",
         config: Mapping[str, Any] | None = None,
         step: int = 0,
         total: int | None = None,
@@ -62,12 +59,10 @@ class Log:
         if not self.writes:
             return
         self.board: _TensorBoard | _Wandb | None = None
-        if kind == "tensorboard":
+        if experiment.logging == "tensorboard":
             self.board = _TensorBoard(self.folder, step)
-        elif kind == "wandb":
-            self.board = _Wandb(self.folder, name, project, config)
-        elif kind != "none":
-            raise ValueError(f"experiment.logging wants none, tensorboard or wandb; got {kind!r}")
+        elif experiment.logging == "wandb":
+            self.board = _Wandb(self.folder, experiment, config or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / LOG_NAME
         if path.exists():
@@ -77,7 +72,7 @@ class Log:
             total=total,
             initial=step,
             unit="update",
-            desc=name,
+            desc=experiment.name,
             mininterval=1.0,
             disable=not bar,
             file=sys.stderr,
@@ -206,20 +201,18 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(
-        self, folder: Path, name: str, project: str, config: Mapping[str, Any] | None
-    ) -> None:
+    def __init__(self, folder: Path, experiment: Experiment, config: Mapping[str, Any]) -> None:
         # training.enable_wandb of an official file asks for it too
         self.wandb = _package("wandb", "wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
         self.run = self.wandb.init(
-            project=project,
-            name=name or None,
+            project=experiment.project,
+            name=experiment.name or None,
             dir=str(folder),
             # the same directory is the same run, so that a resumed run continues its curves
             id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
             resume="allow",
-            config=dict(config or {}),
+            config=dict(config),
         )
         self.close = self.run.finish
 

@@ -122,9 +122,7 @@ class _Run:
         experiment, ranks = recipe.experiment, self.ranks
         log = Log(
             self.output,
-            kind=experiment.logging,
-            name=experiment.name,
-            project=experiment.project,
+            experiment,
             config=recipe.to_official(),
             step=trainer.step,
             total=last,

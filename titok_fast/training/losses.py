@@ -59,9 +59,6 @@ class ReconstructionLoss(nn.Module):
     and the adaptive weight use means over ranks, so the result does not depend on the number of
     ranks; upstream's ranks each use their own means.
 
-    Args:
-        config: `losses` of the recipe.
-
     Raises:
         ValueError, FileNotFoundError, ImportError: see `perceptual` and `Discriminator`.
     """

@@ -25,11 +25,7 @@ _MAY_CHANGE = (
 
 
 def check_same_recipe(saved: Mapping[str, Any], now: Recipe) -> None:
-    """Refuse to continue a run under another recipe.
-
-    Args:
-        saved: `Recipe.to_official()` of the run so far, as read back from JSON.
-        now: the recipe it would continue with.
+    """Refuse to continue a run, whose `Recipe.to_official()` was saved, under another recipe.
 
     Raises:
         ValueError: lists every changed key with both values.

@@ -23,11 +23,7 @@ WIDE = 512
 class StageModel:
     """A network that is trained: clips gradients, takes optimizer steps, names its state.
 
-    Args:
-        name: "model" or "criterion"; begins the names of its tensors in a checkpoint.
-        network: on its device, sharded if it is to be.
-        engine: calls it.
-        optimizer: of its trainable parameters, from `build_optimizer`.
+    Its `name` ("model" or "criterion") is the prefix of its tensors in a checkpoint.
     """
 
     def __init__(self, name: str, network: nn.Module, engine: Engine, optimizer: Optimizer) -> None:

@@ -37,10 +37,6 @@ def seed_of(seed: int, *parts: int) -> int:
 class Trainer:
     """A stage's networks with their optimizers and averages.
 
-    Args:
-        recipe: of the run.
-        ranks: the processes of the run.
-
     Attributes:
         step: updates done, skipped ones included.
         bad, bad_in_a_row: updates skipped for a NaN or Inf.

@@ -81,10 +81,7 @@ def table(classes: Mapping[str, type]) -> Table:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The file of a recipe: an existing file, else one of `titok_fast/recipes` by name.
-
-    Args:
-        name_or_path: a file, or a name such as "fashion/stage1".
+    """The file of a recipe: an existing file, or a name of `titok_fast/recipes`: "fashion/stage1".
 
     Raises:
         FileNotFoundError: neither; names the recipes most like it.

@@ -88,9 +88,7 @@ class Recipe:
                     key = official.official_name(section, name)
                     flat[key] = list(value) if isinstance(value, tuple) else value
         if self.generator is not None:
-            flat[official.official_name("tokenizer", "codebook_size")] = (
-                self.generator.codebook_size
-            )
+            flat["model.vq_model.codebook_size"] = self.generator.codebook_size
         return official.nest(flat)
 
 

@@ -82,12 +82,7 @@ class Task:
         return {}
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Write a model folder that `from_pretrained` reads.
-
-        Args:
-            weights: the model's state dict, whole, on the CPU.
-            folder: made if it does not exist.
-        """
+        """Write a folder that `from_pretrained` reads; `weights` is `whole_state` of the model."""
         model: Any = self.model
         with torch.device("meta"):
             model = type(model)(model.config) if hasattr(model, "config") else type(model)()
