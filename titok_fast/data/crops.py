@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from titok_fast.data.sources import BadRecord
+from titok_fast.settings import require
 
 # views of one image, in the order of their rows
 VIEWS = {
@@ -63,10 +64,8 @@ class Crop:
     random_flip: bool
 
     def __post_init__(self) -> None:
-        if self.shorter_edge < self.size:
-            raise ValueError(
-                f"resize_shorter_edge wants crop_size {self.size} or more; got {self.shorter_edge}"
-            )
+        wanted = f"crop_size {self.size} or more"
+        require(self.shorter_edge >= self.size, "resize_shorter_edge", wanted, self.shorter_edge)
 
     def offsets(
         self, draws: np.ndarray, height: int, width: int

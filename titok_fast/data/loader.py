@@ -21,6 +21,7 @@ from titok_fast.data.sources import FolderSource, Source, fashion_mnist
 from titok_fast.data.token_shards import TokenSource
 from titok_fast.data.webdataset import WebDatasetSource
 from titok_fast.io.images import to_tensor
+from titok_fast.settings import require
 
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # launchers send them to all processes of a run
 _GRACE_S = 30  # seconds after which torchrun and Slurm send SIGKILL
@@ -92,14 +93,10 @@ class Batches:
         world: int = 1,
         start_step: int = 0,
     ) -> None:
-        if batch_size < 1 or world < 1 or batch_size % world:
-            raise ValueError(
-                f"batch_size wants a multiple of the {world} ranks, above 0; got {batch_size}"
-            )
-        if not 0 <= rank < world or start_step < 0:
-            raise ValueError(
-                f"wants rank in 0..{world - 1}, start_step of 0 or more; got {rank}, {start_step}"
-            )
+        fits = batch_size >= 1 and world >= 1 and batch_size % world == 0
+        require(fits, "batch_size", f"a multiple of the {world} ranks, above 0", batch_size)
+        wanted = f"rank in 0..{world - 1}, start_step of 0 or more"
+        require(0 <= rank < world and start_step >= 0, "Batches", wanted, (rank, start_step))
         S, edge = data.crop_size, data.resize_shorter_edge or data.crop_size
         settings = (edge, data.random_crop, data.random_flip) if train else (S, False, False)
         order = Order(len(source), batch_size, seed, shuffle=train)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from titok_fast.io.images import _to_rgb, list_images
 from titok_fast.io.sample_folder import differences
+from titok_fast.settings import require
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 _FASHION_CLASSES = 10
@@ -117,14 +118,12 @@ class ArraySource:
         grey = images.ndim == 3
         if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] == 3)):
             wanted = "(M, H, W) or (M, H, W, 3) uint8"
-            raise ValueError(f"{kind}: wants images {wanted}; got {images.shape} {images.dtype}")
+            raise ValueError(f"{kind} wants images {wanted}; got {images.shape} {images.dtype}")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
             wanted = f"({len(images)},) integers"
-            raise ValueError(f"{kind}: wants labels {wanted}; got {labels.shape} {labels.dtype}")
-        if not images.size:
-            raise ValueError(f"{kind}: wants at least one image; got {images.shape}")
-        if int(labels.min()) < 0:
-            raise ValueError(f"{kind}: wants labels of 0 or more; got {int(labels.min())}")
+            raise ValueError(f"{kind} wants labels {wanted}; got {labels.shape} {labels.dtype}")
+        require(images.size > 0, kind, "at least one image", images.shape)
+        require(int(labels.min()) >= 0, kind, "labels of 0 or more", int(labels.min()))
         self.images, self.labels, self.kind = images, labels.astype(np.int64), kind
 
     def __len__(self) -> int:

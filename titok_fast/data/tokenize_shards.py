@@ -8,7 +8,7 @@ again in their folder makes the missing ones, with any number of ranks.
 import hashlib
 import json
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +179,10 @@ class _Shards:
         records = self.records(number)
         step = max(1, self.manifest["batch_size"] // A)
         tokens, labels, skipped = [np.empty((0, K), np.int64)], list[int](), list[str]()
-
-        def start(first: int) -> list[Future[tuple[np.ndarray, int] | str]]:
-            return [pool.submit(self._read, index) for index in records[first : first + step]]
-
-        waiting = start(0)
+        pending = pool.map(self._read, records[:step])
         for first in range(0, len(records), step):
-            results = [future.result() for future in waiting]
-            waiting = start(first + step)
+            results = list(pending)
+            pending = pool.map(self._read, records[first + step : first + 2 * step])
             good = [result for result in results if not isinstance(result, str)]
             damaged = [
                 (self.source.name(index), result)

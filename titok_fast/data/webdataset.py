@@ -78,8 +78,6 @@ def index_shard(path: Path) -> Shard:
         FileNotFoundError: no such file.
         ValueError: compressed, truncated, damaged, a name twice, or no record at all.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no shard {path}; check the pattern")
     records: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from titok_fast.distributed import gather_rows, sum_over_ranks
+from titok_fast.distributed import gather_rows, my_share, sum_over_ranks
 from titok_fast.evaluation.networks import INCEPTION, FeatureNetwork
 from titok_fast.evaluation.statistics import (
     SPLITS,
@@ -40,7 +40,6 @@ class Measurement:
         self.guesses = torch.zeros(2, dtype=torch.float64, device=device)
         self._step = -(-total // keep) if keep else 0
         self._kept: list[Tensor] = []
-        self._first_kept = 0
         self._halves = (FeatureSums(dim, device), FeatureSums(dim, device)) if halves else None
         if halves:  # the same two on every rank and in every run
             order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
@@ -52,7 +51,7 @@ class Measurement:
 
         Args:
             images: (B, H, W, 3) uint8.
-            first: index of the first of them in the set; those of one rank come in order.
+            first: index of the first of them in the set; a rank adds its `my_share` in order.
             labels: (B,) int64 classes, if known.
         """
         features, logits = self.network(images)
@@ -62,8 +61,6 @@ class Measurement:
             for side, sums in enumerate(self._halves):
                 sums.update(features[(self._side[index] == side).to(features.device)])
         if self._step:
-            if not self._kept:
-                self._first_kept = -(-first // self._step)
             self._kept.append(features[(index % self._step == 0).to(features.device)].float())
         if logits is not None and self.score is not None:
             self.score.update(logits, first)
@@ -80,8 +77,9 @@ class Measurement:
         sum_over_ranks(self.guesses)
         if self._step:
             mine = self._kept or [torch.empty(0, self.network.dim, device=self.network.device)]
-            kept = -(-self.total // self._step)
-            self._kept = [gather_rows(torch.cat(mine), self._first_kept, kept)]
+            ends = my_share(self.total).start, self.total
+            first, count = (-(-end // self._step) for end in ends)
+            self._kept = [gather_rows(torch.cat(mine), first, count)]
 
     def features(self) -> Tensor:
         """(m, d) float32: the features stored, in order."""

@@ -21,13 +21,14 @@ from titok_fast.evaluation.pictures import Pictures, batches
 from titok_fast.io.images import to_tensor
 from titok_fast.models.packages import package
 from titok_fast.models.tokenizer import TiTok
+from titok_fast.settings import Settings, among, within
 
 LAYERS = ("latents", "codes")
 _TRUST = 0.001  # LARS: step length as a share of the weights' length, MAE's value
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(Settings):
     """Settings; the defaults are MAE's for ImageNet. Small data want a smaller batch.
 
     Fewer than about fifty steps say little: BatchNorm's running mean averages over ten steps, and
@@ -48,23 +49,16 @@ class ProbeConfig:
         seed: of order, crops and the head.
     """
 
-    layer: str = "latents"
-    epochs: int = 90
+    layer: str = among("latents", *LAYERS)
+    epochs: int = within(90, 1)
     warmup_epochs: int = 10
     base_learning_rate: float = 0.1
-    batch_size: int = 16384
+    batch_size: int = within(16384, 1)
     weight_decay: float = 0.0
     momentum: float = 0.9
     augment: bool = True
-    encode_batch_size: int = 256
+    encode_batch_size: int = within(256, 1)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.layer not in LAYERS:
-            raise ValueError(f"layer wants one of {', '.join(LAYERS)}; got {self.layer!r}")
-        for name in ("epochs", "batch_size", "encode_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} wants at least 1; got {getattr(self, name)}")
 
 
 class LARS(torch.optim.Optimizer):

@@ -95,7 +95,7 @@ def write(
             shutil.rmtree(part, ignore_errors=True)
         reason = error.strerror or error
         raise OSError(error.errno, f"checkpoint {final} was not written: {reason}") from error
-    ranks.agree(lambda: [_delete(old) for _, old in found(output)[keep:] if keep])
+    ranks.agree(lambda: _prune(output, keep))
     return final
 
 
@@ -133,6 +133,11 @@ def _seal(part: Path, final: Path, step: int, state: dict[str, Any]) -> None:
     part.rename(final)
     _sync(final.parent)
     write_atomic(final.parent / LATEST, final.name.encode())
+
+
+def _prune(output: Path, keep: int) -> None:
+    for _, folder in found(output)[keep:] if keep else []:
+        _delete(folder)
 
 
 def _delete(folder: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titok_fast.settings import require
+
 
 class Blur(nn.Module):
     """Halve the sides with a fixed 4 x 4 binomial kernel, against aliasing."""
@@ -50,16 +52,14 @@ class Discriminator(nn.Module):
         self, hidden_channels: int = 128, num_stages: int = 3, pooled_side: int = 16
     ) -> None:
         super().__init__()
-        if hidden_channels < 32 or hidden_channels % 32:
-            raise ValueError(
-                "Discriminator wants hidden_channels to be a multiple of 32 (norm groups); "
-                f"got {hidden_channels}"
-            )
-        if num_stages < 1 or pooled_side < 1:
-            raise ValueError(
-                "Discriminator wants num_stages and pooled_side of at least 1; "
-                f"got {num_stages} and {pooled_side}"
-            )
+        require(
+            hidden_channels >= 32 and hidden_channels % 32 == 0,
+            "Discriminator",
+            "hidden_channels to be a multiple of 32 (norm groups)",
+            hidden_channels,
+        )
+        sizes = num_stages, pooled_side
+        require(min(sizes) >= 1, "Discriminator", "num_stages and pooled_side of at least 1", sizes)
         self.pooled_side = pooled_side
         leaky = nn.LeakyReLU(0.1)
         widths = [hidden_channels, *(hidden_channels * 2**s for s in range(num_stages))]
