@@ -62,11 +62,7 @@ def batches(
 
 
 class ArrayPictures:
-    """Images in memory.
-
-    Args:
-        images: (n, H, W, 3) uint8.
-        labels: (n,) integers, or None.
+    """Images (n, H, W, 3) uint8 in memory, with their classes (n,) if known.
 
     Raises:
         ValueError: other shapes or types.
@@ -201,10 +197,9 @@ class DrawnPictures:
 
 
 def find_source(location: str) -> tuple[Source, int | None] | None:
-    """A source of labelled images, and its number of classes if that is known.
+    """A source of labelled images, and its number of classes if known.
 
-    Args:
-        location: one of the last four `LOCATIONS`; None comes back for the others.
+    None where `location` is not one of the last four `LOCATIONS`.
 
     Raises:
         FileNotFoundError: nothing there.

@@ -92,15 +92,10 @@ class LARS(torch.optim.Optimizer):
 
 @torch.no_grad()
 def probe_features(tokenizer: TiTok, images: Tensor, layer: str) -> Tensor:
-    """Inputs of the linear layer.
-
-    Args:
-        tokenizer: provides the encoder.
-        images: (B, 3, S, S) in [0, 1], any device.
-        layer: "latents" or "codes", see ProbeConfig.
+    """Inputs of the linear layer, of images (B, 3, S, S) in [0, 1] on any device.
 
     Returns:
-        (B, D) or (B, C) float32 on the tokenizer's device.
+        (B, D) float32 for the layer "latents", (B, C) for "codes", on the tokenizer's device.
     """
     seen: list[Tensor] = []
     encoder = tokenizer.encoder

@@ -1,8 +1,8 @@
 """Perceptual distances: how far two images are apart in the features of a frozen network.
 
-Upstream: modeling/modules/perceptual_loss.py and lpips.py; EfficientNet-Lite0 is our addition, for
-want of the other weights. Networks come from torchvision and efficientnet-lite-pytorch, weights
-from local files only: nothing is downloaded, nothing in a file is executed.
+Upstream: modeling/modules/perceptual_loss.py and lpips.py; EfficientNet-Lite0 is our addition,
+because its weights are in a package. Networks come from torchvision and efficientnet-lite-pytorch,
+weights from local files only: nothing is downloaded, nothing in a file is executed.
 """
 
 import hashlib

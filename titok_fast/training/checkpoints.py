@@ -236,11 +236,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_writable(output: Path, bytes_needed: int) -> None:
-    """Make the run's folder and try writing, before hours of training that cannot be saved.
-
-    Args:
-        output: folder of the run; made if it does not exist.
-        bytes_needed: size of a checkpoint, for which there must be room.
+    """Make the run's folder and check that a checkpoint of `bytes_needed` can be written there.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is too full.

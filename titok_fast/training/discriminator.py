@@ -74,13 +74,9 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Score a batch.
+        """Score (B, 3, H, W) float32 images, real ones in [0, 1]: (B, 1, h, w) float32 logits.
 
-        Args:
-            images: (B, 3, H, W) float32, real ones in [0, 1].
-
-        Returns:
-            (B, 1, h, w) float32 logits; h is the smaller of `pooled_side` and H / 2**num_stages.
+        h is the smaller of `pooled_side` and H / 2**num_stages.
 
         Raises:
             ValueError: images of another shape.

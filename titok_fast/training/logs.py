@@ -79,12 +79,9 @@ class Log:
         )
 
     def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Record values of an update, and show those without a group beside the bar.
+        """Record values after `step` updates, and show those without a group beside the bar.
 
-        Args:
-            step: updates done.
-            values: by name; "a/b" groups them on boards. Tensors of one element are read, which
-                waits for the device.
+        A name "a/b" is of group "a" on boards. Reading a tensor waits for its device.
         """
         if not self.writes:
             return
@@ -105,11 +102,7 @@ class Log:
     def images(self, step: int, name: str, images: Tensor) -> None:
         """Write a sheet of images to `pictures/NAME-STEP.png`, atomically, and to the board.
 
-        Args:
-            step: updates done.
-            name: part of a file name.
-            images: (B, 3, H, W) in [0, 1], any float dtype and device; clamped, and rounded as
-                reconstructions are.
+        `images` (B, 3, H, W) of any float dtype and device are clamped to [0, 1] and rounded.
 
         Raises:
             ValueError: wrong shape or dtype, no image, or NaN on a CPU.

@@ -27,9 +27,7 @@ def decays(name: str, ndim: int) -> bool:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of a model in two groups: those that do not decay, then the others.
 
-    Args:
-        model: frozen parameters are left out. Wrappers (DDP, compile) do not change the groups.
-        weight_decay: of the second group.
+    Wrappers (DDP, compile) do not change the groups.
 
     Raises:
         ValueError: nothing can be trained.

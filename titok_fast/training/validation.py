@@ -37,10 +37,7 @@ def example_images(trainer: Trainer, source: Source) -> dict[str, Tensor]:
 def evaluate(trainer: Trainer, source: Source, batch_size: int) -> dict[str, float]:
     """Means over all records, which ranks share, as "eval/name". Every rank must call it.
 
-    Args:
-        trainer: inside `averaged`.
-        source: of the records.
-        batch_size: of all ranks together.
+    Call it inside `averaged`. `batch_size` counts the records of all ranks together.
 
     Raises:
         ValueError: there are fewer records than ranks.

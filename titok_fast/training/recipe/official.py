@@ -192,7 +192,7 @@ def check_names(flat: Iterable[str], known: Table) -> None:
 def convert(value: Any, wanted: Any, name: str) -> Any:
     """A YAML value as a field's type.
 
-    Whole floats become integers, integers floats, lists tuples; nothing ("key=") an empty string.
+    Converts whole floats to int, int to float, lists to tuples, and null ("key=") to "".
 
     Raises:
         ValueError: the value is of another kind; the message has `name`.

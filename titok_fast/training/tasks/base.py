@@ -46,7 +46,7 @@ class Task:
     """One stage. Subclasses set the networks in `__init__`.
 
     Attributes:
-        model: what is trained and exported; in training mode, on the device.
+        model: the network to train and export; in training mode, on the device.
         criterion: losses with their discriminator, or None.
         quantizer: the codebook that is trained, or None.
     """
