@@ -144,12 +144,7 @@ class ArraySource:
         digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.astype("<i8").data)
         shape = list(self.images.shape[1:])
-        return {
-            "kind": self.kind,
-            "count": len(self),
-            "shape": shape,
-            "sha256": digest.hexdigest(),
-        }
+        return {"kind": self.kind, "count": len(self), "shape": shape, "sha256": digest.hexdigest()}
 
 
 def fashion_mnist(split: str, folder: str | Path | None = None) -> ArraySource:

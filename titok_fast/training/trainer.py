@@ -268,6 +268,6 @@ def _check_options(recipe: Recipe, ranks: Ranks) -> None:
     }
     for key in (key for key, value in refused.items() if value):
         raise ValueError(
-            f"{key} reads whole weights between passes, which training.parallel=fsdp2 shards: "
-            "use ddp"
+            f"{key} reads whole weights outside the forward, which training.parallel=fsdp2 "
+            "shards: use ddp"
         )

@@ -227,10 +227,9 @@ def _models(stage: str, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def _problem_with_models(recipe: Recipe) -> str:
     """Why the models do not fit the stage, or an empty string."""
     stage, tokenizer, generator = recipe.stage, recipe.tokenizer, recipe.generator
-    needed = {"vqgan": recipe.vqgan, "generator": generator}.get(stage, tokenizer)
-    if stage != "classifier" and needed is None:
-        names = {"vqgan": "model.pixel", "generator": "model.generator"}
-        return f"wants the section {names.get(stage, 'model.vq_model')}"
+    needed = stage if stage in ("vqgan", "generator") else "tokenizer"
+    if stage != "classifier" and getattr(recipe, needed) is None:
+        return f"wants the section {official.PREFIXES[needed]}"
     if stage in ("stage1", "stage2", "single_stage"):
         assert tokenizer is not None
         wanted = stage != "single_stage", stage == "stage2"
