@@ -107,10 +107,7 @@ def test_images_are_a_sheet_on_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [
-        (torch.full((1, 3, 4, 4), torch.nan), "NaN"),
-        (torch.zeros(1, 1, 4, 4), r"\(B, 3, H, W\)"),
-    ],
+    [(torch.full((1, 3, 4, 4), torch.nan), "NaN"), (torch.zeros(1, 1, 4, 4), r"\(B, 3, H, W\)")],
 )
 def test_images_that_are_none_write_no_file(
     tmp_path: Path, images: torch.Tensor, message: str

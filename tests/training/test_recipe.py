@@ -268,10 +268,7 @@ def test_a_stage_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
             {"stage": "generator", "generator": GeneratorConfig()} | BARE,
             "wants model.vq_model to tokenise",
         ),
-        (
-            {"stage": "single_stage", "tokenizer": VAE, "training": REVIVING},
-            "a VAE has no codes",
-        ),
+        ({"stage": "single_stage", "tokenizer": VAE, "training": REVIVING}, "a VAE has no codes"),
     ],
 )
 def test_models_and_data_must_fit_the_stage(changes: dict[str, Any], message: str) -> None:
