@@ -77,8 +77,8 @@ class ReconstructionLoss(nn.Module):
         if config.lecam_regularization_weight > 0:
             self.register_buffer("ema_real_logits_mean", torch.zeros(1))
             self.register_buffer("ema_fake_logits_mean", torch.zeros(1))
-        self.register_state_dict_post_hook(_without_perceptual)
-        self.register_load_state_dict_post_hook(_forgive_perceptual)
+        self.register_state_dict_post_hook(_drop_perceptual)
+        self.register_load_state_dict_post_hook(_ignore_missing_perceptual)
 
     def discriminator_acts(self, step: int) -> bool:
         """Whether the discriminator scores images and learns at this update, counted from 0."""
@@ -227,10 +227,10 @@ def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
         raise ValueError(f"the losses want images and reconstructions (B, 3, S, S); got {got}")
 
 
-def _without_perceptual(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _drop_perceptual(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [k for k in state if k.startswith(f"{prefix}perceptual.")]:
         del state[key]
 
 
-def _forgive_perceptual(module: nn.Module, keys: Any) -> None:
+def _ignore_missing_perceptual(module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [k for k in keys.missing_keys if "perceptual." not in k]

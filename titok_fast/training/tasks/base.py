@@ -30,7 +30,7 @@ class Outcome:
     Attributes:
         loss: scalar with gradient, the mean over the batch.
         logs: detached scalars by name, likewise means.
-        reconstructions: (B, 3, S, S) without gradient, where a discriminator judges them.
+        reconstructions: (B, 3, S, S) without gradient, for the discriminator if there is one.
         latents: (B, C, H, W) inputs of the quantizer, where there is one.
         ids: (B, H, W) int64 codes of the latents.
     """
