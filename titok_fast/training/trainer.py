@@ -157,22 +157,27 @@ class Trainer:
             if p.grad is not None
         }
 
+    def random_inputs(self, total: int, first: int, count: int, *parts: int) -> dict[str, Tensor]:
+        """Random numbers of a batch of `total` samples: `count` rows from `first` on.
+
+        `parts` say what they are for, as in `seed_of`.
+        """
+        generator = torch.Generator().manual_seed(seed_of(self.recipe.training.seed, *parts))
+        drawn = self.task.random_inputs(total, generator)
+        return {name: x[first : first + count] for name, x in drawn.items()}
+
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         """Batches to accumulate, with their random numbers, on the device.
 
         Numbers are drawn for the global batch in its order, so a sample gets the same ones with any
         number of ranks and parts.
         """
-        size, device = self.recipe.training.per_gpu_batch_size, self.ranks.device
+        ranks, size = self.ranks, self.recipe.training.per_gpu_batch_size
         count = len(batch["labels"])
-        first = self.ranks.rank * count
-        seed = seed_of(self.recipe.training.seed, self.step, _RANDOM_INPUTS)
-        drawn = self.task.random_inputs(
-            count * self.ranks.size, torch.Generator().manual_seed(seed)
-        )
-        whole = {**batch, **{k: v[first : first + count] for k, v in drawn.items()}}
+        total, first = count * ranks.size, count * ranks.rank
+        whole = {**batch, **self.random_inputs(total, first, count, self.step, _RANDOM_INPUTS)}
         for start in range(0, count, size):
-            yield {k: v[start : start + size].to(device) for k, v in whole.items()}
+            yield {k: v[start : start + size].to(ranks.device) for k, v in whole.items()}
 
     def _active_criterion(self) -> StageModel | None:
         """The criterion, once its discriminator acts."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titok_fast.data.loader import Batches
 from titok_fast.data.sources import Source
-from titok_fast.training.trainer import Trainer, seed_of
+from titok_fast.training.trainer import Trainer
 
 
 @contextmanager
@@ -55,8 +55,10 @@ def evaluate(trainer: Trainer, source: Source, batch_size: int) -> dict[str, flo
         if batch is None:
             raise ValueError("the evaluation data hold fewer records than there are ranks")
         size, mine = min(batch_size, len(source) - i * batch_size), len(batch["labels"])
-        inputs = batch | _random_inputs(trainer, i, size, mine)
-        inputs = {name: x.to(ranks.device) for name, x in inputs.items()}
+        first = size * ranks.rank // ranks.size
+        # the batch that a rank repeats may be longer than its share of a smaller one
+        drawn = trainer.random_inputs(max(size, first + mine), first, mine, i)
+        inputs = {name: x.to(ranks.device) for name, x in (batch | drawn).items()}
         values = task.evaluate(trainer.model.engine, inputs)
         if new:
             count += mine
@@ -71,12 +73,3 @@ def evaluate(trainer: Trainer, source: Source, batch_size: int) -> dict[str, flo
 def _batches(trainer: Trainer, source: Source, size: int, rank: int, world: int) -> Batches:
     data, seed = trainer.recipe.data, trainer.recipe.training.seed
     return Batches(source, data, batch_size=size, seed=seed, train=False, rank=rank, world=world)
-
-
-def _random_inputs(trainer: Trainer, index: int, size: int, mine: int) -> dict[str, Tensor]:
-    """Those of this rank's `mine` records of a batch of `size`; the same at every evaluation."""
-    generator = torch.Generator().manual_seed(seed_of(trainer.recipe.training.seed, index))
-    first = size * trainer.ranks.rank // trainer.ranks.size
-    # the batch that a rank repeats may be longer than its share of a smaller one
-    drawn = trainer.task.random_inputs(max(size, first + mine), generator)
-    return {name: x[first : first + mine] for name, x in drawn.items()}
