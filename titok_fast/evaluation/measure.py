@@ -39,8 +39,8 @@ class Measurement:
         # images classified correctly, images whose class is known
         self.guesses = torch.zeros(2, dtype=torch.float64, device=device)
         self._step = -(-total // keep) if keep else 0
-        self._kept: list[Tensor] = []
-        self._halves = (FeatureSums(dim, device), FeatureSums(dim, device)) if halves else None
+        self._kept = [torch.empty(0, dim, device=device)]
+        self._halves = [FeatureSums(dim, device) for _ in range(2 if halves else 0)]
         if halves:  # the same two on every rank and in every run
             order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
             self._side = torch.empty(total, dtype=torch.int64)
@@ -57,9 +57,8 @@ class Measurement:
         features, logits = self.network(images)
         index = torch.arange(first, first + len(images))
         self.sums.update(features)
-        if self._halves is not None:
-            for side, sums in enumerate(self._halves):
-                sums.update(features[(self._side[index] == side).to(features.device)])
+        for side, sums in enumerate(self._halves):
+            sums.update(features[(self._side[index] == side).to(features.device)])
         if self._step:
             self._kept.append(features[(index % self._step == 0).to(features.device)].float())
         if logits is not None and self.score is not None:
@@ -70,16 +69,15 @@ class Measurement:
 
     def merge_ranks(self) -> None:
         """Combine the parts of all ranks; call it once, after the last batch."""
-        for sums in (self.sums, *(self._halves or ())):
+        for sums in (self.sums, *self._halves):
             sums.merge_ranks()
         if self.score is not None:
             self.score.merge_ranks()
         sum_over_ranks(self.guesses)
         if self._step:
-            mine = self._kept or [torch.empty(0, self.network.dim, device=self.network.device)]
             ends = my_share(self.total).start, self.total
             first, count = (-(-end // self._step) for end in ends)
-            self._kept = [gather_rows(torch.cat(mine), first, count)]
+            self._kept = [gather_rows(torch.cat(self._kept), first, count)]
 
     def features(self) -> Tensor:
         """(m, d) float32: the features stored, in order."""
@@ -102,7 +100,6 @@ class Measurement:
 
         Above 0 because the samples are finite; about twice the distance of n against n images.
         """
-        assert self._halves is not None  # `halves` of the constructor
         a, b = self._halves
         return frechet_distance(a.gaussian(), b.gaussian())
 
