@@ -91,7 +91,10 @@ def index_shard(path: Path) -> Shard:
                 if suffix in record:
                     raise ValueError(f"shard {path} holds {member.name} twice")
                 record[suffix] = member.offset_data, member.size
-            _check_end(path, tar.offset)
+            with open(path, "rb") as file:  # tarfile ignores a missing end mark
+                file.seek(tar.offset)
+                if file.read(_BLOCK) != bytes(_BLOCK):
+                    raise tarfile.ReadError(f"no end mark after {tar.offset} bytes")
     except tarfile.TarError as error:
         raise ValueError(
             f"shard {path} is truncated, damaged or compressed: {error}; get it again, unpacked "
@@ -106,15 +109,6 @@ def index_shard(path: Path) -> Shard:
         row[:] = *image, *record.get("cls", (-1, -1))
     keys = np.array([key.encode("utf-8", "surrogateescape") for key in records])
     return Shard(keys, spans, path.stat().st_size)
-
-
-def _check_end(path: Path, offset: int) -> None:
-    """Refuse an archive without its end mark, which tarfile itself reads without an error."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        mark = file.read(_BLOCK)
-    if mark != bytes(_BLOCK):
-        raise tarfile.ReadError(f"no end mark, but something else, after {offset} bytes")
 
 
 class WebDatasetSource:
