@@ -29,7 +29,7 @@ from support.tiny_runs import (
 )
 from torch import Tensor
 
-from titok_fast.cli.train import main
+from titok_fast.cli.main import main
 from titok_fast.data.sources import ArraySource
 from titok_fast.training import checkpoints, loop
 from titok_fast.training.logs import Log, read_log
@@ -359,8 +359,11 @@ def recipe_file(weights: Path, tmp_path: Path) -> Path:
 
 def test_command(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert main([str(recipe_file), "training.max_train_steps=2", "--quiet", "--device=cpu"]) == 0
-    assert main([str(recipe_file), "--quiet", "--device=cpu"]) == 0
+    assert (
+        main(["train", str(recipe_file), "training.max_train_steps=2", "--quiet", "--device=cpu"])
+        == 0
+    )
+    assert main(["train", str(recipe_file), "--quiet", "--device=cpu"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{steps} updates done; the model is in {out / 'final'}" for steps in (2, 4)
     ]
@@ -369,15 +372,15 @@ def test_command(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     measured = [line for line in read_log(out / "log.jsonl") if "eval/proxy_loss" in line]
     assert [line["step"] for line in measured] == [2, 4]
-    assert main([str(recipe_file), "training.seed=1", "--quiet", "--device=cpu"]) == 2
+    assert main(["train", str(recipe_file), "training.seed=1", "--quiet", "--device=cpu"]) == 2
     assert "error: the recipe differs" in capsys.readouterr().err
-    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "no recipe file or name" in capsys.readouterr().err
 
 
 def test_torchrun_and_its_signal(recipe_file: Path, tmp_path: Path) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    train = ["-m", "titok_fast.cli.train", "--device=cpu", "--quiet", str(recipe_file)]
+    train = ["-m", "titok_fast", "train", "--device=cpu", "--quiet", str(recipe_file)]
     more = ["training.per_gpu_batch_size=4", "training.max_train_steps=100000"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment["OMP_NUM_THREADS"] = "1"
