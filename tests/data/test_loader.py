@@ -288,7 +288,7 @@ def test_evaluation_is_shared_out_and_leaves_gaps(shards: Source) -> None:
         ({"batch_size": 0}, "batch_size wants a multiple of the 1 ranks, above 0; got 0"),
         ({"batch_size": 6, "world": 4}, "multiple of the 4 ranks, above 0; got 6"),
         ({"rank": 2, "world": 2}, "wants rank in 0..1"),
-        ({"start_step": -1}, "start_step of 0 or more; got 0, -1"),
+        ({"start_step": -1}, "start_step of 0 or more; got (0, -1)"),
         ({"batch_size": 64}, "50 records fill no batch of 64"),
     ],
 )

@@ -248,7 +248,7 @@ def test_jsonl_faults(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ValueError, match="at least one row"):
         TokenSource(path)
-    with pytest.raises(ValueError, match="at least one line"):
+    with pytest.raises(ValueError, match="at least one row"):
         jsonl_to_shards(path, tmp_path / "a", codebook_size=9)
     path.write_text('{"class_id": 0, "tokens": [0, 9]}')
     with pytest.raises(ValueError, match=r"wants ids in 0\.\.8; got 0\.\.9"):

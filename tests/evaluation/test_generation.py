@@ -21,7 +21,7 @@ class Means(FeatureNetwork):
         super().__init__(name, 3, 3, labelled=labelled)
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
         means = images.double().mean(dim=(2, 3)) / 16
         return means, means
 
@@ -108,7 +108,6 @@ def test_halves_are_disjoint_and_whole() -> None:
     images = torch.from_numpy(pictures(81, 3).images)
     for first in range(0, 81, 10):
         one.update(images[first : first + 10], first)
-    assert one._halves is not None
     a, b = one._halves
     assert {int(a.count), int(b.count)} == {40, 41}
     torch.testing.assert_close(a.outer + b.outer, one.sums.outer)

@@ -36,7 +36,7 @@ class Means(FeatureNetwork):
         super().__init__(name, 3, 3, labelled=False)
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
         means = images.double().mean(dim=(2, 3))
         return means, means
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from support.official import needs_upstream, official
 from torch import Tensor
 
+from titok_fast.models import packages
 from titok_fast.models import perceptual as module
 from titok_fast.models.perceptual import CONVNEXT, LITE0, LPIPS_HEADS, VGG, perceptual
 
@@ -244,7 +245,7 @@ def test_missing_library_is_named(name: str, folder: Path, monkeypatch: pytest.M
     def missing(name: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(module, "import_module", missing)
+    monkeypatch.setattr(packages, "import_module", missing)
     with pytest.raises(ImportError, match=r"install titok_fast\[eval\]"):
         perceptual(name, None if name == "efficientnet_lite0" else folder)
 

@@ -39,13 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as the ranks have
 
 
 def start(
-    rank: int,
-    size: int,
-    port: int,
-    patience: float,
-    work: Callable[..., Any],
-    told: Any,
-    args: Any,
+    rank: int, size: int, port: int, patience: float, work: Callable[..., Any], told: Any, args: Any
 ) -> None:
     """One rank of `together`."""
     torch.set_num_threads(1)
@@ -153,8 +147,7 @@ def agree(kinds: tuple[str, ...], steps: int, weights: Path, folder: Path) -> No
         if not revives:
             ways["fsdp2"] = {"per_gpu_batch_size": BATCH // 2, "parallel": "fsdp2"}
         train_all(
-            ALONE,
-            [comparable(kind, weights, folder / f"{kind}-one", steps, clustering_vq=revives)],
+            ALONE, [comparable(kind, weights, folder / f"{kind}-one", steps, clustering_vq=revives)]
         )
         many += [
             comparable(kind, weights, folder / f"{kind}-{name}", steps, **way)
@@ -244,10 +237,7 @@ def loses_a_rank(ranks: Ranks, recipe: Recipe, kill: int, how: signal.Signals) -
     ],
 )
 def test_lost_rank_ends_the_others(
-    weights: Path,
-    tmp_path: Path,
-    how: signal.Signals,
-    patience: float,
+    weights: Path, tmp_path: Path, how: signal.Signals, patience: float
 ) -> None:
     recipe = recipe_of("stage1", weights, tmp_path, 500, per_gpu_batch_size=BATCH // 2)
     told, (first, _) = run_together(loses_a_rank, (recipe, 5, how), patience=patience)

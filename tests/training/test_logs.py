@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from titok_fast.training.logs import LOG_NAME, Log, drop_after, read_log
+from titok_fast.training.recipe.sections import Experiment
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -21,8 +22,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def quiet(folder: Path, **options: Any) -> Log:
-    return Log(folder, bar=False, **options)
+def quiet(folder: Path, *, step: int = 0, config: Any = None, **experiment: Any) -> Log:
+    return Log(folder, Experiment(**experiment), bar=False, step=step, config=config)
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
@@ -80,7 +81,8 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path, damage: str) -> Non
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Log(tmp_path / "run", rank=1, kind="wandb") as log:  # not even the board is made
+    # not even the board is made
+    with Log(tmp_path / "run", Experiment(logging="wandb"), rank=1) as log:
         log.scalars(1, {"loss": 1.0})
         log.note(1, "text")
         log.advance(1)
@@ -105,10 +107,7 @@ def test_images_are_a_sheet_on_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [
-        (torch.full((1, 3, 4, 4), torch.nan), "NaN"),
-        (torch.zeros(1, 1, 4, 4), r"\(B, 3, H, W\)"),
-    ],
+    [(torch.full((1, 3, 4, 4), torch.nan), "NaN"), (torch.zeros(1, 1, 4, 4), r"\(B, 3, H, W\)")],
 )
 def test_images_that_are_none_write_no_file(
     tmp_path: Path, images: torch.Tensor, message: str
@@ -124,7 +123,7 @@ def test_images_that_are_none_write_no_file(
 def test_the_bar_and_remarks_go_to_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Log(tmp_path, name="stage1", step=40, total=100) as log:
+    with Log(tmp_path, Experiment(name="stage1"), step=40, total=100) as log:
         log.advance(60)
         log.scalars(60, {"loss": 0.123456, "grad_norm/lm_head.weight": 1.0})
         log.note(60, "saved")
@@ -141,8 +140,8 @@ def test_the_bar_and_remarks_go_to_standard_error(
 
 
 def test_an_unknown_board_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none, tensorboard or wandb; got 'mlflow'"):
-        quiet(tmp_path / "run", kind="mlflow")
+    with pytest.raises(ValueError, match="one of none, tensorboard, wandb; got 'mlflow'"):
+        quiet(tmp_path / "run", logging="mlflow")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,7 +157,7 @@ def test_a_missing_board_names_its_package(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=remedy):
-        quiet(tmp_path / "run", kind=kind)
+        quiet(tmp_path / "run", logging=kind)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,10 +165,10 @@ def test_tensorboard_gets_numbers_and_sheets_and_hides_what_was_undone(tmp_path:
     pytest.importorskip("tensorboard", reason="install titok_fast[train]")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with quiet(tmp_path, kind="tensorboard") as log:
+    with quiet(tmp_path, logging="tensorboard") as log:
         log.scalars(10, {"loss": 2.0})
         log.scalars(20, {"loss": 1.0})
-    with quiet(tmp_path, kind="tensorboard", step=10) as log:
+    with quiet(tmp_path, logging="tensorboard", step=10) as log:
         log.scalars(20, {"loss": 0.5})
         log.images(20, "samples", torch.zeros(1, 3, 4, 4))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -195,7 +194,7 @@ def test_wandb_continues_the_run_of_its_directory(
     )
     for folder in ("a", "a", "b"):
         with quiet(
-            tmp_path / folder, kind="wandb", project="p", name="n", config={"stage": "vqgan"}
+            tmp_path / folder, logging="wandb", project="p", name="n", config={"stage": "vqgan"}
         ) as log:
             log.scalars(3, {"loss": 1.5})
             log.images(3, "samples", torch.zeros(1, 3, 4, 4))

@@ -143,9 +143,7 @@ def test_kl_and_logvar_of_a_vae(build: Callable[..., ReconstructionLoss]) -> Non
     torch.testing.assert_close(logs["kl_loss"].double(), 0.01 * kl, rtol=1e-6, atol=0)
 
 
-def test_float32_under_autocast_and_for_bfloat16(
-    build: Callable[..., ReconstructionLoss],
-) -> None:
+def test_float32_under_autocast_and_for_bfloat16(build: Callable[..., ReconstructionLoss]) -> None:
     loss = build().eval()
     x, y = (t.detach().bfloat16() for t in batch())
     halves = (

@@ -32,6 +32,7 @@ from titok_fast.training.optim import (
     learning_rate,
     parameter_groups,
 )
+from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.recipe.sections import (
     LossConfig,
     OptimizerConfig,
@@ -152,10 +153,15 @@ def test_rates_are_upstreams(scheduler: str) -> None:
 
 def test_the_discriminator_has_a_clock_of_its_own_and_ends_with_the_run() -> None:
     optimizer = OptimizerConfig(learning_rate=1e-4, discriminator_learning_rate=2e-4)
-    losses, training = LossConfig(discriminator_start=50), TrainingConfig(max_train_steps=150)
+    run = Recipe(
+        "classifier",
+        losses=LossConfig(discriminator_start=50),
+        lr_scheduler=COSINE,
+        training=TrainingConfig(max_train_steps=150),
+    )
 
     def rate(step: int, config: OptimizerConfig = optimizer) -> float:
-        return discriminator_learning_rate(step, COSINE, config, losses, training)
+        return discriminator_learning_rate(step, replace(run, optimizer=config))
 
     assert rate(50) == 0.0
     assert rate(60) == pytest.approx(2e-4, rel=1e-12)

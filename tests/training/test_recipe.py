@@ -237,9 +237,9 @@ def test_stages_of_official_files(tmp_path: Path, given: list[str], stage: str) 
 
 def test_a_stage_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
     without = written(tmp_path, STAGE1.replace("finetune_decoder: False", "token_size: 12"))
-    with pytest.raises(ValueError, match="stage cannot be told"):
+    with pytest.raises(ValueError, match="stage cannot be inferred"):
         read_recipe(without)
-    with pytest.raises(ValueError, match="stage cannot be told"):  # stage 1 has no GAN
+    with pytest.raises(ValueError, match="stage cannot be inferred"):  # stage 1 has no GAN
         read_recipe(written(tmp_path, STAGE1), ["losses.discriminator_weight=0.1"])
     with pytest.raises(ValueError, match="stage wants one of vqgan, stage1"):
         read_recipe(without, ["stage=warmup"])
@@ -268,10 +268,7 @@ def test_a_stage_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
             {"stage": "generator", "generator": GeneratorConfig()} | BARE,
             "wants model.vq_model to tokenise",
         ),
-        (
-            {"stage": "single_stage", "tokenizer": VAE, "training": REVIVING},
-            "a VAE has no codes",
-        ),
+        ({"stage": "single_stage", "tokenizer": VAE, "training": REVIVING}, "a VAE has no codes"),
     ],
 )
 def test_models_and_data_must_fit_the_stage(changes: dict[str, Any], message: str) -> None:

@@ -36,8 +36,7 @@ FASHION = "dataset.params.train_shards_path_or_url=shapes"
 FAST = "optimizer.params.learning_rate=2e-3"
 PIXEL = "hidden_channels=32 num_res_blocks=1 z_channels=16 codebook_size=64"
 VIT = under(
-    "model.vq_model.",
-    "vit_enc_model_size=[48,2,2] vit_dec_model_size=[48,2,2] codebook_size=64",
+    "model.vq_model.", "vit_enc_model_size=[48,2,2] vit_dec_model_size=[48,2,2] codebook_size=64"
 )
 TITOK = f"{VIT} {under('model.vq_model.pixel.', PIXEL)}"
 BERT = under(

@@ -1,4 +1,4 @@
-"""Training data: sources that are read at any index, and batches that seed and step determine.
+"""Training data: sources read at any index, and batches determined by seed and step.
 
 Nothing in a data file is executed; damaged records are counted and named. Token shards hold the
 tokens of all images, so that generators train without a tokenizer.

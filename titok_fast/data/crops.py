@@ -1,8 +1,8 @@
-"""Crops and flips of training images, and the fixed views that pre-tokenisation takes.
+"""Crops and flips of training images, and the fixed views that pre-tokenisation encodes.
 
-Every random number belongs to a position of the run, not to a process: whichever rank, worker or
-batch a position falls to, its image is cropped and mirrored the same way. Not torchvision, which
-the core does not install, and whose crops take their numbers from a global stream.
+Random numbers are drawn by position in the run, so the crop of an image does not depend on the
+rank, worker or batch that reads it. Not torchvision, which the core does not install, and whose
+crops draw from a global generator.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from titok_fast.data.sources import BadRecord
+from titok_fast.settings import require
 
 # views of one image, in the order of their rows
 VIEWS = {
@@ -27,26 +28,18 @@ _MAX_ASPECT = 100  # as in images.py: a thin strip would become gigapixels
 
 
 def philox(seed: int, stream: int, counter: int = 0) -> np.random.Philox:
-    """A bit generator whose raw words are the same on any machine and numpy.
+    """A bit generator whose raw words are the same on any machine and numpy version.
 
-    Args:
-        seed: of the run, any integer.
-        stream: what the words are for, 0 or more.
-        counter: where to start; each step is four words.
+    Each `stream` (0 or more) of a seed (any integer) is independent; a `counter` is four words.
     """
     return np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64), counter=counter)
 
 
 def crop_draws(seed: int, first: int, count: int) -> np.ndarray:
-    """The random numbers that crop positions first..first+count-1 of a run.
-
-    Args:
-        seed: of the run, any integer.
-        first: a position of the run, 0 or more.
-        count: positions.
+    """Random numbers for the crops of `count` positions of a run, from position `first` on.
 
     Returns:
-        (count, 3) float64 in [0, 1): one each for top, left and flip.
+        (count, 3) float64 in [0, 1): for top, left and flip.
     """
     words = np.asarray(philox(seed, 0, first).random_raw(count * _WORDS), np.uint64)
     return (words.reshape(count, _WORDS)[:, :3] >> np.uint64(11)) * 2.0**-53
@@ -71,10 +64,8 @@ class Crop:
     random_flip: bool
 
     def __post_init__(self) -> None:
-        if self.shorter_edge < self.size:
-            raise ValueError(
-                f"resize_shorter_edge wants crop_size {self.size} or more; got {self.shorter_edge}"
-            )
+        wanted = f"crop_size {self.size} or more"
+        require(self.shorter_edge >= self.size, "resize_shorter_edge", wanted, self.shorter_edge)
 
     def offsets(
         self, draws: np.ndarray, height: int, width: int
@@ -149,13 +140,12 @@ def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
         BadRecord: no pixels, or one side over 100 times the other.
     """
     _check_sides(*image.shape[:2])
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * size:
-        half = (picture.width // 2, picture.height // 2)
-        picture = picture.resize(half, Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    fitted = (round(picture.width * scale), round(picture.height * scale))
-    pixels = np.asarray(picture.resize(fitted, Image.Resampling.BICUBIC))
+    scaled = Image.fromarray(image)
+    while min(scaled.size) >= 2 * size:
+        scaled = scaled.resize((scaled.width // 2, scaled.height // 2), Image.Resampling.BOX)
+    scale = size / min(scaled.size)
+    fitted = (round(scaled.width * scale), round(scaled.height * scale))
+    pixels = np.asarray(scaled.resize(fitted, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
 

@@ -1,4 +1,4 @@
-"""Batches whose content is a function of source, seed and step alone.
+"""Batches whose content depends on source, seed and step alone.
 
 Position p = step * batch_size + j of a run is in epoch p // usable; the record there is entry
 p % usable of that epoch's order. Ranks take contiguous parts of each global batch, so a run can
@@ -21,6 +21,7 @@ from titok_fast.data.sources import FolderSource, Source, fashion_mnist
 from titok_fast.data.token_shards import TokenSource
 from titok_fast.data.webdataset import WebDatasetSource
 from titok_fast.io.images import to_tensor
+from titok_fast.settings import require
 
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # launchers send them to all processes of a run
 _GRACE_S = 30  # seconds after which torchrun and Slurm send SIGKILL
@@ -33,9 +34,6 @@ def open_source(data: DataConfig, split: str, classes: int | None = None) -> Sou
         data: kind and paths.
         split: "train" or "eval".
         classes: number of classes of the model; None takes any label.
-
-    Returns:
-        ArraySource, WebDatasetSource, FolderSource or TokenSource.
 
     Raises:
         FileNotFoundError: files are missing; the message names them.
@@ -60,16 +58,16 @@ class Batches:
     """One rank's share of the global batches of a run, from a step on.
 
     Iterating yields dictionaries of CPU tensors: `labels` (b,) int64 with `images` (b, 3, S, S)
-    float32 in [0, 1], or with `tokens` (b, K) int64. In training b = batch_size / world, for ever.
-    In evaluation every record comes once, in the order of the source, cropped at the center:
-    damaged records are left out, the last batch is smaller, and ranks may get none of it.
+    float32 in [0, 1], or with `tokens` (b, K) int64. Training never ends, with b = batch_size /
+    world. Evaluation yields every record once, in the order of the source, cropped at the center,
+    without damaged records; the last batch is smaller, and some ranks may get none of it.
 
     Args:
         source: of the records.
         data: crop, workers, and the share of records that may be damaged.
         batch_size: of all ranks together.
         seed: of the run, any integer.
-        train: see above.
+        train: training or evaluation, see above.
         rank: 0..world-1.
         world: ranks; divides batch_size.
         start_step: the step whose batch comes first.
@@ -95,14 +93,10 @@ class Batches:
         world: int = 1,
         start_step: int = 0,
     ) -> None:
-        if batch_size < 1 or world < 1 or batch_size % world:
-            raise ValueError(
-                f"batch_size wants a multiple of the {world} ranks, above 0; got {batch_size}"
-            )
-        if not 0 <= rank < world or start_step < 0:
-            raise ValueError(
-                f"wants rank in 0..{world - 1}, start_step of 0 or more; got {rank}, {start_step}"
-            )
+        fits = batch_size >= 1 and world >= 1 and batch_size % world == 0
+        require(fits, "batch_size", f"a multiple of the {world} ranks, above 0", batch_size)
+        wanted = f"rank in 0..{world - 1}, start_step of 0 or more"
+        require(0 <= rank < world and start_step >= 0, "Batches", wanted, (rank, start_step))
         S, edge = data.crop_size, data.resize_shorter_edge or data.crop_size
         settings = (edge, data.random_crop, data.random_flip) if train else (S, False, False)
         order = Order(len(source), batch_size, seed, shuffle=train)
@@ -165,9 +159,9 @@ def _identity(batch: Any) -> Any:
 
 
 def _survive_signals(worker: int) -> None:
-    """Read on after a signal to the whole process group: the parent saves at the end of its step.
+    """Keep a worker reading after a signal to the whole process group.
 
-    Workers end when the parent does.
+    The parent saves at the end of its step; workers end when it does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
@@ -175,6 +169,6 @@ def _survive_signals(worker: int) -> None:
 
 
 def _end_later(number: int, frame: object) -> None:
-    """Restore the default SIGTERM, by which the parent ends a stuck worker; end after a grace."""
+    """Let the next SIGTERM end the worker, as the parent sends to a stuck one, or an alarm."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.alarm(_GRACE_S)

@@ -1,4 +1,4 @@
-"""Reading the records of a step: their order in the run, and what happens to damaged ones."""
+"""Reading the records of a step: their order in the run, and damaged ones."""
 
 import logging
 from typing import NamedTuple
@@ -10,18 +10,15 @@ from titok_fast.data.sources import ArraySource, BadRecord, Source
 from titok_fast.data.token_shards import TokenSource
 
 _log = logging.getLogger(__name__)
-MAX_TRIES = 16  # damaged in a row: the disk is gone, not a record
-_EARLY = 1000  # below as many records, a share of them is no estimate
+MAX_TRIES = 16  # after as many damaged records in a row, the disk is at fault
+_EARLY = 1000  # with fewer records read, their share is no estimate
 
 
 class Order:
-    """Which record each position of the run reads.
+    """The record of each position of the run.
 
-    Args:
-        records: number of records.
-        batch_size: of all ranks together; an epoch drops the records that fill no batch.
-        seed: of the run.
-        shuffle: another order each epoch; else the order of the source.
+    With `shuffle`, each epoch has another order and drops the records that fill no global batch;
+    else the order is that of the source.
 
     Raises:
         ValueError: no batch can be filled.
@@ -49,7 +46,7 @@ class Order:
     def of_epoch(self, epoch: int) -> np.ndarray:
         """(M,) all records in the order of an epoch."""
         if self.shuffle and epoch != self._epoch:
-            # raw words, as numpy may change what its shuffle makes of them
+            # sorts raw words, because numpy's shuffle may change between versions
             words = philox(self.seed, 1 + epoch).random_raw(self.records)
             self._epoch, self._order = epoch, np.argsort(words, kind="stable")
         return self._order
@@ -89,7 +86,7 @@ class BadRecords:
 
 
 class RawBatch(NamedTuple):
-    """What one rank reads for one step.
+    """The records that one rank reads for one step.
 
     Arrays: workers hand tensors over through /dev/shm, which is small in containers.
 
@@ -109,12 +106,7 @@ class RawBatch(NamedTuple):
 class Reader:
     """Reads the records of positions; a DataLoader calls it in its workers.
 
-    Args:
-        source: of the records.
-        crop: of images.
-        order: of the run.
-        seed: of the run.
-        replace: read the next record of the order for a damaged one; else leave it out.
+    With `replace`, the next record of the order replaces a damaged one; else it is left out.
     """
 
     def __init__(self, source: Source, crop: Crop, order: Order, seed: int, replace: bool) -> None:
@@ -123,7 +115,7 @@ class Reader:
 
     @property
     def in_memory(self) -> bool:
-        """Whether a batch is a few array operations, not worth a worker."""
+        """Whether reading a batch takes a few array operations, which need no worker."""
         if isinstance(self.source, ArraySource):
             return min(self.source.images.shape[1:3]) == self.crop.shorter_edge
         return isinstance(self.source, TokenSource)
@@ -131,8 +123,8 @@ class Reader:
     def __getitems__(self, positions: range) -> RawBatch:
         """Read consecutive positions of one epoch.
 
-        The batch ends early where 16 records in a row are damaged. Not by an error: raised in a
-        worker, its traceback would keep the loader's processes alive.
+        The batch ends early after 16 damaged records in a row. It does not raise: in a worker, the
+        traceback would keep the loader's processes alive.
         """
         if not self.in_memory:
             return self._one_by_one(positions)

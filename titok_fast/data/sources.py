@@ -1,8 +1,8 @@
 """Sources of training records, which can be read at any index.
 
-The order of a run is then a function of its seed and step alone, whatever the number of ranks and
-workers. Files are parsed as images and numbers; nothing in them is executed. Not torchvision's
-data sets: it is no dependency of the core, and reads damaged files without a refusal.
+The order of a run then depends on its seed and step alone, not on the number of ranks and workers.
+Files are parsed as images and numbers; nothing in them is executed. Not torchvision's data sets:
+the core does not depend on it, and it reads damaged files without an error.
 """
 
 import gzip
@@ -11,7 +11,6 @@ import io
 import math
 import zlib
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 from titok_fast.io.images import _to_rgb, list_images
 from titok_fast.io.sample_folder import differences
+from titok_fast.settings import require
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 _FASHION_CLASSES = 10
@@ -30,7 +30,7 @@ _MAX_PHRASES = 4
 
 
 class BadRecord(ValueError):  # noqa: N818 - a record, not an error of the program
-    """One record is damaged; the others may be sound."""
+    """One record is damaged; the others may be readable."""
 
 
 class Record(NamedTuple):
@@ -67,11 +67,7 @@ class Source(Protocol):
 
 
 def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other data than it began with.
-
-    Args:
-        saved: `describe()` of the source then.
-        now: `describe()` of the source now.
+    """Refuse to continue a run with other data than it began with, by `describe()` of both.
 
     Raises:
         ValueError: they differ; the message names what changed.
@@ -100,7 +96,7 @@ def decode_image(content: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             return np.asarray(_to_rgb(image))
     except MemoryError:
-        raise  # this says nothing about the file
+        raise  # not the file's fault
     except Exception as error:  # damaged files make Pillow raise a dozen types
         reason = f"{type(error).__name__}: {error}" if content else "it is empty"
         raise BadRecord(f"not readable as a jpg, png or webp image: {reason}") from error
@@ -122,14 +118,12 @@ class ArraySource:
         grey = images.ndim == 3
         if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] == 3)):
             wanted = "(M, H, W) or (M, H, W, 3) uint8"
-            raise ValueError(f"{kind}: wants images {wanted}; got {images.shape} {images.dtype}")
+            raise ValueError(f"{kind} wants images {wanted}; got {images.shape} {images.dtype}")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
             wanted = f"({len(images)},) integers"
-            raise ValueError(f"{kind}: wants labels {wanted}; got {labels.shape} {labels.dtype}")
-        if not images.size:
-            raise ValueError(f"{kind}: wants at least one image; got {images.shape}")
-        if int(labels.min()) < 0:
-            raise ValueError(f"{kind}: wants labels of 0 or more; got {int(labels.min())}")
+            raise ValueError(f"{kind} wants labels {wanted}; got {labels.shape} {labels.dtype}")
+        require(images.size > 0, kind, "at least one image", images.shape)
+        require(int(labels.min()) >= 0, kind, "labels of 0 or more", int(labels.min()))
         self.images, self.labels, self.kind = images, labels.astype(np.int64), kind
 
     def __len__(self) -> int:
@@ -146,19 +140,11 @@ class ArraySource:
         return f"{self.kind}[{index}]"
 
     def describe(self) -> dict[str, Any]:
-        """Number, size and content."""
-        return {
-            "kind": self.kind,
-            "count": len(self),
-            "shape": list(self.images.shape[1:]),
-            "sha256": self._sha256,
-        }
-
-    @cached_property
-    def _sha256(self) -> str:
+        """Number, size and a digest of images and labels."""
         digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.astype("<i8").data)
-        return digest.hexdigest()
+        shape = list(self.images.shape[1:])
+        return {"kind": self.kind, "count": len(self), "shape": shape, "sha256": digest.hexdigest()}
 
 
 def fashion_mnist(split: str, folder: str | Path | None = None) -> ArraySource:
@@ -259,17 +245,13 @@ class FolderSource:
         return self._names[index]
 
     def describe(self) -> dict[str, Any]:
-        """Number, classes, and a digest of all names and sizes at the first call."""
+        """Number, classes, and a digest of all names and sizes."""
+        digest = hashlib.sha256()
+        for name in self._names:
+            digest.update(f"{name}\t{(self.folder / name).stat().st_size}\n".encode())
         return {
             "kind": "folder",
             "count": len(self),
             "classes": self.num_classes,
-            "names_and_sizes_sha256": self._sha256,
+            "names_and_sizes_sha256": digest.hexdigest(),
         }
-
-    @cached_property
-    def _sha256(self) -> str:
-        digest = hashlib.sha256()
-        for name in self._names:
-            digest.update(f"{name}\t{(self.folder / name).stat().st_size}\n".encode())
-        return digest.hexdigest()

@@ -1,15 +1,14 @@
 """Token files: compact shards of ids and labels, and the official JSONL.
 
 A shard is a safetensors file with `tokens` (M, K), uint16 or for codebooks above 65536 uint32, and
-`labels` (M,) int32. Its one metadata entry holds the settings that made it, its number, the number
-of shards, and the digest of its content, so a folder of shards needs no index.
+`labels` (M,) int32. Its one metadata entry holds the settings, its number, the number of shards and
+the digest of its content, so a folder of shards needs no index.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from titok_fast.io.files import write_atomic
 from titok_fast.io.sample_folder import make_writable
 
 _NAME = re.compile(r"tokens-(\d{5,})\.safetensors")
-# one entry: the order of several is not the same in every process
+# one entry: several would be written in any order
 _ENTRY = "titok_fast"
 _MAX_LABEL = 2**31 - 1
 
@@ -114,7 +113,7 @@ def _check_ranges(path: Path, tokens: np.ndarray, N: int, labels: np.ndarray) ->
 
 
 def read_folder(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
-    """All shards of a folder in order, one in memory at a time.
+    """Tokens, labels and the common settings of a folder's shards, in order, one at a time.
 
     Raises:
         FileNotFoundError: no such folder, no shard in it, or some are missing.
@@ -138,7 +137,7 @@ def read_folder(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str
                 f"{folder} lacks {len(missing)} of {about['shards']} shards, {missing[0]} first: "
                 "run pretokenize again in that folder"
             )
-        yield tokens, labels, about
+        yield tokens, labels, same
 
 
 class TokenSource:
@@ -151,7 +150,7 @@ class TokenSource:
     Attributes:
         tokens: (M, K) uint16 or uint32.
         labels: (M,) int32.
-        about: as `write_shard`, less what is of one shard; empty for JSONL.
+        about: settings that all shards share; empty for JSONL.
 
     Raises:
         FileNotFoundError: nothing there, or shards are missing.
@@ -162,12 +161,12 @@ class TokenSource:
         self.path = Path(path)
         self.about: dict[str, Any] = {}
         if self.path.suffix == ".jsonl":
-            parts = list(_read_jsonl(self.path, rows=65536))
+            parts = list(_read_jsonl(self.path))
         else:
             parts = []
             for tokens, labels, about in read_folder(self.path):
                 parts.append((tokens, labels))
-                self.about = {k: v for k, v in about.items() if k not in ("shard", "skipped")}
+                self.about = about
         if not any(len(labels) for _, labels in parts):
             raise ValueError(f"{path} wants at least one row of tokens; got none")
         self.tokens = np.concatenate([tokens for tokens, _ in parts])
@@ -192,22 +191,18 @@ class TokenSource:
             "kind": "tokens",
             "count": len(self),
             "tokens_per_image": self.tokens.shape[1],
-            "sha256": self._sha256,
+            "sha256": _digest({"tokens": self.tokens, "labels": self.labels}),
             **self.about,
         }
 
-    @cached_property
-    def _sha256(self) -> str:
-        return _digest({"tokens": self.tokens, "labels": self.labels})
 
-
-def _read_jsonl(path: Path, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens (M, K) uint16 or uint32 and labels (M,) int32, M = `rows` or less at the end."""
+def _read_jsonl(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens (M, K) uint16 or uint32 and labels (M,) int32, in parts of 65536 rows."""
     if not path.is_file():
         raise FileNotFoundError(f"no file of tokens at {path}")
     K, number = 0, 0
     with open(path, "rb") as file:
-        while lines := list(islice(file, rows)):
+        while lines := list(islice(file, 65536)):
             records = [_parse(path, number + i, line) for i, line in enumerate(lines, 1)]
             K = K or len(records[0][0])
             for i, (ids, _) in enumerate(records, 1):
@@ -237,10 +232,10 @@ def _parse(path: Path, number: int, line: bytes) -> tuple[list[int], int]:
 def jsonl_to_shards(
     path: str | Path, folder: str | Path, *, codebook_size: int, shard_size: int = 100_000
 ) -> int:
-    """Turn the official JSONL into shards, a shard in memory at a time.
+    """Turn the official JSONL into shards; its ids are all in memory, as in training.
 
     Args:
-        path: file of lines {"class_id": int, "tokens": [int, ...]}.
+        path: .jsonl file of lines {"class_id": int, "tokens": [int, ...]}.
         folder: for the shards; is made, and must not hold shards yet.
         codebook_size: N of the tokenizer that made the ids.
         shard_size: rows of a shard.
@@ -257,17 +252,16 @@ def jsonl_to_shards(
     path, folder = Path(path), Path(folder)
     if shard_size < 1:
         raise ValueError(f"shard_size wants 1 or more; got {shard_size}")
-    rows = sum(len(tokens) for tokens, _ in _read_jsonl(path, rows=65536))  # checks all lines too
-    if not rows:
-        raise ValueError(f"{path} wants at least one line; got none")
+    source = TokenSource(path)  # checks all lines before the first shard is written
     make_writable(folder)
     if shard_numbers(folder):
         raise FileExistsError(f"{folder} holds token shards already: choose another folder")
-    shards = -(-rows // shard_size)
-    for number, (tokens, labels) in enumerate(_read_jsonl(path, rows=shard_size)):
-        about = {"codebook_size": codebook_size, "shard": number, "shards": shards}
-        write_shard(shard_path(folder, number), tokens, labels, about)
-    return shards
+    starts = range(0, len(source), shard_size)
+    for number, start in enumerate(starts):
+        rows = slice(start, start + shard_size)
+        about = {"codebook_size": codebook_size, "shard": number, "shards": len(starts)}
+        write_shard(shard_path(folder, number), source.tokens[rows], source.labels[rows], about)
+    return len(starts)
 
 
 def shards_to_jsonl(folder: str | Path, path: str | Path) -> int:

@@ -1,14 +1,14 @@
 """Images to shards of tokens, once, by any number of processes.
 
-A shard holds the views of a fixed run of records, encoded in fixed batches, so its bytes do not
-depend on which rank makes it. The shards themselves are the only record of progress: a run that is
-started again in their folder makes the missing ones, with any number of ranks.
+A shard holds the views of a fixed range of records, encoded in fixed batches, so its bytes do not
+depend on the rank that makes it. Progress is recorded by the shards alone: a run that is started
+again in their folder makes the missing ones, with any number of ranks.
 """
 
 import hashlib
 import json
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def pretokenize(
         source: of images.
         out_dir: folder for the shards: empty, or of an earlier run with the same arguments.
         augmentation: "center" (1 view), "center_flip" (2) or "ten_crop" (10), see `crops.views`.
-        batch_size: views encoded at once; it takes part in deciding the bytes, as does the next.
+        batch_size: views encoded at once. The bytes of the shards depend on it and on shard_size.
         shard_size: images per shard.
         dtype: of the weights while encoding.
         workers: threads that read images.
@@ -108,7 +108,7 @@ def pretokenize(
     images = sum(len(shards.records(number)) for number in mine)
     bad = BadRecords(max_bad_share, len(source))
     bar = tqdm(total=images, desc="pretokenize", unit="image", disable=quiet or ranks.rank > 0)
-    with ThreadPoolExecutor(workers) as pool, bar:  # the share of rank 0 stands for all
+    with ThreadPoolExecutor(workers) as pool, bar:  # shows the share of rank 0
         for number in mine:
             shards.make(number, pool, bad)
             bar.update(len(shards.records(number)))
@@ -179,14 +179,10 @@ class _Shards:
         records = self.records(number)
         step = max(1, self.manifest["batch_size"] // A)
         tokens, labels, skipped = [np.empty((0, K), np.int64)], list[int](), list[str]()
-
-        def start(first: int) -> list[Future[tuple[np.ndarray, int] | str]]:
-            return [pool.submit(self._read, index) for index in records[first : first + step]]
-
-        waiting = start(0)
+        pending = pool.map(self._read, records[:step])
         for first in range(0, len(records), step):
-            results = [future.result() for future in waiting]
-            waiting = start(first + step)
+            results = list(pending)
+            pending = pool.map(self._read, records[first + step : first + 2 * step])
             good = [result for result in results if not isinstance(result, str)]
             damaged = [
                 (self.source.name(index), result)

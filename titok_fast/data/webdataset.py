@@ -1,7 +1,7 @@
 """WebDataset shards read at any index: tar headers are scanned once, records read by offset.
 
-Of a shard only the image and the `cls` of each record are ever read. Nothing is extracted or
-unpickled, and there are no URLs and no pipes.
+Only the image and the `cls` of a record are read. Nothing is extracted or unpickled; URLs and pipes
+are refused.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import os
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,8 +78,6 @@ def index_shard(path: Path) -> Shard:
         FileNotFoundError: no such file.
         ValueError: compressed, truncated, damaged, a name twice, or no record at all.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no shard {path}; check the pattern")
     records: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -94,7 +91,10 @@ def index_shard(path: Path) -> Shard:
                 if suffix in record:
                     raise ValueError(f"shard {path} holds {member.name} twice")
                 record[suffix] = member.offset_data, member.size
-            _check_end(path, tar.offset)
+            with open(path, "rb") as file:  # tarfile ignores a missing end mark
+                file.seek(tar.offset)
+                if file.read(_BLOCK) != bytes(_BLOCK):
+                    raise tarfile.ReadError(f"no end mark after {tar.offset} bytes")
     except tarfile.TarError as error:
         raise ValueError(
             f"shard {path} is truncated, damaged or compressed: {error}; get it again, unpacked "
@@ -109,15 +109,6 @@ def index_shard(path: Path) -> Shard:
         row[:] = *image, *record.get("cls", (-1, -1))
     keys = np.array([key.encode("utf-8", "surrogateescape") for key in records])
     return Shard(keys, spans, path.stat().st_size)
-
-
-def _check_end(path: Path, offset: int) -> None:
-    """Refuse an archive without its end mark, which tarfile itself reads without an error."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        mark = file.read(_BLOCK)
-    if mark != bytes(_BLOCK):
-        raise tarfile.ReadError(f"no end mark, but something else, after {offset} bytes")
 
 
 class WebDatasetSource:
@@ -183,19 +174,15 @@ class WebDatasetSource:
         """Number of records, name and size of each shard, and a digest of names and offsets."""
         above = os.path.commonpath([path.absolute().parent for path in self.paths])
         names = [path.absolute().relative_to(above).as_posix() for path in self.paths]
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(b"\0".join([*shard.keys.tolist(), shard.spans.astype("<i8").tobytes()]))
         return {
             "kind": "webdataset",
             "count": len(self),
             "shards": {n: s.size for n, s in zip(names, self._shards, strict=True)},
-            "index_sha256": self._sha256,
+            "index_sha256": digest.hexdigest(),
         }
-
-    @cached_property
-    def _sha256(self) -> str:
-        digest = hashlib.sha256()
-        for shard in self._shards:
-            digest.update(b"\0".join([*shard.keys.tolist(), shard.spans.astype("<i8").tobytes()]))
-        return digest.hexdigest()
 
     def _find(self, index: int) -> tuple[int, int]:
         """Shard, and row within it."""

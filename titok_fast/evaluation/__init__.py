@@ -1,4 +1,4 @@
-"""Figures of images: reconstruction, generation and linear probing, each naming its network.
+"""Evaluation of reconstruction, generation and linear probing; figures name their network.
 
 Ranks of a process group share one evaluation. Nothing is downloaded: weights are local files.
 Reading order: pictures, networks, statistics, measure, reconstruction, generation, probe.

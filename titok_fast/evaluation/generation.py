@@ -1,12 +1,12 @@
-"""How good drawn images are: gFID, class scores, precision and recall, agreement with labels.
+"""Measure drawn images: gFID, class scores, precision and recall, agreement with labels.
 
 Protocol of openai/guided-diffusion's evaluator ("ADM"): statistics of the whole training set come
-from a file, or from images; samples are truncated to bytes, as the published script does it.
+from a file, or from images; samples are truncated to bytes, as in the published script.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -14,12 +14,7 @@ from titok_fast.distributed import sum_over_ranks
 from titok_fast.evaluation.measure import Figures, Measurement, labelled, warn_if_sorted
 from titok_fast.evaluation.networks import INCEPTION, FeatureNetwork
 from titok_fast.evaluation.pictures import Pictures, batches, open_pictures
-from titok_fast.evaluation.statistics import (
-    Gaussian,
-    frechet_distance,
-    precision_recall,
-    read_statistics,
-)
+from titok_fast.evaluation.statistics import Gaussian, precision_recall, read_statistics
 from titok_fast.io.npz import NpzPictures, open_npz
 
 # real images among which neighbours are sought, as many as ADM's reference files hold
@@ -28,7 +23,7 @@ NEIGHBOURHOOD = 10_000
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: at least one of the two.
+    """What samples are compared with: images, statistics or both.
 
     Attributes:
         pictures: real ones, or None.
@@ -75,7 +70,7 @@ def measure_pictures(
     """Features of images by some networks. Ranks of a process group share the images.
 
     Args:
-        pictures: in the order that splits are taken in.
+        pictures: in the order of the ten splits.
         networks: of the features.
         keep: number of images whose features are stored, as in Measurement.
         halves: sum two halves apart, as in Measurement.
@@ -90,14 +85,12 @@ def measure_pictures(
     measured = [Measurement(n, total, keep=keep, halves=halves) for n in networks]
     order = torch.zeros(total, dtype=torch.int64)
     seen = 0
-    for first, images, labels in batches(pictures, batch_size):
+    for first, images, labels in batches(pictures, batch_size, progress):
         for one in measured:
             one.update(images, first, labels)
         if labels is not None:
             order[first : first + len(labels)] = labels
             seen += len(labels)
-        if progress is not None:
-            progress(len(images))
     for one in measured:
         one.merge_ranks()
     if check_order and int(sum_over_ranks(torch.tensor(seen))) == total:
@@ -130,8 +123,8 @@ def evaluate_generation(
     Returns:
         `images`, and for each network `fid[name]`, `is[name]` (one split), `is10[name]` (ten splits
         in file order), `precision[name]`, `recall[name]`, `floor[name]`, and where it knows the
-        classes `label_agreement[name]`: the share of samples put into the class they were asked
-        for. `gFID` for Inception alone.
+        classes `label_agreement[name]`: the share of samples classified as their label. `gFID`
+        for Inception alone.
 
     Raises:
         ValueError: no network, too few images, a floor without images, or a reference that is
@@ -150,11 +143,7 @@ def evaluate_generation(
     if real is None and floor:
         raise ValueError("a floor wants real images; this reference has statistics alone")
 
-    def measure(pictures: Pictures, **options: Any) -> list[Measurement]:
-        return measure_pictures(
-            pictures, networks, batch_size=batch_size, progress=progress, **options
-        )
-
+    measure = partial(measure_pictures, networks=networks, batch_size=batch_size, progress=progress)
     keep = len(samples) if neighbours and real is not None else 0
     drawn = measure(samples, keep=keep, check_order=True)
     known: list[Measurement] | list[None] = [None] * len(networks)
@@ -166,7 +155,7 @@ def evaluate_generation(
         if wanted is None:
             assert theirs is not None  # else refused above
             wanted = theirs.sums.gaussian()
-        own = {"fid": frechet_distance(ours.sums.gaussian(), wanted), **ours.scores()}
+        own = ours.figures(wanted)
         if neighbours and theirs is not None:
             own["precision"], own["recall"] = precision_recall(ours.features(), theirs.features())
         if floor and theirs is not None:

@@ -5,9 +5,15 @@ import warnings
 import torch
 from torch import Tensor
 
-from titok_fast.distributed import gather_rows, sum_over_ranks
+from titok_fast.distributed import gather_rows, my_share, sum_over_ranks
 from titok_fast.evaluation.networks import INCEPTION, FeatureNetwork
-from titok_fast.evaluation.statistics import SPLITS, ClassScore, FeatureSums, frechet_distance
+from titok_fast.evaluation.statistics import (
+    SPLITS,
+    ClassScore,
+    FeatureSums,
+    Gaussian,
+    frechet_distance,
+)
 
 Figures = dict[str, float]
 
@@ -30,12 +36,11 @@ class Measurement:
         self.sums = FeatureSums(dim, device)
         logits = network.num_logits
         self.score = ClassScore(total, logits, device) if logits else None
-        # images put into their class, images whose class is known
+        # images classified correctly, images whose class is known
         self.guesses = torch.zeros(2, dtype=torch.float64, device=device)
         self._step = -(-total // keep) if keep else 0
-        self._kept: list[Tensor] = []
-        self._first_kept = 0
-        self._halves = (FeatureSums(dim, device), FeatureSums(dim, device)) if halves else None
+        self._kept = [torch.empty(0, dim, device=device)]
+        self._halves = [FeatureSums(dim, device) for _ in range(2 if halves else 0)]
         if halves:  # the same two on every rank and in every run
             order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
             self._side = torch.empty(total, dtype=torch.int64)
@@ -46,18 +51,15 @@ class Measurement:
 
         Args:
             images: (B, H, W, 3) uint8.
-            first: index of the first of them in the set; those of one rank come in order.
+            first: index of the first of them in the set; a rank adds its `my_share` in order.
             labels: (B,) int64 classes, if known.
         """
         features, logits = self.network(images)
         index = torch.arange(first, first + len(images))
         self.sums.update(features)
-        if self._halves is not None:
-            for side, sums in enumerate(self._halves):
-                sums.update(features[(self._side[index] == side).to(features.device)])
+        for side, sums in enumerate(self._halves):
+            sums.update(features[(self._side[index] == side).to(features.device)])
         if self._step:
-            if not self._kept:
-                self._first_kept = -(-first // self._step)
             self._kept.append(features[(index % self._step == 0).to(features.device)].float())
         if logits is not None and self.score is not None:
             self.score.update(logits, first)
@@ -67,62 +69,55 @@ class Measurement:
 
     def merge_ranks(self) -> None:
         """Combine the parts of all ranks; call it once, after the last batch."""
-        for sums in (self.sums, *(self._halves or ())):
+        for sums in (self.sums, *self._halves):
             sums.merge_ranks()
         if self.score is not None:
             self.score.merge_ranks()
         sum_over_ranks(self.guesses)
         if self._step:
-            mine = self._kept or [torch.empty(0, self.network.dim, device=self.network.device)]
-            kept = -(-self.total // self._step)
-            self._kept = [gather_rows(torch.cat(mine), self._first_kept, kept)]
+            ends = my_share(self.total).start, self.total
+            first, count = (-(-end // self._step) for end in ends)
+            self._kept = [gather_rows(torch.cat(self._kept), first, count)]
 
     def features(self) -> Tensor:
         """(m, d) float32: the features stored, in order."""
         return torch.cat(self._kept)
 
     def label_share(self) -> float | None:
-        """Share of images that the network puts into their class; None where none is known."""
+        """Share of images classified correctly; None where no class is known."""
         right, seen = self.guesses.tolist()
         return right / seen if seen else None
 
-    def scores(self) -> Figures:
-        """`is` over one split and `is10` over ten, where the network has logits."""
-        if self.score is None:
-            return {}
-        return {"is": self.score.one_split(), "is10": self.score.ten_splits()}
+    def figures(self, reference: Gaussian) -> Figures:
+        """`fid` against a reference; `is` (one split) and `is10` (ten) where there are logits."""
+        found = {"fid": frechet_distance(self.sums.gaussian(), reference)}
+        if self.score is not None:
+            found |= {"is": self.score.one_split(), "is10": self.score.ten_splits()}
+        return found
 
     def floor(self) -> float:
-        """Frechet distance of the two halves: the distance of n / 2 equally good images.
+        """Frechet distance of the two halves, which is the distance of n / 2 perfect images.
 
-        It is above 0 because samples are finite, and about twice that of n against n images.
+        Above 0 because the samples are finite; about twice the distance of n against n images.
         """
-        assert self._halves is not None  # the constructor was told
         a, b = self._halves
         return frechet_distance(a.gaussian(), b.gaussian())
 
 
 def labelled(figures: Figures, network: FeatureNetwork, plain: str) -> Figures:
-    """Figures under their network's name, `fid[inception]`: those of two cannot be compared.
+    """Figures under their network's name, `fid[inception]`: networks cannot be compared.
 
-    Args:
-        figures: `fid` among them.
-        network: that they come from.
-        plain: the literature's name of `fid`, which Inception alone may bear.
+    `plain` is the literature's name of `fid`, added for Inception alone.
     """
     named = {f"{name}[{network.name}]": value for name, value in figures.items()}
     return named | ({plain: figures["fid"]} if network.name == INCEPTION else {})
 
 
 def warn_if_sorted(labels: Tensor) -> None:
-    """Warn when images lie sorted by class, which makes the score in ten splits far too low.
-
-    Args:
-        labels: (n,) classes in file order.
-    """
+    """Warn when classes (n,) in file order are sorted: the score in ten splits is far too low."""
     classes = len(labels.unique())
     for part in labels.tensor_split(SPLITS):
-        # random and interleaved orders show at least 63 % of what a tenth has room for
+        # in a random or interleaved order a tenth shows at least 63 % of the classes it could
         if len(part.unique()) < min(classes, len(part)) / 2:
             warnings.warn(
                 f"the images seem sorted by class: a tenth of them shows {len(part.unique())} of "

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.io.files import read_tensors
 from titok_fast.models import classifier
 from titok_fast.models.packages import efficientnet_lite0, misfit, package
+from titok_fast.models.perceptual import resized
 
 INCEPTION = "inception"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -44,8 +44,8 @@ class FeatureNetwork(nn.Module):
         """Measure a batch.
 
         Args:
-            images: (B, H, W, 3) uint8 on any device, as `images.to_uint8` returns them: the
-                caller decides there between rounding and truncation, which changes FID.
+            images: (B, H, W, 3) uint8 on any device, as `images.to_uint8` returns them. Whether
+                that rounds or truncates changes FID.
 
         Returns:
             (B, d) features and (B, num_logits) logits or None, in the network's dtype and device.
@@ -58,17 +58,17 @@ class FeatureNetwork(nn.Module):
             raise ValueError(
                 f"network {self.name} wants (B, H, W, 3) uint8; got {got}: use images.to_uint8"
             )
-        return self.measure(images.to(self.device).permute(0, 3, 1, 2).contiguous())
+        return self._measure(images.to(self.device).permute(0, 3, 1, 2).contiguous())
 
-    def measure(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What `forward` returns, for (B, 3, H, W) uint8 on the network's device."""
+    def _measure(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features and logits of (B, 3, H, W) uint8 on the network's device."""
         raise NotImplementedError
 
 
 class Inception(FeatureNetwork):
     """`inception`: TensorFlow's InceptionV3 of 2015 as ported by torch-fidelity, in float64.
 
-    2048 pooled features; 1008 logits without their bias, as both evaluation protocols take them.
+    2048 pooled features; 1008 logits without their bias, as both evaluation protocols use them.
 
     Args:
         weights: file in the layout of `pt_inception-2015-12-05-6726825d.pth`.
@@ -83,8 +83,8 @@ class Inception(FeatureNetwork):
                 f"{INCEPTION_FILE} (github.com/mseitzer/pytorch-fid, release fid_weights) and pass "
                 f"--network {INCEPTION}=FILE. Nothing is downloaded here"
             )
-        # The class unpickles the file it is given, code and all: hand it what was read safely.
-        # Without metadata, files from before BatchNorm counted its batches load as well.
+        # The class unpickles its file, code included: give it a copy of the tensors read safely.
+        # A plain dict, so that files from before BatchNorm counted its batches load as well.
         safe = io.BytesIO()
         torch.save(dict(read_tensors(weights)), safe)
         safe.seek(0)
@@ -98,8 +98,7 @@ class Inception(FeatureNetwork):
         self.network.feature_extractor_internal_dtype = torch.float64
         self.network.double()
 
-    def measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See the base class."""
+    def _measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.network(images)
         return features, logits
 
@@ -114,8 +113,6 @@ class EfficientNetLite0(FeatureNetwork):
             package's.
     """
 
-    sides = (224, 224)
-
     def __init__(self, weights: Path | None) -> None:
         super().__init__("efficientnet_lite0", 1280, 1000, labelled=False)
         if weights is None:
@@ -123,29 +120,21 @@ class EfficientNetLite0(FeatureNetwork):
             weights = Path(files.get_model_file_path())
         self.network = efficientnet_lite0(weights)
 
-    def measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See the base class."""
-        x = images.float()
-        if x.shape[-2:] != self.sides:
-            x = F.interpolate(x, self.sides, mode="bilinear", align_corners=False, antialias=True)
+    def _measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = resized(images.float(), (224, 224))
         # the shift and scale of the Lite networks
         features = self.network.extract_features((x - 127.0) / 128.0).mean(dim=(2, 3))
         return features, self.network._fc(features)
 
 
 class FashionFeatures(FeatureNetwork):
-    """`fashion-classifier`: 128 features and 10 logits of our own classifier of clothes.
-
-    Args:
-        model: trained.
-    """
+    """`fashion-classifier`: 128 features and 10 logits of our own Fashion-MNIST classifier."""
 
     def __init__(self, model: classifier.FashionClassifier) -> None:
         super().__init__(classifier.NAME, model.dim, classifier.CLASSES, labelled=True)
         self.network = model.requires_grad_(False).eval()
 
-    def measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See the base class."""
+    def _measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.network.features(images.float() / 255)
         return features, self.network.head(features)
 

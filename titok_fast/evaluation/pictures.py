@@ -1,11 +1,11 @@
-"""Sets of images to measure: in memory, in files, of data sources, drawn by a pipeline.
+"""Sets of images to measure: in memory, in files, of data sources, or drawn by a pipeline.
 
-Each has a fixed order, for the Inception Score in ten splits depends on it.
+Each has a fixed order, on which the Inception Score in ten splits depends.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ class Pictures(Protocol):
         """Number of images."""
 
     def read(self, part: range) -> Batch:
-        """A run of them.
+        """Consecutive images.
 
         Args:
             part: ascending indices, step 1. Parts are asked for in ascending order.
@@ -46,20 +46,23 @@ class Pictures(Protocol):
         """
 
 
-def batches(pictures: Pictures, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """This rank's share, as (index of the first image, images, classes)."""
+def batches(
+    pictures: Pictures, batch_size: int, progress: Callable[[int], object] | None = None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """This rank's share, as (index of the first image, images, classes).
+
+    After each batch, `progress` is called with its number of images.
+    """
     share = my_share(len(pictures))
     for first in range(share.start, share.stop, batch_size):
         images, labels = pictures.read(range(first, min(first + batch_size, share.stop)))
         yield first, images, labels
+        if progress is not None:
+            progress(len(images))
 
 
 class ArrayPictures:
-    """Images in memory.
-
-    Args:
-        images: (n, H, W, 3) uint8.
-        labels: (n,) integers, or None.
+    """Images (n, H, W, 3) uint8 in memory, with their classes (n,) if known.
 
     Raises:
         ValueError: other shapes or types.
@@ -75,7 +78,7 @@ class ArrayPictures:
         return len(self.images)
 
     def read(self, part: range) -> Batch:
-        """See Pictures."""
+        """Rows of the arrays."""
         rows = slice(part.start, part.stop)
         return as_batch(self.images[rows], None if self.labels is None else self.labels[rows])
 
@@ -102,7 +105,7 @@ class FolderPictures:
         return len(self.paths)
 
     def read(self, part: range) -> Batch:
-        """See Pictures.
+        """Load, and resize if a size was given.
 
         Raises:
             ValueError: an unreadable image, or one of another size.
@@ -136,12 +139,7 @@ def _folder_labels(folder: Path, paths: list[Path]) -> np.ndarray | None:
 
 
 class SourcePictures:
-    """Records of a training source through the evaluation's resize and crop.
-
-    Args:
-        source: of images.
-        size: side S in pixels.
-    """
+    """Images of a training source, resized and center-cropped to a side of `size` pixels."""
 
     def __init__(self, source: Source, size: int) -> None:
         self.source, self.size = source, size
@@ -150,10 +148,10 @@ class SourcePictures:
         return len(self.source)
 
     def read(self, part: range) -> Batch:
-        """See Pictures.
+        """Load and resize.
 
         Raises:
-            ValueError: a damaged record. None is skipped: that would be another set.
+            ValueError: a damaged record. Skipping it would measure another set.
         """
         records = []
         for index in part:
@@ -167,13 +165,9 @@ class SourcePictures:
 
 
 class DrawnPictures:
-    """What a pipeline draws, as `titok-fast sample`: image i shows class i % classes.
+    """Images drawn by a pipeline as by `titok-fast sample`: image i shows class i % classes.
 
-    Args:
-        pipe: with a generator.
-        count: n.
-        seed: of the run.
-        settings: fields of SamplingConfig to change.
+    `settings` are fields of SamplingConfig to change.
 
     Raises:
         ValueError: no generator.
@@ -189,7 +183,7 @@ class DrawnPictures:
         return self.count
 
     def read(self, part: range) -> Batch:
-        """See Pictures."""
+        """Draw images, each by its own seed."""
         labels = torch.arange(part.start, part.stop) % self.classes
         pixels = self.pipe(
             labels,
@@ -203,10 +197,9 @@ class DrawnPictures:
 
 
 def find_source(location: str) -> tuple[Source, int | None] | None:
-    """A source of labelled images, and its number of classes if that is known.
+    """A source of labelled images, and its number of classes if known.
 
-    Args:
-        location: one of the last four `LOCATIONS`; None comes back for the others.
+    None where `location` is not one of the last four `LOCATIONS`.
 
     Raises:
         FileNotFoundError: nothing there.

@@ -1,7 +1,7 @@
-"""Linear probing: how well a linear classifier on a frozen encoder's latents finds the class.
+"""Linear probing: train a linear classifier on a frozen encoder's latents and test it.
 
-Spec: the paper names MAE's recipe (arXiv:2111.06377, code facebookresearch/mae): BatchNorm without
-affine, a linear layer, LARS. Which features go in it does not say: that is an argument.
+The paper names MAE's recipe (arXiv:2111.06377, code facebookresearch/mae): BatchNorm without
+affine, a linear layer, LARS. It does not say which features it used: `layer` chooses them.
 """
 
 import math
@@ -21,13 +21,14 @@ from titok_fast.evaluation.pictures import Pictures, batches
 from titok_fast.io.images import to_tensor
 from titok_fast.models.packages import package
 from titok_fast.models.tokenizer import TiTok
+from titok_fast.settings import Settings, among, within
 
 LAYERS = ("latents", "codes")
 _TRUST = 0.001  # LARS: step length as a share of the weights' length, MAE's value
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(Settings):
     """Settings; the defaults are MAE's for ImageNet. Small data want a smaller batch.
 
     Fewer than about fifty steps say little: BatchNorm's running mean averages over ten steps, and
@@ -36,7 +37,7 @@ class ProbeConfig:
     Attributes:
         layer: "latents", the D-wide latents after the encoder's last norm, or "codes", the C-wide
             vectors before quantisation (of a VAE: the means); either way their mean over the K
-            tokens. The paper does not say which it used.
+            tokens.
         epochs: passes over the training data.
         warmup_epochs: linear, from 0; then half a cosine down to 0.
         base_learning_rate: per 256 images of a batch.
@@ -48,30 +49,23 @@ class ProbeConfig:
         seed: of order, crops and the head.
     """
 
-    layer: str = "latents"
-    epochs: int = 90
+    layer: str = among("latents", *LAYERS)
+    epochs: int = within(90, 1)
     warmup_epochs: int = 10
     base_learning_rate: float = 0.1
-    batch_size: int = 16384
+    batch_size: int = within(16384, 1)
     weight_decay: float = 0.0
     momentum: float = 0.9
     augment: bool = True
-    encode_batch_size: int = 256
+    encode_batch_size: int = within(256, 1)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.layer not in LAYERS:
-            raise ValueError(f"layer wants one of {', '.join(LAYERS)}; got {self.layer!r}")
-        for name in ("epochs", "batch_size", "encode_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} wants at least 1; got {getattr(self, name)}")
 
 
 class LARS(torch.optim.Optimizer):
     """Momentum SGD whose matrices move by a fixed share of their length (arXiv:1708.03888).
 
-    As in MAE's code: vectors get neither that nor weight decay. Not timm's, which the package does
-    not depend on.
+    As in MAE's code, vectors get neither that nor weight decay. Not timm's: the package does not
+    depend on timm.
     """
 
     def __init__(
@@ -81,7 +75,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand."""
+        """One update."""
         for group in self.param_groups:
             for p in group["params"]:
                 step = p.grad
@@ -98,15 +92,10 @@ class LARS(torch.optim.Optimizer):
 
 @torch.no_grad()
 def probe_features(tokenizer: TiTok, images: Tensor, layer: str) -> Tensor:
-    """Inputs of the linear layer.
-
-    Args:
-        tokenizer: its encoder is used as it is.
-        images: (B, 3, S, S) in [0, 1], any device.
-        layer: "latents" or "codes", see ProbeConfig.
+    """Inputs of the linear layer, of images (B, 3, S, S) in [0, 1] on any device.
 
     Returns:
-        (B, D) or (B, C) float32 on the tokenizer's device.
+        (B, D) float32 for the layer "latents", (B, C) for "codes", on the tokenizer's device.
     """
     seen: list[Tensor] = []
     encoder = tokenizer.encoder

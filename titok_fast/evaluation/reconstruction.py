@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs images: PSNR, SSIM, features, use of codes, classes.
+"""Measure reconstructions: PSNR, SSIM, feature distances, codebook usage, classes.
 
 Protocol of the published rFID (upstream: evaluator/evaluator.py): the originals are the evaluated
 images themselves, not the training set; reconstructions are clamped and rounded to bytes.
@@ -13,7 +13,6 @@ from titok_fast.distributed import sum_over_ranks
 from titok_fast.evaluation.measure import Figures, Measurement, labelled
 from titok_fast.evaluation.networks import FeatureNetwork
 from titok_fast.evaluation.pictures import Pictures, batches
-from titok_fast.evaluation.statistics import frechet_distance
 from titok_fast.io.images import psnr, to_uint8
 from titok_fast.models.code_usage import CodeUsage
 from titok_fast.models.packages import package
@@ -95,7 +94,7 @@ def evaluate_reconstruction(
     Args:
         reconstruct: see `reconstructor`.
         pictures: originals, of the tokenizer's size.
-        codebook_size: N, for the use of codes; None leaves it out.
+        codebook_size: N, to measure codebook usage; None leaves it out.
         networks: feature networks.
         distances: names and modules of perceptual distances, see `models.perceptual`.
         with_ssim: measure SSIM, which needs torchmetrics.
@@ -118,7 +117,7 @@ def evaluate_reconstruction(
     views = [(Measurement(n, total, halves=floor), Measurement(n, total)) for n in networks]
     usage = CodeUsage(codebook_size) if codebook_size else None
     sums = torch.zeros(3 + len(distances), dtype=torch.float64)  # images, dB, SSIM, distances
-    for first, originals, labels in batches(pictures, batch_size):
+    for first, originals, labels in batches(pictures, batch_size, progress):
         images = originals.permute(0, 3, 1, 2).float() / 255
         floats, ids = reconstruct(images)
         made = to_uint8(floats.float().clamp(0, 1).cpu(), rounding="round")
@@ -134,8 +133,6 @@ def evaluate_reconstruction(
         for original_view, made_view in views:
             original_view.update(originals, first, labels)
             made_view.update(made, first, labels)
-        if progress is not None:
-            progress(n)
     count, decibels, similarity, *totals = sum_over_ranks(sums).tolist()
     if not count:
         raise ValueError("there are no images to measure")
@@ -156,8 +153,7 @@ def evaluate_reconstruction(
 def _feature_figures(originals: Measurement, made: Measurement, floor: bool) -> Figures:
     originals.merge_ranks()
     made.merge_ranks()
-    distance = frechet_distance(made.sums.gaussian(), originals.sums.gaussian())
-    figures = {"fid": distance, **made.scores()}
+    figures = made.figures(originals.sums.gaussian())
     if floor:
         figures["floor"] = originals.floor()
     before, after = originals.label_share(), made.label_share()

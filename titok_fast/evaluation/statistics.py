@@ -1,7 +1,7 @@
-"""What is computed from features: Frechet distance, class score, precision and recall.
+"""Statistics of features: Frechet distance, class score, precision and recall.
 
-Sums run in float64 and are added up over batches and ranks, so nothing but precision and recall
-needs all features at once. Sources: arXiv:1706.08500 (Frechet distance), 1606.03498 (Inception
+Sums are float64 and added up over batches and ranks, so only precision and recall need all features
+at once. Sources: arXiv:1706.08500 (Frechet distance), 1606.03498 (Inception
 Score), 1904.06991 (precision, recall); details as in openai/guided-diffusion's evaluator ("ADM").
 """
 
@@ -17,7 +17,7 @@ from titok_fast.distributed import sum_over_ranks
 from titok_fast.io.files import write_atomic
 from titok_fast.io.npz import open_npz, read_array
 
-ADM_NETWORK = "inception"  # what statistics are of where the file does not say
+ADM_NETWORK = "inception"  # network of the statistics where a file does not name one
 SPLITS = 10  # ADM's protocol
 NEIGHBOURS = 3  # ADM's k
 
@@ -65,12 +65,7 @@ def read_statistics(path: str | Path) -> tuple[Gaussian, str] | None:
 
 
 def write_statistics(path: str | Path, statistics: Gaussian, network: str) -> None:
-    """Write `mu` and `sigma` as ADM's files have them, with the network's name, atomically.
-
-    Args:
-        path: name ending in .npz, in a folder that exists.
-        statistics: of the features.
-        network: name of the network they are of.
+    """Write `mu` and `sigma` as in ADM's files, with the network's name, atomically.
 
     Raises:
         ValueError: another suffix.
@@ -88,7 +83,7 @@ def write_statistics(path: str | Path, statistics: Gaussian, network: str) -> No
 
 
 class _Sums:
-    """Tensors that are added up over batches, then over ranks."""
+    """Tensors that are summed over batches, then over ranks."""
 
     def merge_ranks(self) -> None:
         """Sum over ranks; every rank gets the result."""
@@ -98,12 +93,7 @@ class _Sums:
 
 
 class FeatureSums(_Sums):
-    """Sums from which the mean and the covariance follow.
-
-    Args:
-        dim: d, number of features.
-        device: of the sums.
-    """
+    """Sums from which the mean and the covariance of `dim` features follow."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -136,10 +126,10 @@ class FeatureSums(_Sums):
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance of two Gaussians; 0 where they are equal.
 
-    The trace of the square root of A B is taken as the sum of the roots of the eigenvalues of
-    A^1/2 B A^1/2, which are the same. That matrix is symmetric and has negative
-    eigenvalues only by rounding, so a singular covariance needs neither the eps that evaluators add
-    to the diagonal where scipy's sqrtm fails, nor a limit on imaginary parts.
+    A B has the eigenvalues of A^1/2 B A^1/2, so the trace of its square root is the sum of their
+    square roots. That matrix is symmetric, with negative eigenvalues only by rounding: a singular
+    covariance needs neither an eps on the diagonal, as with scipy's sqrtm, nor a limit on imaginary
+    parts.
 
     Raises:
         ValueError: another number of features.
@@ -151,19 +141,16 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         )
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0)
+    eigenvalues = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0)
     traces = a.covariance.trace() + b.covariance.trace()
-    return float((a.mean - b.mean).square().sum() + traces - 2 * product.sqrt().sum())
+    return float((a.mean - b.mean).square().sum() + traces - 2 * eigenvalues.sqrt().sum())
 
 
 class ClassScore(_Sums):
     """The Inception Score of any classifier: exp of the mean KL from the mean prediction.
 
-    Args:
-        total: number of images in the whole evaluation; the tenths of ten-split scores are tenths
-            of it in file order.
-        classes: number of logits.
-        device: of the sums.
+    `total` is the number of images in the whole evaluation, which ten-split scores divide into
+    tenths in file order.
     """
 
     def __init__(self, total: int, classes: int, device: torch.device | str = "cpu") -> None:

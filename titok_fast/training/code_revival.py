@@ -16,15 +16,10 @@ from titok_fast.models.quantizer import VectorQuantizer
 class CodeRevival:
     """Pulls rarely used rows of a codebook to the nearest latent of the batch.
 
-    Each row moves by the rate exp(-10 N p / (1 - 0.99) - 1e-3), where p is the running share of its
-    use (decay 0.99, from 0): 0.999 for an unused row, 4.5e-5 for one used a hundredth of its fair
-    share. The result is the same on all ranks, and no rank holds the latents of another: per row
-    they agree on the smallest distance, and its rank (the lowest on a tie) shares its latent.
-
-    Args:
-        N: codebook size.
-        decay: of the running share.
-        device: of the codebook.
+    Each row of the N moves by the rate exp(-10 N p / (1 - 0.99) - 1e-3), where p is the running
+    share of its use (decay 0.99, from 0): 0.999 for an unused row, 4.5e-5 for one used a hundredth
+    of its fair share. The result is the same on all ranks without gathering latents: per row, the
+    ranks agree on the smallest distance, and its rank (the lowest on a tie) sends its latent.
     """
 
     def __init__(self, N: int, *, decay: float = 0.99, device: torch.device | str = "cpu") -> None:

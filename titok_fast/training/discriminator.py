@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_SLOPE = 0.1  # of LeakyReLU below zero
+from titok_fast.settings import require
 
 
 class Blur(nn.Module):
@@ -45,43 +45,38 @@ class Discriminator(nn.Module):
         pooled_side: largest side of the grid of logits, at least 1.
 
     Raises:
-        ValueError: an argument is none of the above.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
         self, hidden_channels: int = 128, num_stages: int = 3, pooled_side: int = 16
     ) -> None:
         super().__init__()
-        if hidden_channels < 32 or hidden_channels % 32:
-            raise ValueError(
-                "Discriminator wants hidden_channels to be a multiple of 32 (norm groups); "
-                f"got {hidden_channels}"
-            )
-        if num_stages < 1 or pooled_side < 1:
-            raise ValueError(
-                "Discriminator wants num_stages and pooled_side of at least 1; "
-                f"got {num_stages} and {pooled_side}"
-            )
+        require(
+            hidden_channels >= 32 and hidden_channels % 32 == 0,
+            "Discriminator",
+            "hidden_channels to be a multiple of 32 (norm groups)",
+            hidden_channels,
+        )
+        sizes = num_stages, pooled_side
+        require(min(sizes) >= 1, "Discriminator", "num_stages and pooled_side of at least 1", sizes)
         self.pooled_side = pooled_side
+        leaky = nn.LeakyReLU(0.1)
         widths = [hidden_channels, *(hidden_channels * 2**s for s in range(num_stages))]
-        self.block_in = nn.Sequential(nn.Conv2d(3, hidden_channels, 5, padding=2), _leaky())
+        self.block_in = nn.Sequential(nn.Conv2d(3, hidden_channels, 5, padding=2), leaky)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), Blur(), nn.GroupNorm(32, o), _leaky())
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), Blur(), nn.GroupNorm(32, o), leaky)
             for i, o in pairwise(widths)
         )
         last = widths[-1]
         self.to_logits = nn.Sequential(
-            nn.Conv2d(last, last, 1), _leaky(), nn.Conv2d(last, 1, 5, padding=2)
+            nn.Conv2d(last, last, 1), leaky, nn.Conv2d(last, 1, 5, padding=2)
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Score a batch.
+        """Score (B, 3, H, W) float32 images, real ones in [0, 1]: (B, 1, h, w) float32 logits.
 
-        Args:
-            images: (B, 3, H, W) float32, real ones in [0, 1].
-
-        Returns:
-            (B, 1, h, w) float32 logits; h is the smaller of `pooled_side` and H / 2**num_stages.
+        h is the smaller of `pooled_side` and H / 2**num_stages.
 
         Raises:
             ValueError: images of another shape.
@@ -93,7 +88,3 @@ class Discriminator(nn.Module):
             x = block(x)
         side = (min(self.pooled_side, x.shape[-2]), min(self.pooled_side, x.shape[-1]))
         return self.to_logits(F.adaptive_max_pool2d(x, side))
-
-
-def _leaky() -> nn.LeakyReLU:
-    return nn.LeakyReLU(_SLOPE)

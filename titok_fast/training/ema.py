@@ -16,13 +16,12 @@ from titok_fast.training.engine import local
 
 
 class Ema:
-    """Average of the trainable parameters; a frozen one is its own average and is not stored.
+    """Average of the trainable parameters; frozen ones are not stored.
 
     Works on sharded parameters: each rank averages the shard it holds.
 
     Args:
-        model: what is averaged, already on its device and sharded. Not the DDP wrapper, whose
-            names differ.
+        model: on its device, already sharded. Not the DDP wrapper, whose names differ.
         decay: highest decay, in [0, 1].
 
     Raises:
@@ -51,7 +50,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the model's weights after an optimizer update.
+        """Move the averages towards the weights, after an optimizer update.
 
         Args:
             step: updates done before that one; 0 copies the weights.
@@ -62,7 +61,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside `with`, the model holds the averages; afterwards its own weights, bit for bit."""
+        """Inside `with`, the model holds the averages; then its own weights again, bit for bit."""
         self._swap()
         self._applied = True
         try:

@@ -21,8 +21,8 @@ BLOCKS = (PreNormBlock, PostNormBlock, Level)
 class _Calls(nn.Module):
     """Runs functions of the model inside one module's forward, which DDP and FSDP2 both hook.
 
-    So a model's other methods (`encode`, `hidden`) need no forward of their own. FSDP2 has
-    register_fsdp_forward_method for that; DDP has no such call.
+    So the ranks also share a model's other methods (`encode`, `hidden`): FSDP2 could register
+    those as forward methods, DDP could not.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, bf16: bool) -> None:
@@ -40,7 +40,7 @@ class Engine:
 
     Args:
         model: on the ranks' device; FSDP2 replaces its parameters by shards.
-        ranks: who shares the work.
+        ranks: the processes of the run.
         kind: "ddp" (every rank holds the model) or "fsdp2" (every rank holds a shard).
         bf16: run the model under bfloat16 autocast.
     """
@@ -61,7 +61,7 @@ class Engine:
         return result
 
     def gradients(self, *, reduce: bool) -> AbstractContextManager[None]:
-        """Context of a forward and its backward; the last of a step averages over ranks."""
+        """Context of a forward and its backward; `reduce` averages gradients over ranks."""
         if self.sharded:
             self._module.set_requires_gradient_sync(reduce)  # type: ignore[operator]
         elif isinstance(self._module, DistributedDataParallel) and not reduce:
@@ -73,7 +73,7 @@ def _shard(module: nn.Module, ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # some outputs are views, which no code here changes in place
+    # some outputs are views, but no code changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for part in [part for part in module.modules() if isinstance(part, BLOCKS)]:

@@ -21,37 +21,34 @@ from tqdm import tqdm
 
 from titok_fast.io.files import write_atomic
 from titok_fast.io.images import grid, save_png, to_pil, to_uint8
+from titok_fast.training.recipe.sections import Experiment
 
 LOG_NAME = "log.jsonl"
 
 
 class Log:
-    """Where a run's numbers, remarks and images go; a context manager.
+    """Records a run's numbers, notes and images; a context manager.
 
     Args:
         output_dir: is created.
-        kind: "none" (JSON lines alone), "tensorboard" or "wandb".
-        name, project: of the run; the project counts for W&B only.
+        experiment: board to log to, name and project.
         config: the recipe in official form, shown by W&B.
-        step: updates already done. Lines of later updates, left by a run that got further than its
-            last checkpoint, are removed, and so is a torn last line.
+        step: updates already done. Lines of later updates, which a run logged after its last
+            checkpoint, are removed, and so is an incomplete last line.
         total: updates of the whole run, for the bar.
         rank: of this process.
         bar: show a progress bar on standard error.
 
     Raises:
-        ImportError: the package behind `kind` is missing.
-        ValueError: unknown kind.
+        ImportError: the board's package is missing.
         OSError: the directory cannot be written.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
+        experiment: Experiment,
         *,
-        kind: str = "none",
-        name: str = "",
-        project: str = "titok",
         config: Mapping[str, Any] | None = None,
         step: int = 0,
         total: int | None = None,
@@ -62,12 +59,10 @@ class Log:
         if not self.writes:
             return
         self.board: _TensorBoard | _Wandb | None = None
-        if kind == "tensorboard":
+        if experiment.logging == "tensorboard":
             self.board = _TensorBoard(self.folder, step)
-        elif kind == "wandb":
-            self.board = _Wandb(self.folder, name, project, config)
-        elif kind != "none":
-            raise ValueError(f"experiment.logging wants none, tensorboard or wandb; got {kind!r}")
+        elif experiment.logging == "wandb":
+            self.board = _Wandb(self.folder, experiment, config or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / LOG_NAME
         if path.exists():
@@ -77,24 +72,21 @@ class Log:
             total=total,
             initial=step,
             unit="update",
-            desc=name,
+            desc=experiment.name,
             mininterval=1.0,
             disable=not bar,
             file=sys.stderr,
         )
 
     def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Record values of an update, and show those without a group beside the bar.
+        """Record values after `step` updates, and show those without a group beside the bar.
 
-        Args:
-            step: updates done.
-            values: by name; "a/b" groups them on boards. Tensors of one element are read, which
-                waits for the device.
+        A name "a/b" is of group "a" on boards. Reading a tensor waits for its device.
         """
         if not self.writes:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        # JSON has no NaN and no infinity: their names
+        # JSON has no NaN and no infinity: write their names
         self._line(step, {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()})
         if self.board is not None:
             self.board.scalars(step, numbers)
@@ -102,7 +94,7 @@ class Log:
         self.bar.set_postfix(shown, refresh=False)
 
     def note(self, step: int, text: str) -> None:
-        """Record a remark, such as a skipped update, and print it above the bar."""
+        """Record a note, such as a skipped update, and print it above the bar."""
         if self.writes:
             self._line(step, {"note": text})
             self.bar.write(f"update {step}: {text}", file=sys.stderr)
@@ -110,11 +102,7 @@ class Log:
     def images(self, step: int, name: str, images: Tensor) -> None:
         """Write a sheet of images to `pictures/NAME-STEP.png`, atomically, and to the board.
 
-        Args:
-            step: updates done.
-            name: part of a file name.
-            images: (B, 3, H, W) in [0, 1], any float dtype and device; clamped, and rounded as
-                reconstructions are.
+        `images` (B, 3, H, W) of any float dtype and device are clamped to [0, 1] and rounded.
 
         Raises:
             ValueError: wrong shape or dtype, no image, or NaN on a CPU.
@@ -151,14 +139,14 @@ class Log:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a log, in order; a torn last one is left out.
+    """The lines of a log, in order, without an incomplete last one.
 
     Raises:
-        ValueError: another line is no JSON object with a `step`.
+        ValueError: another line is not a JSON object with a `step`.
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     records = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
+    for number, line in enumerate(lines[:-1], 1):  # text after the last newline is incomplete
         try:
             record = json.loads(line)
             record["step"] + 0  # refuses all but a number
@@ -169,10 +157,10 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove a log's records of updates after `step`, and a torn last line.
+    """Remove a log's records of updates after `step`, and an incomplete last line.
 
     Raises:
-        ValueError: the file is no log; it stays as it is.
+        ValueError: the file is not a log; it is left unchanged.
     """
     records = [record for record in read_log(path) if record["step"] <= step]
     kept = "".join(json.dumps(record) + "\n" for record in records).encode()
@@ -195,6 +183,7 @@ class _TensorBoard:
         package = _package("torch.utils.tensorboard", "tensorboard", "'titok_fast[train]'")
         # hides what an earlier run wrote after its last checkpoint
         self.writer = package.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.close = self.writer.close
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -203,32 +192,25 @@ class _TensorBoard:
     def image(self, step: int, name: str, sheet: Image.Image) -> None:
         self.writer.add_image(name, np.asarray(sheet), step, dataformats="HWC")
 
-    def close(self) -> None:
-        self.writer.close()
-
 
 class _Wandb:
-    def __init__(
-        self, folder: Path, name: str, project: str, config: Mapping[str, Any] | None
-    ) -> None:
+    def __init__(self, folder: Path, experiment: Experiment, config: Mapping[str, Any]) -> None:
         # training.enable_wandb of an official file asks for it too
         self.wandb = _package("wandb", "wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
         self.run = self.wandb.init(
-            project=project,
-            name=name or None,
+            project=experiment.project,
+            name=experiment.name or None,
             dir=str(folder),
             # the same directory is the same run, so that a resumed run continues its curves
             id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
             resume="allow",
-            config=dict(config or {}),
+            config=dict(config),
         )
+        self.close = self.run.finish
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
     def image(self, step: int, name: str, sheet: Image.Image) -> None:
         self.run.log({name: self.wandb.Image(sheet)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()

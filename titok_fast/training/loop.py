@@ -1,7 +1,7 @@
-"""The one loop of all stages: data -> update -> log -> checkpoint; what it does when things fail.
+"""The training loop of all stages: update, log, checkpoint, evaluate; signals and failures.
 
-Counting is in updates. A checkpoint is written before images and measures of the same update, so
-that a failure in those loses nothing.
+Steps are optimizer updates. The checkpoint of an update is written before its example images and
+measures, so that a failure there loses nothing.
 """
 
 import os
@@ -34,14 +34,14 @@ def train(recipe: Recipe, ranks: Ranks, sources: Sources | None = None, *, bar: 
     """Train, or continue training, to the end of a recipe. Every rank must call it.
 
     Args:
-        recipe: what to train.
-        ranks: who takes part.
+        recipe: of the run.
+        ranks: the processes of the run.
         sources: data for training and, or None, evaluation, in place of the recipe's.
         bar: show a progress bar on rank 0.
 
     Returns:
-        How it ended, in a sentence: after the last update, the exported model is in `final/`; after
-        a signal, the state is in a checkpoint, from which the same command continues.
+        A sentence on how it ended: after the last update, the exported model is in `final/`; after
+        a signal, a checkpoint is written, from which the same command continues.
 
     Raises:
         ValueError: the recipe, data or checkpoint do not fit each other; too many records are
@@ -54,10 +54,10 @@ def train(recipe: Recipe, ranks: Ranks, sources: Sources | None = None, *, bar: 
 
 
 class Interrupt:
-    """Inside `with`, the first SIGTERM or SIGINT sets `requested`; the same one again kills.
+    """Inside `with`, a SIGTERM or SIGINT sets `requested`; the same signal again kills.
 
-    The same one, because Ctrl-C under torchrun sends both: SIGINT from the terminal, then SIGTERM
-    from the launcher. Only the main thread may enter.
+    Only the same signal kills, because Ctrl-C under torchrun sends both: SIGINT from the terminal,
+    then SIGTERM from the launcher. Only the main thread may enter.
     """
 
     def __init__(self) -> None:
@@ -122,9 +122,7 @@ class _Run:
         experiment, ranks = recipe.experiment, self.ranks
         log = Log(
             self.output,
-            kind=experiment.logging,
-            name=experiment.name,
-            project=experiment.project,
+            experiment,
             config=recipe.to_official(),
             step=trainer.step,
             total=last,
@@ -158,7 +156,7 @@ class _Run:
             return self._export()
 
     def _update(self, batch: dict[str, Tensor], interrupt: Interrupt) -> bool:
-        """One update; whether the run must end, on which all ranks agree."""
+        """One update. Returns whether some rank was asked to stop."""
         trainer, experiment = self.trainer, self.recipe.experiment
         step = trainer.step + 1
         logs = _due(step, experiment.log_every)
@@ -210,17 +208,18 @@ class _Run:
     def _evaluate(self) -> None:
         """Example images and measures, where they are due."""
         trainer, experiment, step = self.trainer, self.recipe.experiment, self.trainer.step
-        draws, measures = _due(step, experiment.generate_every), _due(step, experiment.eval_every)
-        if not draws and not (measures and self.eval_source):
+        draws = _due(step, experiment.generate_every)
+        measured = self.eval_source if _due(step, experiment.eval_every) else None
+        if not draws and not measured:
             return
         with averaged(trainer):
             if draws:
                 sheets = example_images(trainer, self.eval_source or self.train_source)
                 for name, images in sheets.items():
                     self.log.images(step, name, images)
-            if measures and self.eval_source:
-                self.log.scalars(step, evaluate(trainer, self.eval_source, self.batch_size))
-        self.since = time.perf_counter(), step  # samples_per_s is that of training
+            if measured:
+                self.log.scalars(step, evaluate(trainer, measured, self.batch_size))
+        self.since = time.perf_counter(), step  # samples_per_s measures training alone
 
     def _export(self) -> str:
         """Write the model, with averaged weights where there are some."""

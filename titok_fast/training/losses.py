@@ -4,13 +4,13 @@ Upstream: modeling/modules/losses.py (ReconstructionLoss_Stage1, _Stage2, _Singl
 adaptive weight is Taming's, arXiv:2012.09841 equation 7. The generator's loss is in masking.py.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from titok_fast.distributed import rank_mean
 from titok_fast.models.perceptual import perceptual
@@ -56,11 +56,8 @@ class ReconstructionLoss(nn.Module):
     + factor * w_d * lambda * (-mean D(reconstruction)); the factor is 0 before discriminator_start,
     lambda is 1 unless adaptive, exp(logvar) is 1 for VQ. Holds the discriminator (published names)
     and LeCam's moving averages; the frozen perceptual network is not part of its state_dict. LeCam
-    and the adaptive weight see means over ranks, so that many ranks do what one does with their
-    batches together; upstream's ranks each use their own.
-
-    Args:
-        config: `losses` of the recipe.
+    and the adaptive weight use means over ranks, so the result does not depend on the number of
+    ranks; upstream's ranks each use their own means.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: see `perceptual` and `Discriminator`.
@@ -80,12 +77,15 @@ class ReconstructionLoss(nn.Module):
         if config.lecam_regularization_weight > 0:
             self.register_buffer("ema_real_logits_mean", torch.zeros(1))
             self.register_buffer("ema_fake_logits_mean", torch.zeros(1))
-        self.register_state_dict_post_hook(_without_perceptual)
-        self.register_load_state_dict_post_hook(_forgive_perceptual)
+        self.register_state_dict_post_hook(_drop_perceptual)
+        self.register_load_state_dict_post_hook(_ignore_missing_perceptual)
 
     def discriminator_acts(self, step: int) -> bool:
-        """Whether the discriminator judges and learns at this update (counted from 0)."""
+        """Whether the discriminator scores images and learns at this update, counted from 0."""
         return step >= self.config.discriminator_start
+
+    def _factor(self, step: int) -> float:
+        return self.config.discriminator_factor if self.discriminator_acts(step) else 0.0
 
     def generator_loss(
         self,
@@ -102,8 +102,8 @@ class ReconstructionLoss(nn.Module):
             reconstructions: the same shape, not clamped.
             step: update, counted from 0.
             bottleneck: second value of `TiTok.encode`: the quantizer's losses, or the Gaussian.
-            last_layer: weight of the last layer, for the adaptive weight only; without gradients
-                (evaluation) that weight is left at 1.
+            last_layer: weight of the last layer, for the adaptive weight only, which is 1 without
+                gradients (evaluation).
 
         Returns:
             Float32 scalar; detached scalars under upstream's names, weights included.
@@ -163,8 +163,7 @@ class ReconstructionLoss(nn.Module):
             # two calls, as published: one call on both would double the peak memory
             real = self.discriminator(images.detach().float())
             fake = self.discriminator(reconstructions.detach().float())
-            factor = cfg.discriminator_factor if self.discriminator_acts(step) else 0.0
-            loss = factor * hinge_loss(real, fake)
+            loss = self._factor(step) * hinge_loss(real, fake)
             lecam = torch.zeros_like(loss)
             if cfg.lecam_regularization_weight > 0:
                 lecam = self._lecam(real.mean(), fake.mean()) * cfg.lecam_regularization_weight
@@ -182,12 +181,12 @@ class ReconstructionLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, float]:
         """(-mean D(y), its weight, its factor); 0 before the discriminator acts."""
         cfg = self.config
-        factor = cfg.discriminator_factor if self.discriminator_acts(step) else 0.0
+        factor = self._factor(step)
         gan, weight = y.new_zeros(()), y.new_full((), cfg.discriminator_weight)
         if factor == 0 or cfg.discriminator_weight == 0:
             return gan, weight, factor
-        with _frozen(self.discriminator):
-            gan = -self.discriminator(y).mean()
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        gan = -functional_call(self.discriminator, frozen, (y,)).mean()
         if cfg.adaptive_discriminator_weight and torch.is_grad_enabled():
             if last_layer is None:
                 raise ValueError(
@@ -222,26 +221,16 @@ class ReconstructionLoss(nn.Module):
         return torch.where(moved.isfinite(), moved, ema)
 
 
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """No gradient for the parameters in graphs recorded inside."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
-
-
 def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
     if images.shape != reconstructions.shape or images.ndim != 4:
         got = f"{tuple(images.shape)} and {tuple(reconstructions.shape)}"
         raise ValueError(f"the losses want images and reconstructions (B, 3, S, S); got {got}")
 
 
-def _without_perceptual(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _drop_perceptual(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [k for k in state if k.startswith(f"{prefix}perceptual.")]:
         del state[key]
 
 
-def _forgive_perceptual(module: nn.Module, keys: Any) -> None:
+def _ignore_missing_perceptual(module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [k for k in keys.missing_keys if "perceptual." not in k]

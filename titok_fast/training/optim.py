@@ -9,12 +9,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from titok_fast.models.attention import BackendError
-from titok_fast.training.recipe.sections import (
-    LossConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainingConfig,
-)
+from titok_fast.training.recipe.recipe import Recipe
+from titok_fast.training.recipe.sections import OptimizerConfig, ScheduleConfig
 
 # a parameter whose name holds one of these does not decay; upstream: utils/train_utils.py
 NO_DECAY = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
@@ -23,8 +19,7 @@ NO_DECAY = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "g
 def decays(name: str, ndim: int) -> bool:
     """Whether weight decay acts on a parameter, by its name and number of dimensions.
 
-    Upstream's rule, written for the published names. A test proves for all models that our names
-    decide alike.
+    Upstream's rule, written for the published names; our names give the same groups.
     """
     return ndim >= 2 and not any(word in name for word in NO_DECAY)
 
@@ -32,9 +27,7 @@ def decays(name: str, ndim: int) -> bool:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of a model in two groups: those that do not decay, then the others.
 
-    Args:
-        model: frozen parameters are left out. Wrappers (DDP, compile) do not change the groups.
-        weight_decay: of the second group.
+    Wrappers (DDP, compile) do not change the groups.
 
     Raises:
         ValueError: nothing can be trained.
@@ -48,25 +41,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, *, learning_rate: float | None = None
-) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """AdamW over the trainable parameters of a model (or of a loss with its discriminator).
 
     Args:
         model: on the device it trains on.
         config: `fused` "torch" is torch's fused step, "apex" NVIDIA's FusedAdam, "auto" torch's
             where every parameter can take it, else its loop over tensor lists.
-        learning_rate: instead of config.learning_rate.
 
     Raises:
         ValueError: nothing to train; a fused step asked for that these parameters cannot take.
         BackendError: apex asked for, but `apex.optimizers.FusedAdam` is not there.
     """
     groups = parameter_groups(model, config.weight_decay)
-    lr = config.learning_rate if learning_rate is None else learning_rate
-    betas = (config.beta1, config.beta2)
-    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": config.epsilon}
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+    }
     if config.fused == "apex":
         return _with_moments(_fused_adam()(groups, adam_w_mode=True, **options))
     parameters = [p for group in groups for p in group["params"]]
@@ -109,7 +101,7 @@ def learning_rate(step: int, schedule: ScheduleConfig, base_lr: float, max_steps
 
     Args:
         step: updates done before this one, so the first update has rate 0 if there is a warm-up.
-        schedule: see there.
+        schedule: warm-up and decay.
         base_lr: rate at the end of the warm-up.
         max_steps: updates of the whole run; the rate stays at its last value after them.
     """
@@ -122,13 +114,7 @@ def learning_rate(step: int, schedule: ScheduleConfig, base_lr: float, max_steps
     return schedule.end_lr + (base_lr - schedule.end_lr) * 0.5 * (1.0 + cos(pi * progress))
 
 
-def discriminator_learning_rate(
-    step: int,
-    schedule: ScheduleConfig,
-    optimizer: OptimizerConfig,
-    losses: LossConfig,
-    training: TrainingConfig,
-) -> float:
+def discriminator_learning_rate(step: int, recipe: Recipe) -> float:
     """Rate of the discriminator at the model's update `step`.
 
     Its schedule starts at discriminator_start, with a warm-up of its own, and reaches `end_lr` at
@@ -138,9 +124,10 @@ def discriminator_learning_rate(
     Raises:
         ValueError: the discriminator has not started.
     """
-    start = losses.discriminator_start
+    start, optimizer = recipe.losses.discriminator_start, recipe.optimizer
     if step < start:
         raise ValueError(f"the discriminator learns from update {start}; got update {step}")
     base = optimizer.discriminator_learning_rate
     base = optimizer.learning_rate if base is None else base
-    return learning_rate(step - start, schedule, base, training.max_train_steps - start)
+    steps = recipe.training.max_train_steps - start
+    return learning_rate(step - start, recipe.lr_scheduler, base, steps)

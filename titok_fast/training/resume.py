@@ -6,8 +6,8 @@ from typing import Any
 from titok_fast.training.recipe.official import flatten
 from titok_fast.training.recipe.recipe import Recipe
 
-# keys that do not change what is learned from a batch, or whose effect is checked elsewhere: batch
-# sizes by their product, the data by what they hold; so does all of `experiment` but one key
+# keys that do not change the weights, or are checked elsewhere: batch sizes by the samples per
+# update, data by its content. So are all keys of `experiment` but one
 _MAY_CHANGE = (
     "dataset.params.train_shards_path_or_url",
     "dataset.params.eval_shards_path_or_url",
@@ -25,11 +25,7 @@ _MAY_CHANGE = (
 
 
 def check_same_recipe(saved: Mapping[str, Any], now: Recipe) -> None:
-    """Refuse to continue a run under another recipe.
-
-    Args:
-        saved: `Recipe.to_official()` of the run so far, as read back from JSON.
-        now: the recipe it would continue with.
+    """Refuse to continue a run, whose `Recipe.to_official()` was saved, under another recipe.
 
     Raises:
         ValueError: lists every changed key with both values.
@@ -38,16 +34,12 @@ def check_same_recipe(saved: Mapping[str, Any], now: Recipe) -> None:
     changed = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _may_change(key)
+        if before.get(key) != after.get(key)
+        and key not in _MAY_CHANGE
+        and (key == "experiment.tokenizer_checkpoint" or not key.startswith("experiment."))
     ]
     if changed:
         raise ValueError(
             "the recipe differs from the one of the checkpoint: restore these keys, or choose "
             "another experiment.output_dir\n  " + "\n  ".join(changed)
         )
-
-
-def _may_change(key: str) -> bool:
-    if key.startswith("experiment."):
-        return key != "experiment.tokenizer_checkpoint"
-    return key in _MAY_CHANGE

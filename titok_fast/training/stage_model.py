@@ -21,13 +21,9 @@ WIDE = 512
 
 
 class StageModel:
-    """A network that is trained: clips its gradients, takes steps, names its state.
+    """A network that is trained: clips gradients, takes optimizer steps, names its state.
 
-    Args:
-        name: "model" or "criterion"; begins the names of its tensors in a checkpoint.
-        network: on its device, sharded if it is to be.
-        engine: calls it.
-        optimizer: of its trainable parameters, from `build_optimizer`.
+    Its `name` ("model" or "criterion") is the prefix of its tensors in a checkpoint.
     """
 
     def __init__(self, name: str, network: nn.Module, engine: Engine, optimizer: Optimizer) -> None:
@@ -68,7 +64,7 @@ class StageModel:
         return tensors
 
     def state(self) -> dict[str, Any]:
-        """The rest, as JSON: steps by group, as apex counts them; torch has tensors."""
+        """The rest, as JSON: apex counts steps by group, torch in tensors."""
         groups = self.optimizer.param_groups
         return {f"{self.name}_optimizer_steps": [group.get("step") for group in groups]}
 
@@ -83,16 +79,15 @@ class StageModel:
 def prepare_blocks(model: nn.Module, config: TrainingConfig) -> None:
     """Choose attention, activation checkpoints and compilation, block by block.
 
-    One compiled block serves all. On a CPU, wide transformer blocks recompute activations in
-    backward (`make_lean`), and in bfloat16 attend by plain matmuls unless the environment names a
-    back end.
+    On a CPU, wide transformer blocks recompute activations in backward (`recompute_in_backward`),
+    and in bfloat16 compute attention by plain matmuls unless the environment names a back end.
     """
-    plain = not (config.compile or config.activation_checkpointing)
+    eager = not (config.compile or config.activation_checkpointing)
     for block in model.modules():
         if not isinstance(block, PreNormBlock | PostNormBlock) or not block.norm1.weight.is_cpu:
             continue
         if block.norm1.weight.shape[0] >= WIDE:
-            if plain:
+            if eager:
                 recompute_in_backward(block)
             if config.mixed_precision == "bf16":
                 set_attention(block, os.environ.get(ENVIRONMENT) or "products")
@@ -101,6 +96,6 @@ def prepare_blocks(model: nn.Module, config: TrainingConfig) -> None:
         if config.compile:
             forward = torch.compile(forward)
         if config.activation_checkpointing:
-            # outermost: where torch.compile meets the checkpoint first, it compiles nothing
+            # outermost: torch.compile would compile nothing around a checkpoint
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
-"""One update of a stage: gradients, whether they are finite, the step; and the state of a run.
+"""Updates of a stage: gradients, a check that they are finite, optimizer steps; a run's state.
 
-Weights, optimizer state and averages are float32 whatever autocast does. Every random number is a
-function of (seed, update), so a checkpoint holds no generator's state, and a resumed run draws the
-numbers of the uninterrupted one.
+Weights, optimizer state and averages are float32 even under autocast. Every random number is a
+function of (seed, update), so checkpoints need no generator's state, and a resumed run draws the
+same numbers.
 """
 
 from collections.abc import Iterator
@@ -23,30 +23,26 @@ from titok_fast.training.losses import Logs, ReconstructionLoss
 from titok_fast.training.optim import build_optimizer, discriminator_learning_rate, learning_rate
 from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.stage_model import StageModel, prepare_blocks
-from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs
+from titok_fast.training.tasks.base import Batch, Outcome
 from titok_fast.training.tasks.registry import build_task
 
 _RANDOM_INPUTS, _DROPOUT, _INIT = range(3)  # streams of random numbers
 
 
 def seed_of(seed: int, *parts: int) -> int:
-    """A 64-bit seed for a use of the run's seed; other parts give unrelated ones."""
+    """A 64-bit seed derived from the run's seed; other `parts` give unrelated seeds."""
     return int(np.random.SeedSequence((seed, *parts)).generate_state(1, np.uint64)[0])
 
 
 class Trainer:
-    """A stage's networks, their optimizers and averages.
-
-    Args:
-        recipe: what is trained, and how.
-        ranks: who takes part.
+    """A stage's networks with their optimizers and averages.
 
     Attributes:
         step: updates done, skipped ones included.
         bad, bad_in_a_row: updates skipped for a NaN or Inf.
 
     Raises:
-        ValueError: options that exclude each other, or see `build_task`.
+        ValueError: options that exclude each other; or as `build_task`.
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
@@ -61,10 +57,10 @@ class Trainer:
         self.model = StageModel("model", model, engine, build_optimizer(model, recipe.optimizer))
         self.criterion: StageModel | None = None
         if criterion is not None:
-            rate = recipe.optimizer.discriminator_learning_rate
-            optimizer = build_optimizer(criterion, recipe.optimizer, learning_rate=rate)
+            optimizer = build_optimizer(criterion, recipe.optimizer)
             # the discriminator is small, so it is never sharded
             self.criterion = StageModel("criterion", criterion, Engine(criterion, ranks), optimizer)
+        self._networks = [part for part in (self.model, self.criterion) if part is not None]
         self.ema = Ema(model, training.ema_decay) if training.use_ema else None
         codes = self.task.quantizer.embedding.num_embeddings if self.task.quantizer else 0
         self.usage = CodeUsage(codes, ranks.device) if codes else None
@@ -73,7 +69,7 @@ class Trainer:
         self.step = self.bad = self.bad_in_a_row = 0
         self._outcomes: list[Outcome] = []
         self._logs: Logs = {}
-        self._lecam: dict[str, Tensor] = {}  # averages of before the update
+        self._lecam: dict[str, Tensor] = {}  # LeCam's averages before the update
 
     def gradients(self, batch: Batch, detailed: bool = False) -> bool:
         """Gradients of an update, from this rank's share of the global batch.
@@ -86,25 +82,25 @@ class Trainer:
             Whether they and the losses are finite on this rank.
         """
         parts = list(self._parts(batch))
-        # dropout is drawn on the device by rank; all other random numbers come with the parts
+        # dropout draws on the device and differs by rank; other random numbers come with the parts
         torch.manual_seed(seed_of(self.recipe.training.seed, self.step, _DROPOUT, self.ranks.rank))
         self._outcomes, self._logs = [], {}
         engine = self.model.engine
-        for i, (part, random_inputs) in enumerate(parts):
+        for i, part in enumerate(parts):
             with engine.gradients(reduce=i + 1 == len(parts)):
-                outcome = self.task.loss(engine, part, random_inputs, self.step, detailed)
+                outcome = self.task.loss(engine, part, self.step, detailed)
                 (outcome.loss / len(parts)).backward()
             self._add_logs(outcome.logs, len(parts))
             self._outcomes.append(outcome)
         self._logs["grad_norm"] = self.model.gradient_norm()
-        # both networks' gradients come before both steps: neither sees the other's new weights, as
-        # published, and a NaN in one of them stops the other in time
+        # both gradients are computed before both steps: as published, neither network sees the
+        # other's new weights, and a NaN in one skips both
         criterion = self._active_criterion()
         if criterion is not None:
-            self._discriminator_gradients(criterion, [part["images"] for part, _ in parts])
+            self._discriminator_gradients(criterion, [part["images"] for part in parts])
             self._logs["discriminator_grad_norm"] = criterion.gradient_norm()
         values = torch.stack([value.float() for value in self._logs.values()])
-        return bool(torch.isfinite(values).all())  # the one wait for the device in an update
+        return bool(torch.isfinite(values).all())  # the update's only wait for the device
 
     def apply(self) -> None:
         """Take the optimizer steps."""
@@ -115,10 +111,7 @@ class Trainer:
         self.model.step(rate, max_norm)
         criterion = self._active_criterion()
         if criterion is not None:
-            rate = discriminator_learning_rate(
-                self.step, recipe.lr_scheduler, recipe.optimizer, recipe.losses, recipe.training
-            )
-            criterion.step(rate, max_norm)
+            criterion.step(discriminator_learning_rate(self.step, recipe), max_norm)
         if self.ema is not None:
             self.ema.update(self.step)
         self._finish(bad=False)
@@ -130,9 +123,9 @@ class Trainer:
             The first non-finite loss or gradient, the latter by its parameter's name.
         """
         reason = self._first_non_finite()
-        for name, buffer in self._lecam.items():  # LeCam's averages move in the forward
+        for name, buffer in self._lecam.items():  # the forward has already moved these averages
             setattr(self.task.criterion, name, buffer)
-        for part in self._stage_models():
+        for part in self._networks:
             part.optimizer.zero_grad()
         self._finish(bad=True)
         return reason
@@ -144,7 +137,7 @@ class Trainer:
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
 
     def logs(self) -> dict[str, float]:
-        """Numbers of the last update, means over ranks. Every rank must call it."""
+        """Losses and norms of the last update, averaged over ranks. Every rank must call it."""
         names = list(self._logs)
         sums = self.ranks.sum(torch.stack([self._logs[name].float() for name in names]))
         values = dict(zip(names, (sums / self.ranks.size).tolist(), strict=True))
@@ -164,26 +157,27 @@ class Trainer:
             if p.grad is not None
         }
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[Batch, RandomInputs]]:
-        """Batches to accumulate with their random numbers, on the device.
+    def random_inputs(self, total: int, first: int, count: int, *parts: int) -> dict[str, Tensor]:
+        """Random numbers of a batch of `total` samples: `count` rows from `first` on.
 
-        Numbers are drawn for the global batch, in its order: each sample gets the same ones
-        whatever the number of ranks and of parts.
+        `parts` say what they are for, as in `seed_of`.
         """
-        size, device = self.recipe.training.per_gpu_batch_size, self.ranks.device
-        count = len(batch["labels"])
-        first = self.ranks.rank * count
-        generator = torch.Generator()
-        generator.manual_seed(seed_of(self.recipe.training.seed, self.step, _RANDOM_INPUTS))
-        drawn = self.task.random_inputs(count * self.ranks.size, generator)
-        for start in range(0, count, size):
-            yield (
-                {k: v[start : start + size].to(device) for k, v in batch.items()},
-                {k: v[first + start : first + start + size].to(device) for k, v in drawn.items()},
-            )
+        generator = torch.Generator().manual_seed(seed_of(self.recipe.training.seed, *parts))
+        drawn = self.task.random_inputs(total, generator)
+        return {name: x[first : first + count] for name, x in drawn.items()}
 
-    def _stage_models(self) -> list[StageModel]:
-        return [self.model] if self.criterion is None else [self.model, self.criterion]
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """Batches to accumulate, with their random numbers, on the device.
+
+        Numbers are drawn for the global batch in its order, so a sample gets the same ones with any
+        number of ranks and parts.
+        """
+        ranks, size = self.ranks, self.recipe.training.per_gpu_batch_size
+        count = len(batch["labels"])
+        total, first = count * ranks.size, count * ranks.rank
+        whole = {**batch, **self.random_inputs(total, first, count, self.step, _RANDOM_INPUTS)}
+        for start in range(0, count, size):
+            yield {k: v[start : start + size].to(ranks.device) for k, v in whole.items()}
 
     def _active_criterion(self) -> StageModel | None:
         """The criterion, once its discriminator acts."""
@@ -220,7 +214,7 @@ class Trainer:
         for name, value in self._logs.items():
             if not name.endswith("grad_norm") and not bool(torch.isfinite(value).all()):
                 return f"the loss term {name} is {float(value)}"
-        for part in self._stage_models():
+        for part in self._networks:
             parameter = part.first_non_finite()
             if parameter is not None:
                 return f"the gradient of {parameter} is not finite"
@@ -228,7 +222,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint by name; the tensors themselves, see `StageModel.tensors`."""
-        tensors = {k: v for part in self._stage_models() for k, v in part.tensors().items()}
+        tensors = {k: v for part in self._networks for k, v in part.tensors().items()}
         if self.ema is not None:
             tensors |= {f"ema/{k}": v for k, v in self.ema.average.items()}
         if self.revival is not None:
@@ -236,13 +230,13 @@ class Trainer:
         return tensors
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors, as plain JSON."""
+        """The rest of a checkpoint, as plain JSON."""
         state: dict[str, Any] = {
             "recipe": self.recipe.to_official(),
             "bad_steps": [self.bad, self.bad_in_a_row],
             "versions": {"titok_fast": __version__, "torch": torch.__version__},
         }
-        for part in self._stage_models():
+        for part in self._networks:
             state |= part.state()
         return state
 
@@ -253,7 +247,7 @@ class Trainer:
             ValueError: its tensors do not fit.
         """
         saved.load(self.tensors(), self.ranks)  # in place
-        for part in self._stage_models():
+        for part in self._networks:
             part.restore(saved.state)
         self.step = saved.step
         self.bad, self.bad_in_a_row = saved.state["bad_steps"]
@@ -279,6 +273,6 @@ def _check_options(recipe: Recipe, ranks: Ranks) -> None:
     }
     for key in (key for key, value in refused.items() if value):
         raise ValueError(
-            f"{key} reads whole weights between passes, which training.parallel=fsdp2 shards: "
-            "use ddp"
+            f"{key} reads whole weights outside the forward, which training.parallel=fsdp2 "
+            "shards: use ddp"
         )

@@ -1,6 +1,6 @@
 """Evaluation while a model trains: example images and measures of its averaged weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titok_fast.data.loader import Batches
 from titok_fast.data.sources import Source
-from titok_fast.training.trainer import Trainer, seed_of
+from titok_fast.training.trainer import Trainer
 
 
 @contextmanager
@@ -30,16 +30,14 @@ def example_images(trainer: Trainer, source: Source) -> dict[str, Tensor]:
     """
     count = min(trainer.recipe.training.num_generated_images, len(source))
     batch = next(iter(_batches(trainer, source, count, 0, 1)))
-    return trainer.task.example_images(trainer.model.engine, _on_device(batch, trainer))
+    batch = {name: x.to(trainer.ranks.device) for name, x in batch.items()}
+    return trainer.task.example_images(trainer.model.engine, batch)
 
 
 def evaluate(trainer: Trainer, source: Source, batch_size: int) -> dict[str, float]:
     """Means over all records, which ranks share, as "eval/name". Every rank must call it.
 
-    Args:
-        trainer: inside `averaged`.
-        source: of the records.
-        batch_size: of all ranks together.
+    Call it inside `averaged`. `batch_size` counts the records of all ranks together.
 
     Raises:
         ValueError: there are fewer records than ranks.
@@ -57,8 +55,11 @@ def evaluate(trainer: Trainer, source: Source, batch_size: int) -> dict[str, flo
         if batch is None:
             raise ValueError("the evaluation data hold fewer records than there are ranks")
         size, mine = min(batch_size, len(source) - i * batch_size), len(batch["labels"])
-        random_inputs = _on_device(_random_inputs(trainer, i, size, mine), trainer)
-        values = task.evaluate(trainer.model.engine, _on_device(batch, trainer), random_inputs)
+        first = size * ranks.rank // ranks.size
+        # the batch that a rank repeats may be longer than its share of a smaller one
+        drawn = trainer.random_inputs(max(size, first + mine), first, mine, i)
+        inputs = {name: x.to(ranks.device) for name, x in (batch | drawn).items()}
+        values = task.evaluate(trainer.model.engine, inputs)
         if new:
             count += mine
             for name, value in values.items():
@@ -72,17 +73,3 @@ def evaluate(trainer: Trainer, source: Source, batch_size: int) -> dict[str, flo
 def _batches(trainer: Trainer, source: Source, size: int, rank: int, world: int) -> Batches:
     data, seed = trainer.recipe.data, trainer.recipe.training.seed
     return Batches(source, data, batch_size=size, seed=seed, train=False, rank=rank, world=world)
-
-
-def _random_inputs(trainer: Trainer, index: int, size: int, mine: int) -> dict[str, Tensor]:
-    """Those of this rank's `mine` records of a batch of `size`; the same at every evaluation."""
-    generator = torch.Generator()
-    generator.manual_seed(seed_of(trainer.recipe.training.seed, index))
-    first = size * trainer.ranks.rank // trainer.ranks.size
-    # the batch that a rank repeats may be longer than its share of a smaller one
-    drawn = trainer.task.random_inputs(max(size, first + mine), generator)
-    return {name: x[first : first + mine] for name, x in drawn.items()}
-
-
-def _on_device(tensors: Mapping[str, Tensor], trainer: Trainer) -> dict[str, Tensor]:
-    return {name: x.to(trainer.ranks.device) for name, x in tensors.items()}

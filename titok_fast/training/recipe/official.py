@@ -1,4 +1,4 @@
-"""Where upstream's YAML files keep each setting; finding, reading and checking such files.
+"""Upstream's recipe files: the key of each setting; finding, reading and checking files.
 
 `Table` maps a dotted official key to a section and field of recipe.py and to the field's type.
 """
@@ -29,7 +29,7 @@ PREFIXES = {
     "lr_scheduler": "lr_scheduler.params",
     "training": "training",
 }
-# fields with another place or name in official files
+# fields under another key in official files
 RENAMED = {
     "experiment.pretrained_tokenizer_weight": "model.vq_model.pretrained_tokenizer_weight",
     "sampling.num_sample_steps": "model.generator.num_steps",
@@ -42,7 +42,7 @@ RENAMED = {
     "lr_scheduler.scheduler": "lr_scheduler.scheduler",
     "training.clustering_vq": "model.vq_model.clustering_vq",
 }
-# fields filled by a key that fills another field too
+# fields filled from the key of another field
 DERIVED = ("tokenizer.crop_size", "tokenizer.pixel", "generator.codebook_size")
 
 # official keys that change nothing here, and why
@@ -81,10 +81,7 @@ def table(classes: Mapping[str, type]) -> Table:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The file of a recipe: an existing file, else one of `titok_fast/recipes` by name.
-
-    Args:
-        name_or_path: a file, or a name such as "fashion/stage1".
+    """The file of a recipe: an existing file, or a name of `titok_fast/recipes`: "fashion/stage1".
 
     Raises:
         FileNotFoundError: neither; names the recipes most like it.
@@ -102,11 +99,11 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A recipe file over its `base:`, with overrides on top and `${...}` resolved.
+    """A recipe file merged over its `base:`, then overrides, with `${...}` resolved.
 
     Args:
-        path: YAML or JSON file. Its key `base` names another, relative to the file's folder, whose
-            keys count where the file is silent; a base has no base of its own.
+        path: YAML or JSON file. Its key `base` names a file, relative to its folder, that gives the
+            keys this file does not; a base has no base of its own.
         overrides: "dotted.key=value", values in YAML.
 
     Returns:
@@ -114,7 +111,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file, or no such base.
-        ValueError: unreadable, a base with a base, a malformed override, a dangling reference.
+        ValueError: unreadable, a base with a base, a malformed override, an unresolved reference.
     """
     config = _load_file(path)
     base = config.pop("base", None)
@@ -195,7 +192,7 @@ def check_names(flat: Iterable[str], known: Table) -> None:
 def convert(value: Any, wanted: Any, name: str) -> Any:
     """A YAML value as a field's type.
 
-    Whole floats become integers, integers floats, lists tuples; nothing ("key=") an empty string.
+    Converts whole floats to int, int to float, lists to tuples, and null ("key=") to "".
 
     Raises:
         ValueError: the value is of another kind; the message has `name`.

@@ -1,7 +1,7 @@
-"""What a training run is: one frozen `Recipe`, read from YAML under upstream's field names.
+"""The settings of a training run: one frozen `Recipe`, read from YAML under upstream's names.
 
-sections.py holds the settings that the code uses; official.py knows where upstream's files put
-them. Every key of a file is used, or known to mean nothing, or an error.
+sections.py defines the settings; official.py maps them to the keys of upstream's files. A key of a
+file is used, listed as meaningless, or an error.
 """
 
 import warnings
@@ -62,7 +62,7 @@ class Recipe:
 
         Raises:
             ValueError: unknown keys (with near matches), values of a wrong type or out of range,
-                models that do not fit the stage, or a stage that cannot be told.
+                models that do not fit the stage, or a stage that cannot be inferred.
         """
         flat = official.flatten(config)
         known = official.table(_SECTIONS)
@@ -88,9 +88,7 @@ class Recipe:
                     key = official.official_name(section, name)
                     flat[key] = list(value) if isinstance(value, tuple) else value
         if self.generator is not None:
-            flat[official.official_name("tokenizer", "codebook_size")] = (
-                self.generator.codebook_size
-            )
+            flat["model.vq_model.codebook_size"] = self.generator.codebook_size
         return official.nest(flat)
 
 
@@ -144,7 +142,7 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def _read_special(flat: Mapping[str, Any], found: dict[str, dict[str, Any]]) -> None:
-    """Check the keys that fill no field alone, and put their effect into `found`."""
+    """Check the keys that fill no single field, and put their effect into `found`."""
     for key, (wanted, reason) in official.FIXED.items():
         if flat.get(key, wanted) != wanted:
             raise ValueError(f"{key} wants {wanted}: {reason}; got {flat[key]!r}")
@@ -179,7 +177,7 @@ def _read_special(flat: Mapping[str, Any], found: dict[str, dict[str, Any]]) -> 
 
 
 def _infer_stage(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The stage of an official file, which does not say it."""
+    """The stage of an official file, which does not name it."""
     tokenizer = found["tokenizer"]
     if found["generator"]:
         return "generator"
@@ -191,14 +189,14 @@ def _infer_stage(found: Mapping[str, Mapping[str, Any]]) -> str:
     if tokenizer.get("finetune_decoder") is False and "discriminator_weight" not in found["losses"]:
         return "stage1"
     raise ValueError(
-        f"the stage cannot be told from these keys: add `stage:` with one of {', '.join(STAGES)}"
+        f"stage cannot be inferred from these keys: add `stage:` with one of {', '.join(STAGES)}"
     )
 
 
 def _models(stage: str, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The model sections of a stage, or None for each."""
     if stage not in STAGES:
-        return {}  # Recipe says what is wanted
+        return {}  # Recipe raises
     for section in _MODELS:
         if found[section] and section not in _USED[stage]:
             key = official.official_name(section, next(iter(found[section])))
@@ -227,12 +225,11 @@ def _models(stage: str, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _problem_with_models(recipe: Recipe) -> str:
-    """Why the models do not fit the stage, or nothing."""
+    """Why the models do not fit the stage, or an empty string."""
     stage, tokenizer, generator = recipe.stage, recipe.tokenizer, recipe.generator
-    needed = {"vqgan": recipe.vqgan, "generator": generator}.get(stage, tokenizer)
-    if stage != "classifier" and needed is None:
-        names = {"vqgan": "model.pixel", "generator": "model.generator"}
-        return f"wants the section {names.get(stage, 'model.vq_model')}"
+    needed = stage if stage in ("vqgan", "generator") else "tokenizer"
+    if stage != "classifier" and getattr(recipe, needed) is None:
+        return f"wants the section {official.PREFIXES[needed]}"
     if stage in ("stage1", "stage2", "single_stage"):
         assert tokenizer is not None
         wanted = stage != "single_stage", stage == "stage2"
@@ -257,7 +254,7 @@ def _problem_with_models(recipe: Recipe) -> str:
 
 
 def _problem_with_data(recipe: Recipe) -> str:
-    """Why the data do not fit stage and models, or nothing."""
+    """Why the data do not fit stage and models, or an empty string."""
     stage, tokenizer, S = recipe.stage, recipe.tokenizer, recipe.data.crop_size
     if recipe.data.kind == "tokens" and stage != "generator":
         return "wants images; got dataset.params.kind=tokens"

@@ -17,14 +17,14 @@ class Experiment(Settings):
         name: of the run; `output_dir` defaults to it.
         output_dir: checkpoints, logs and images go here.
         project: W&B's project.
-        max_train_examples: examples that count as one epoch in logs; None: what the data holds.
+        max_train_examples: examples of one epoch in logs; None: the size of the data.
         save_every, eval_every, generate_every, log_every, log_grad_norm_every: updates; 0 is never.
         resume: continue from the newest valid checkpoint in output_dir, if there is one.
         init_weight: weights to start from (stage 2: of stage 1); file, directory or repository.
         tokenizer_checkpoint: generator: weights of the tokenizer that makes its tokens.
         pretrained_tokenizer_weight: stages 1 and 2: weights of MaskGIT-VQGAN.
         logging: "none" (JSONL alone), "tensorboard" or "wandb".
-        keep: newest checkpoints kept; 0 keeps all.
+        keep: number of newest checkpoints to keep; 0 keeps all.
     """
 
     name: str = "titok"
@@ -55,13 +55,13 @@ class LossConfig(Settings):
     Attributes:
         reconstruction_loss: "l2" or "l1".
         quantizer_weight: of commitment + codebook loss.
-        perceptual_loss: a name of perceptual.py, or "none".
-        perceptual_weights_file: local weights of that network, see perceptual.py.
+        perceptual_loss: a name of models/perceptual.py, or "none".
+        perceptual_weights_file: local weights of that network, see there.
         discriminator_start: update from which the discriminator acts and learns.
         discriminator_factor, discriminator_weight: their product scales the GAN term.
         adaptive_discriminator_weight: Taming's: scale it by the ratio of gradients as well.
         discriminator_channels: width of its first stage, a multiple of 32.
-        discriminator_pool: largest side of its grid of judged patches.
+        discriminator_pool: largest side of its grid of logits.
         lecam_regularization_weight, lecam_ema_decay: regulariser of the discriminator.
         kl_weight, logvar_init: VAE bottleneck.
         label_smoothing, loss_weight_unmasked_token, mask_schedule_strategy: generator.
@@ -131,7 +131,7 @@ class TrainingConfig(Settings):
         max_grad_norm: gradients are clipped to this global norm; 0 does not clip.
         parallel: how ranks share the work: "ddp" or "fsdp2".
         max_bad_steps: updates in a row with a NaN or Inf after which the run stops.
-        clustering_vq: revive dead codes while training.
+        clustering_vq: revive unused codes while training.
     """
 
     gradient_accumulation_steps: int = within(1, 1)

@@ -1,7 +1,7 @@
-"""What differs between stages: the networks, what is done with a batch, and what is shown.
+"""What differs between stages: the networks, the loss, the measures and the example images.
 
-A task computes losses; trainer.py turns them into updates. Whatever a task does with the trained
-network goes through the engine, which holds it whole, also where ranks share its parameters out.
+A task computes losses; trainer.py turns them into updates. A task calls the trained network only
+through the engine, which gathers its parameters where they are sharded over ranks.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,6 @@ from titok_fast.training.losses import Logs, ReconstructionLoss
 from titok_fast.training.recipe.recipe import Recipe
 
 Batch = Mapping[str, Tensor]
-RandomInputs = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=PretrainedModel)
 
 
@@ -31,7 +30,7 @@ class Outcome:
     Attributes:
         loss: scalar with gradient, the mean over the batch.
         logs: detached scalars by name, likewise means.
-        reconstructions: (B, 3, S, S) without gradient, where a discriminator judges them.
+        reconstructions: (B, 3, S, S) without gradient, for the discriminator if there is one.
         latents: (B, C, H, W) inputs of the quantizer, where there is one.
         ids: (B, H, W) int64 codes of the latents.
     """
@@ -47,7 +46,7 @@ class Task:
     """One stage. Subclasses set the networks in `__init__`.
 
     Attributes:
-        model: what is trained and exported; in training mode, on the device.
+        model: the network to train and export; in training mode, on the device.
         criterion: losses with their discriminator, or None.
         quantizer: the codebook that is trained, or None.
     """
@@ -63,24 +62,19 @@ class Task:
         """Random numbers of a global batch, on the CPU; the first dimension of each is B."""
         return {}
 
-    def loss(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
-    ) -> Outcome:
+    def loss(self, engine: Engine, batch: Batch, step: int, detailed: bool) -> Outcome:
         """Loss of a batch.
 
         Args:
-            engine: holds the model.
-            batch: of `Batches`, on the device.
-            random_inputs: the batch's rows of what `random_inputs` drew, on the device.
+            engine: calls the model.
+            batch: of `Batches`, with its rows of what `random_inputs` drew, on the device.
             step: update, counted from 0.
             detailed: whether logs that cost time are wanted.
         """
         raise NotImplementedError
 
-    def evaluate(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
-    ) -> dict[str, Tensor]:
-        """Measures of each sample of an evaluation batch by name, each (B,)."""
+    def evaluate(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """Measures by name, each (B,), of an evaluation batch with its random numbers."""
         raise NotImplementedError
 
     def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
@@ -88,19 +82,10 @@ class Task:
         return {}
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Write a model folder that `from_pretrained` reads.
-
-        Args:
-            weights: the model's state dict, whole, on the CPU.
-            folder: made if it does not exist.
-        """
-        trained = self.model
-        model: PretrainedModel | FashionClassifier
+        """Write a folder that `from_pretrained` reads; `weights` is `whole_state` of the model."""
+        model: Any = self.model
         with torch.device("meta"):
-            if isinstance(trained, FashionClassifier):
-                model = FashionClassifier()
-            else:
-                model = type(trained)(trained.config)
+            model = type(model)(model.config) if hasattr(model, "config") else type(model)()
         nn.Module.load_state_dict(model, weights, assign=True)
         model.save_pretrained(folder)
 

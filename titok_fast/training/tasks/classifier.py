@@ -6,7 +6,7 @@ from torch import Tensor
 from titok_fast.models.classifier import FashionClassifier, classifier_loss
 from titok_fast.training.engine import Engine
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs, Task
+from titok_fast.training.tasks.base import Batch, Outcome, Task
 
 
 class ClassifierTask(Task):
@@ -16,18 +16,14 @@ class ClassifierTask(Task):
         super().__init__(recipe, device)
         self.model = FashionClassifier().to(device).train()
 
-    def loss(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
-    ) -> Outcome:
-        """See Task."""
+    def loss(self, engine: Engine, batch: Batch, step: int, detailed: bool) -> Outcome:
+        """Cross-entropy, and the accuracy on the batch."""
         logits: Tensor = engine(FashionClassifier.__call__, batch["images"])
         loss = classifier_loss(logits, batch["labels"], self.recipe.losses.label_smoothing)
         right = (logits.argmax(dim=1) == batch["labels"]).float().mean()
         return Outcome(loss, {"loss": loss.detach(), "accuracy": right})
 
-    def evaluate(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
-    ) -> dict[str, Tensor]:
-        """See Task."""
+    def evaluate(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """Whether each image is classified correctly."""
         logits: Tensor = engine(FashionClassifier.__call__, batch["images"])
         return {"accuracy": (logits.argmax(dim=1) == batch["labels"]).float()}

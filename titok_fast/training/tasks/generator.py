@@ -20,11 +20,11 @@ from titok_fast.sampling.masking import (
 from titok_fast.sampling.unmask import sample, sample_seeds
 from titok_fast.training.engine import Engine
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs, Task, new_model, required
+from titok_fast.training.tasks.base import Batch, Outcome, Task, new_model, required
 
 
 class GeneratorTask(Task):
-    """Masked tokens, from the others and the class."""
+    """Predict masked tokens from the other tokens and the class."""
 
     model: MaskedGenerator
 
@@ -34,19 +34,15 @@ class GeneratorTask(Task):
         assert config is not None
         model = new_model(generator_class(config), config, recipe.experiment.init_weight)
         self.model, self.config = model.to(device), config
-        self.tokenizer = self._load_tokenizer()
-
-    def _load_tokenizer(self) -> TiTok | None:
-        recipe = self.recipe
-        weights = recipe.experiment.tokenizer_checkpoint
-        if recipe.tokenizer is None or (recipe.data.kind == "tokens" and not weights):
-            return None
-        weights = required(weights, "experiment.tokenizer_checkpoint", "the tokenizer's weights")
-        tokenizer = TiTok.from_pretrained(weights, config=recipe.tokenizer, device=self.device)
-        return tokenizer.requires_grad_(False)
+        self.tokenizer: TiTok | None = None
+        weights, needed = recipe.experiment.tokenizer_checkpoint, recipe.data.kind != "tokens"
+        if recipe.tokenizer is not None and (weights or needed):
+            required(weights, "experiment.tokenizer_checkpoint", "the tokenizer's weights")
+            tokenizer = TiTok.from_pretrained(weights, config=recipe.tokenizer, device=device)
+            self.tokenizer = tokenizer.requires_grad_(False)
 
     def random_inputs(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """See Task: uniforms, and every sample's share of the batch's weights.
+        """Uniforms, and every sample's share of the batch's loss weights.
 
         Every rank draws for the whole batch, so it knows the sum of all weights.
         """
@@ -65,10 +61,10 @@ class GeneratorTask(Task):
             return self.tokenizer.encode(batch["images"])[1]["min_encoding_indices"].flatten(1)
 
     def _predict(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, drop: float, detailed: bool
+        self, engine: Engine, batch: Batch, drop: float, detailed: bool
     ) -> dict[str, Tensor]:
         losses, config = self.recipe.losses, self.config
-        noise = Noise(random_inputs["ratio"], random_inputs["order"], random_inputs["drop"])
+        noise = Noise(batch["ratio"], batch["order"], batch["drop"])
         ids = self._tokens(batch)
         masked, mask = mask_tokens(ids, noise, config.mask_token_id, losses.mask_schedule_strategy)
         classes = self.model.class_ids(batch["labels"])
@@ -84,7 +80,7 @@ class GeneratorTask(Task):
                     mask,
                     label_smoothing=losses.label_smoothing,
                     unmasked_weight=losses.loss_weight_unmasked_token,
-                    total_weight=random_inputs["weight"].sum(),
+                    total_weight=batch["weight"].sum(),
                 )
             }
             if detailed:
@@ -93,23 +89,18 @@ class GeneratorTask(Task):
 
         return engine(work)
 
-    def loss(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
-    ) -> Outcome:
-        """See Task."""
-        drop = self.config.class_label_dropout
-        found = self._predict(engine, batch, random_inputs, drop, detailed)
+    def loss(self, engine: Engine, batch: Batch, step: int, detailed: bool) -> Outcome:
+        """Cross-entropy of the masked tokens, with label dropout."""
+        found = self._predict(engine, batch, self.config.class_label_dropout, detailed)
         return Outcome(found["loss"], {name: value.detach() for name, value in found.items()})
 
-    def evaluate(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
-    ) -> dict[str, Tensor]:
-        """See Task: loss and accuracy without label dropout; the batch's mean for each sample."""
-        found = self._predict(engine, batch, random_inputs, 0.0, True)
+    def evaluate(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """Loss and accuracy without label dropout; the batch's mean for each sample."""
+        found = self._predict(engine, batch, 0.0, True)
         return {name: value.expand(len(batch["labels"])) for name, value in found.items()}
 
     def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """See Task: images of the first classes in turn, with the same seeds every time."""
+        """Images of the first classes in turn, drawn with the same seeds every time."""
         if self.tokenizer is None:
             return {}
         count = len(batch["labels"])

@@ -13,7 +13,7 @@ from titok_fast.models.vqgan import MaskGitVQGAN
 from titok_fast.training.engine import Engine
 from titok_fast.training.losses import ReconstructionLoss, proxy_code_loss
 from titok_fast.training.recipe.recipe import Recipe
-from titok_fast.training.tasks.base import Batch, Outcome, RandomInputs, Task, new_model, required
+from titok_fast.training.tasks.base import Batch, Outcome, Task, new_model, required
 
 _PIXELS = 256 * 256
 _VQGAN_KEY = "model.vq_model.pretrained_tokenizer_weight"
@@ -29,17 +29,14 @@ class _PixelTask(Task):
         self.criterion = ReconstructionLoss(recipe.losses).to(device).train()
 
     @staticmethod
-    def reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
+    def _reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
         """`recon` (B, 3, S, S), `latents`, and the quantizer's losses and ids, if there is one."""
         raise NotImplementedError
 
-    def loss(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
-    ) -> Outcome:
-        """See Task."""
+    def loss(self, engine: Engine, batch: Batch, step: int, detailed: bool) -> Outcome:
         images = batch["images"]
-        out = engine(self.reconstruct, images, random_inputs.get("noise"))
-        # built here: sharding handles tensors that leave the model, and a Gaussian is none
+        out = engine(self._reconstruct, images, batch.get("noise"))
+        # built here: FSDP2 handles only tensors that leave the model, not a Gaussian
         bottleneck = out if "quantizer_loss" in out else DiagonalGaussian(out["latents"])
         decoder: Any = getattr(self.model, "pixel_decoder", None) or self.model.decoder
         loss, logs = self.criterion.generator_loss(
@@ -48,20 +45,16 @@ class _PixelTask(Task):
         ids = None if self.quantizer is None else out["min_encoding_indices"]
         return Outcome(loss, logs, out["recon"].detach(), out["latents"].detach(), ids)
 
-    def evaluate(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
-    ) -> dict[str, Tensor]:
-        """See Task."""
+    def evaluate(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
         images = batch["images"]
-        recon = engine(self.reconstruct, images, None)["recon"].float()
+        recon = engine(self._reconstruct, images, None)["recon"].float()
         pair = [to_uint8(x, rounding="round") for x in (images, recon)]
         error = (images - recon).square().mean(dim=(1, 2, 3))
         return {"mse": error, "psnr": psnr(*pair)}
 
     def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """See Task."""
-        recon = engine(self.reconstruct, batch["images"], None)["recon"]
-        return {"reconstructions": side_by_side(batch["images"], recon)}
+        recon = engine(self._reconstruct, batch["images"], None)["recon"]
+        return {"reconstructions": _side_by_side(batch["images"], recon)}
 
 
 class VqganTask(_PixelTask):
@@ -73,8 +66,7 @@ class VqganTask(_PixelTask):
         self.quantizer = self.model.quantize
 
     @staticmethod
-    def reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
-        """See _PixelTask."""
+    def _reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
         latents = model.encoder(images)
         codes, result = model.quantize(latents)
         return {**result, "recon": model.decoder(codes), "latents": latents}
@@ -90,15 +82,15 @@ class SingleStageTask(_PixelTask):
         self.quantizer = model.quantize if model.config.quantize_mode == "vq" else None
 
     def random_inputs(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """See Task: the noise of a VAE's bottleneck."""
+        """The noise of a VAE's bottleneck."""
         if self.quantizer is not None:
             return {}
         shape = (B, self.config.token_size, 1, self.config.num_latent_tokens)
         return {"noise": torch.randn(shape, generator=generator)}
 
     @staticmethod
-    def reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
-        """See _PixelTask. A VAE without noise reconstructs from the mean."""
+    def _reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
+        """A VAE without noise reconstructs from the mean."""
         latents = model.encoder(images, model.latent_tokens)
         if model.config.quantize_mode == "vq":
             codes, result = model.quantize(latents)
@@ -109,7 +101,7 @@ class SingleStageTask(_PixelTask):
 
 
 class DecoderTask(_PixelTask):
-    """Stage 2: the decoder learns on pixels, everything before the codes is frozen."""
+    """Stage 2: train the decoder on pixels; encoder and codebook are frozen."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
@@ -126,8 +118,7 @@ class DecoderTask(_PixelTask):
         self.model = model.to(device).train()
 
     @staticmethod
-    def reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
-        """See _PixelTask."""
+    def _reconstruct(model: Any, images: Tensor, noise: Tensor | None) -> dict[str, Any]:
         recon, result = model(images)
         return {**result, "recon": recon, "latents": recon.new_empty(0)}
 
@@ -154,10 +145,8 @@ class ProxyTask(Task):
         codes, result = model.quantize(latents)
         return {"logits": model.decode(codes), "latents": latents, **result}
 
-    def loss(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs, step: int, detailed: bool
-    ) -> Outcome:
-        """See Task."""
+    def loss(self, engine: Engine, batch: Batch, step: int, detailed: bool) -> Outcome:
+        """Cross-entropy with the proxy codes, and the quantizer's loss."""
         images = batch["images"]
         codes = self._proxy_codes(images)
         out = engine(self._logits, images)
@@ -175,10 +164,8 @@ class ProxyTask(Task):
             ids=out["min_encoding_indices"],
         )
 
-    def evaluate(
-        self, engine: Engine, batch: Batch, random_inputs: RandomInputs
-    ) -> dict[str, Tensor]:
-        """See Task."""
+    def evaluate(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy and accuracy of each image's proxy codes."""
         codes, out = self._proxy_codes(batch["images"]), engine(self._logits, batch["images"])
         each = [
             proxy_code_loss(logits[None], row[None])
@@ -187,10 +174,10 @@ class ProxyTask(Task):
         return {"proxy_loss": torch.stack(each), "proxy_accuracy": _hits(out["logits"], codes)}
 
     def example_images(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """See Task: images of the likeliest proxy codes."""
+        """Images decoded from the likeliest proxy codes."""
         logits = engine(self._logits, batch["images"])["logits"]
         recon = self.vqgan.decode(logits.argmax(dim=1))
-        return {"reconstructions": side_by_side(batch["images"], recon)}
+        return {"reconstructions": _side_by_side(batch["images"], recon)}
 
 
 def _hits(logits: Tensor, codes: Tensor) -> Tensor:
@@ -198,7 +185,7 @@ def _hits(logits: Tensor, codes: Tensor) -> Tensor:
     return (logits.argmax(dim=1).flatten(1) == codes).float().mean(dim=1)
 
 
-def side_by_side(images: Tensor, others: Tensor) -> Tensor:
+def _side_by_side(images: Tensor, others: Tensor) -> Tensor:
     """Twice (B, 3, S, S) -> (B, 3, S, 2 S)."""
     return torch.cat([images, others.to(images.dtype)], dim=3)
 
