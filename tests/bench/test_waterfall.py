@@ -397,7 +397,7 @@ def test_compiled_rows(tmp_path: Path) -> None:
     # residual sums round as much as 8 bits in so small a generator; the pixel decoder shows them
     eight, *sixteen = (c["quality"]["pixel_rms"] for c in (whole, eager, plain))
     assert 1.5 * max(sixteen) < eight < 0.05
-    assert [g["anchor"] for g in record["groups"]] == [None, "products"]
+    assert [g["anchor"] for g in record["groups"]] == [None]  # few enough weights for one group
 
 
 @pytest.fixture
