@@ -206,8 +206,8 @@ def offline_cases() -> list[OfflineCase]:
     The last of them is plain: no guidance, no bias, all rows, no noise.
     """
     both, L32 = (torch.float32, torch.bfloat16), ("L-32 B=8", 256, 4096, 768)
-    shapes = (("L-32 B=1", 32, 4096, 768), L32)
-    shapes += (("S-128 B=64", 8192, 4096, 1024), ("8k codes B=8", 512, 8192, 768))
+    small, large = ("L-32 B=1", 32, 4096, 768), ("S-128 B=64", 8192, 4096, 1024)
+    shapes = (small, L32, large, ("8k codes B=8", 512, 8192, 768))
     cases = [_head_case(*shape, dtype, "logit") for shape in shapes for dtype in both]
     cases += [_head_case(*L32, dtype, "probability") for dtype in FLOAT_TYPES]
     cases.append(_head_case(*L32, torch.bfloat16, "logit", plain=True))
@@ -222,7 +222,7 @@ def _head_case(
     kind, width, streams = TRITON_NAMES[dtype], dtype.itemsize, 1 if plain else 2
     plan = _plan(R, dtype)
     options = {name: plan.pop(name) for name in ("num_warps", "num_stages")}
-    flags = dict.fromkeys(("GUIDED", "BIASED", "GATHERED", "NOISY"), not plain)
+    flags: dict[str, int] = dict.fromkeys(("GUIDED", "BIASED", "GATHERED", "NOISY"), not plain)
     flags |= {"PROBABILITY": rule == "probability", "EVEN_D": True}
     types = {"*i64": "rows_ptr seeds_ptr positions_ptr", "*i32": "codes_ptr", "i32": "M R step"}
     types |= {"fp32": "guidance inv_temperature noise_temperature"}
