@@ -109,13 +109,13 @@ class OurLearner:
         if device.type == "cpu":
             keep_freed_memory()
         with random_weights():
-            self.learner = Trainer(recipe, Ranks(0, 1, device))
-        fill_task(self.learner.task)
+            self.trainer = Trainer(recipe, Ranks(0, 1, device))
+        fill_task(self.trainer.task)
 
     def update(self, batch: dict[str, Tensor]) -> float:
         """One update; returns the model's loss."""
-        if not self.learner.gradients(batch):
+        if not self.trainer.gradients(batch):
             raise FloatingPointError("a loss or gradient is not finite")
-        self.learner.apply()
-        logs = self.learner.logs()
+        self.trainer.apply()
+        logs = self.trainer.logs()
         return logs["loss" if "loss" in logs else "total_loss"]

@@ -209,15 +209,15 @@ def _measure_speed(setup: Setup, e: Experiment) -> Figures:
 
 def _training_step(setup: Setup, K: int) -> Callable[[], object]:
     B, random = setup.settings.generator_batch, torch.Generator().manual_seed(0)
-    learner = Trainer(setup.recipe(Experiment("generator", "B", K, "arccos")), setup.ranks)
+    trainer = Trainer(setup.recipe(Experiment("generator", "B", K, "arccos")), setup.ranks)
     batch = {
         "tokens": torch.randint(256, (B, K), generator=random),
         "labels": torch.randint(CLASSES, (B,), generator=random),
     }
 
     def update() -> None:
-        learner.gradients(batch)
-        learner.apply()
+        trainer.gradients(batch)
+        trainer.apply()
 
     return update
 

@@ -103,13 +103,13 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any]) -> None:
 def test_it_learns(tmp_path: Path) -> None:
     recipe = recipe_of("single_stage", tmp_path, tmp_path, steps=60)
     recipe = replace(updated(recipe, losses={"discriminator_start": 100}), tokenizer=CONFIG)
-    learner = Trainer(recipe, ALONE)
+    trainer = Trainer(recipe, ALONE)
     # not noise, which four codes cannot hold
     shade = torch.linspace(0.1, 0.9, 8).view(8, 1, 1, 1).expand(8, 3, 16, 16)
     batch = {"images": shade.contiguous(), "labels": torch.zeros(8, dtype=torch.int64)}
     losses = []
     for _ in range(60):
-        assert learner.gradients(batch, detailed=True)
-        learner.apply()
-        losses.append(learner.logs()["reconstruction_loss"])
+        assert trainer.gradients(batch, detailed=True)
+        trainer.apply()
+        losses.append(trainer.logs()["reconstruction_loss"])
     assert losses[-1] < 0.3 * losses[0]
