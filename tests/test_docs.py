@@ -42,7 +42,12 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 CARDS = tuple(ROOT / "titok_fast" / name / "README.md" for name in ("recipes", "weights"))
-EXTRAS = {"docs/kernels.md": "vector_quantize_pytorch"}  # page: package that its blocks import
+# page: package of an extra that its blocks import
+EXTRAS = {
+    "docs/evaluation.md": "torchmetrics",
+    "docs/kernels.md": "vector_quantize_pytorch",
+    "docs/results/paper_trends.md": "matplotlib",
+}
 LANGUAGES = {"bash", "python", "diff", "text"}
 COMMANDS = (
     *("sample", "tokenize", "detokenize", "reconstruct", "info"),
@@ -104,7 +109,7 @@ def shell_lines(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the documents take for granted: images, data, and weights under the published names."""
+    """What the documents take for granted: folders, images, data, weights of published names."""
     from skimage import data
 
     folder = tmp_path_factory.mktemp("docs")
@@ -124,6 +129,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     members = [("0.png", encoded(data.coffee())), ("0.cls", b"7")]
     write_tar(folder / "imagenet-train-0000.tar", members)
     shutil.copytree(ROOT / "bench" / "fashion-16", folder / "bench" / "fashion-16")
+    (folder / "bench" / "results").mkdir()
+    (folder / "PATH" / "modeling").mkdir(parents=True)  # enough to pass for a clone of upstream
+    (folder / "PATH" / "modeling" / "titok.py").touch()
     return folder
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -304,9 +305,21 @@ def test_the_command(
         assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where a shell started pytest in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_command_goes_on(
-    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, number: int
+    ctrl_c: None,
+    tmp_path: Path,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     assert main([*command, f"--out={tmp_path / 'whole'}"]) == 0
