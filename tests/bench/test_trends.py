@@ -195,7 +195,7 @@ def test_a_whole_run(whole: tuple[Path, dict[str, Any]]) -> None:
     assert record["protocol"]["settings"]["budget"] == SMOKE.budget
     assert ET.parse(folder / "record.svg").getroot().tag.endswith("svg")
     assert len(plot.trends(record).axes) == 2 * len(experiments.GROUPS)
-    with pytest.raises(ValueError, match=r"wants a record of paper-trends\.py"):
+    with pytest.raises(ValueError, match=r"wants a record of trends\.py"):
         plot.trends(record | {"comparisons": []})
 
 
