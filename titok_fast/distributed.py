@@ -48,6 +48,13 @@ class Ranks:
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes]
 
+    def wait(self, lost: Callable[[], str]) -> None:
+        """Wait until every rank is here; `lost` words the RankLostError where one is gone."""
+        try:
+            self.any(False)
+        except RuntimeError as error:  # how gloo says that a rank is gone
+            raise RankLostError(lost()) from error
+
     def agree(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 and tell all ranks how it ended.
 

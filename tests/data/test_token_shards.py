@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.records import pixels
+from support.records import array_source
 from support.tiny_models import tiny_tokenizer
 
 from titok_fast import TiTok
@@ -39,7 +39,7 @@ def tokenizer() -> TiTok:
 
 @pytest.fixture
 def source() -> ArraySource:
-    return ArraySource(np.stack([pixels(i) for i in range(COUNT)]), np.arange(COUNT) % 10)
+    return array_source(COUNT)
 
 
 def ids(rows: int, K: int = K, N: int = N) -> np.ndarray:

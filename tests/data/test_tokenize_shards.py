@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.processes import python
-from support.records import pixels, write_fashion, write_shards
+from support.records import array_source, pixels, write_fashion, write_shards
 from support.tiny_models import rebuilt, tiny_tokenizer, tiny_tokenizer_config
 from support.tiny_runs import PROCESSES
 
@@ -43,13 +43,9 @@ def tokenizer() -> TiTok:
     return tiny_tokenizer("stage1", K, N)
 
 
-def array_source() -> ArraySource:
-    return ArraySource(np.stack([pixels(i) for i in range(COUNT)]), np.arange(COUNT) % 10)
-
-
 @pytest.fixture
 def source() -> ArraySource:
-    return array_source()
+    return array_source(COUNT)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -242,7 +238,7 @@ def one_rank(rank: int, port: int, out: Path, told: Any) -> None:
     try:
         with join("cpu", patience_s=60) as ranks:
             model = tiny_tokenizer("stage1", K, N)
-            pretokenize(model, array_source(), out, shard_size=SHARD, ranks=ranks)
+            pretokenize(model, array_source(COUNT), out, shard_size=SHARD, ranks=ranks)
     except RankLostError as error:
         told.put(str(error))
         os._exit(3)  # as after an error: an orderly exit waits for the dead

@@ -9,12 +9,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from titok_fast.data.sources import ArraySource
+
 
 def pixels(index: int, height: int = 40, width: int = 48) -> np.ndarray:
     """A smooth picture (H, W, 3) uint8, another for each index."""
     y, x = np.mgrid[:height, :width]
     planes = [128 + 100 * np.sin((x * (c + 1) + y * (index % 7 + 1)) / 9 + index) for c in range(3)]
     return np.stack(planes, axis=2).astype(np.uint8)
+
+
+def array_source(count: int) -> ArraySource:
+    """`count` such pictures, of ten classes in turn."""
+    return ArraySource(np.stack([pixels(i) for i in range(count)]), np.arange(count) % 10)
 
 
 class Trap:

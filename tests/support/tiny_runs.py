@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -131,6 +132,18 @@ def recipe_of(kind: str, weights: Path, output: Path, steps: int = 6, **training
         lr_scheduler=ScheduleConfig(warmup_steps=0),
         training=TrainingConfig(**{**settings, **training}),
     )
+
+
+def assert_two_ranks_do_as_one(
+    worker: Callable[[int, int, Path], None], folder: Path, *, rtol: float
+) -> None:
+    """`worker(rank, world, folder)` saves tensors by name as `WORLD-RANK.pt`; they must agree."""
+    worker(0, 1, folder)
+    mp.spawn(worker, (2, folder), nprocs=2)
+    alone, first, second = (torch.load(folder / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
+    for name, want in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], want, rtol=rtol, atol=1e-7, msg=name)
 
 
 @contextmanager

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from support.official import needs_upstream, official
-from support.tiny_runs import process_group
+from support.tiny_runs import assert_two_ranks_do_as_one, process_group
 from torch import Tensor
 
 from titok_fast.models.code_usage import CodeUsage, UsageReport
@@ -130,12 +129,7 @@ def _revive(rank: int, world: int, folder: Path) -> None:
 
 
 def test_two_ranks_revive_as_one_with_both_batches(tmp_path: Path) -> None:
-    _revive_rank(0, 1, tmp_path)
-    mp.spawn(_revive_rank, (2, tmp_path), nprocs=2)
-    alone, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
-    for name, want in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], want, rtol=1e-6, atol=1e-7, msg=name)
+    assert_two_ranks_do_as_one(_revive_rank, tmp_path, rtol=1e-6)
 
 
 @needs_upstream

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from support.official import needs_upstream, official
-from support.tiny_runs import process_group
+from support.tiny_runs import assert_two_ranks_do_as_one, process_group
 from torch import Tensor, nn
 
 from titok_fast.models.quantizer import DiagonalGaussian
@@ -312,12 +311,7 @@ def _train(rank: int, world: int, folder: Path) -> None:
 
 
 def test_two_ranks_do_what_one_does_with_both_batches(tmp_path: Path) -> None:
-    _train_rank(0, 1, tmp_path)
-    mp.spawn(_train_rank, (2, tmp_path), nprocs=2)
-    alone, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
-    for name, want in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], want, rtol=1e-5, atol=1e-7, msg=name)
+    assert_two_ranks_do_as_one(_train_rank, tmp_path, rtol=1e-5)
 
 
 def official_config(mode: str, **fields: Any) -> Any:

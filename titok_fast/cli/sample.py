@@ -38,7 +38,7 @@ from titok_fast.cli.options import (
     sources_of,
 )
 from titok_fast.config import SamplingConfig
-from titok_fast.distributed import RankLostError, Ranks, join
+from titok_fast.distributed import Ranks, join
 from titok_fast.io.images import grid, save_png, to_pil
 from titok_fast.io.npz import archive_exists, write_archive
 from titok_fast.io.sample_folder import (
@@ -288,12 +288,9 @@ def _fill(
 
 
 def _wait_for_others(ranks: Ranks, store: PngFolder | RawFolder) -> None:
-    try:
-        ranks.any(False)
-    except RuntimeError as error:
-        raise RankLostError(f"another process is gone; {_missing(store)}. {_AGAIN}") from error
-    if not ranks.rank and _missing(store):
-        raise FileNotFoundError(f"{_missing(store)}: all machines want the same folder. {_AGAIN}")
+    ranks.wait(lambda: f"another process is gone; {_missing(store)}. {_AGAIN}")
+    if not ranks.rank and (missing := _missing(store)):
+        raise FileNotFoundError(f"{missing}: all machines want the same folder. {_AGAIN}")
 
 
 def _missing(store: PngFolder | RawFolder) -> str:

@@ -26,7 +26,7 @@ from titok_fast.data.token_shards import (
     shard_path,
     write_shard,
 )
-from titok_fast.distributed import RankLostError, Ranks
+from titok_fast.distributed import Ranks
 from titok_fast.io.images import to_tensor
 from titok_fast.io.sample_folder import claim_folder, differences, make_writable
 from titok_fast.models.tokenizer import TiTok
@@ -112,14 +112,12 @@ def pretokenize(
         for number in mine:
             shards.make(number, pool, bad)
             bar.update(len(shards.records(number)))
-    try:
-        ranks.any(False)  # wait until all ranks are done
-    except RuntimeError as error:  # how gloo says that a rank is gone
-        missing = manifest["shards"] - len(shard_numbers(shards.folder))
-        raise RankLostError(
-            f"another rank is gone, or too slow: {missing} of {manifest['shards']} shards are "
-            "missing. Run the same command again to make them, with any number of ranks"
-        ) from error
+    ranks.wait(
+        lambda: (
+            f"another rank is gone, or too slow: {shards.count_missing()} of {manifest['shards']} "
+            "shards are missing. Run the same command again to make them, with any number of ranks"
+        )
+    )
     return ranks.agree(lambda: shards.count_rows(max_bad_share))
 
 
@@ -213,6 +211,10 @@ class _Shards:
         images = to_tensor(pixels, self.tokenizer.config.crop_size)
         _, result = self.tokenizer.encode(images.to(self.tokenizer.latent_tokens.device))
         return result["min_encoding_indices"].squeeze(1).cpu().numpy()
+
+    def count_missing(self) -> int:
+        """How many shards are not there."""
+        return self.manifest["shards"] - len(shard_numbers(self.folder))
 
     def count_rows(self, max_bad_share: float) -> int:
         """Check the finished folder; rows of all shards."""
