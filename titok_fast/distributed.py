@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# before there is a group: that module makes the group of that time a default argument, which then
+# outlives `destroy_process_group`, and a thread of such a group can abort the process at its end
+import torch.distributed.nn
 from torch import Tensor
 
 # gloo and NCCL raise plain RuntimeErrors; these words are all that tells them from others
