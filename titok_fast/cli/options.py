@@ -136,9 +136,14 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype:
 
 def load_pipeline(args: argparse.Namespace, sources: Sources) -> TiTokPipeline:
     """Load what `sources_of` found, and make it fast where `--fast` asks for it."""
+    say_random_weights(args)
+    return make_fast(args, load_plain(args, sources))
+
+
+def say_random_weights(args: argparse.Namespace) -> None:
+    """Say on standard error that images will be noise, where `--random-weights` is given."""
     if args.random_weights:
         sys.stderr.write("titok-fast: random weights, untrained: the images are noise\n")
-    return make_fast(args, load_plain(args, sources))
 
 
 def load_plain(args: argparse.Namespace, sources: Sources) -> TiTokPipeline:

@@ -12,7 +12,6 @@ the same command, with any number of ranks, draws what is missing.
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -34,6 +33,7 @@ from titok_fast.cli.options import (
     positive,
     progress_bar,
     sampling_changes,
+    say_random_weights,
     seconds,
     sources_of,
 )
@@ -126,13 +126,12 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     changes = sampling_changes(args)
     SamplingConfig().updated(**changes)
     sources = sources_of(args, draws=True)
-    sources.tokenizer_config.check_has_ids()
     run_labels = _labels(args, sources)
     _check_places(args)
     with join(args.device, args.patience) as ranks:
         pipe = load_plain(args, sources)
-        if args.random_weights and ranks.rank == 0:
-            sys.stderr.write("titok-fast: random weights, untrained: the images are noise\n")
+        if ranks.rank == 0:
+            say_random_weights(args)
         draw = _into_folder if args.out or args.npz else _into_sheet
         yield from draw(args, ranks, pipe, run_labels)
 
