@@ -32,3 +32,26 @@ def test_no_thread_of_the_group_outlives_the_run() -> None:
     done = python("-c", LEAVE, **where)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+END = """
+import atexit, threading, time
+from titok_fast.distributed import end_process, join
+
+try:
+    with join("cpu"):
+        raise ValueError  # so the group lives on
+except ValueError:
+    pass
+threading.Thread(target=time.sleep, args=(600,)).start()  # Python's own end would wait for it
+atexit.register(print, "atexit")
+end_process(3)
+"""
+
+
+def test_a_rank_ends_beside_a_group_that_is_still_alive() -> None:
+    """One in forty processes that met a killed rank ended by SIGABRT, with that status."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    done = python("-c", END, **where)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.strip() == "atexit"

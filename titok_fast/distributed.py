@@ -4,12 +4,14 @@ A process without a launcher is a run of one rank; `torchrun` starts more. Contr
 CPU tensors through gloo, gradients through gloo or NCCL, whichever the device has.
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -106,7 +108,7 @@ def join(device: str | None = None, patience_s: float = 600.0) -> Iterator[Ranks
         raise ConnectionError(f"the other processes cannot be reached: {error}") from error
     with _lost_ranks_named(patience_s):
         yield Ranks(dist.get_rank(), dist.get_world_size(), own)
-    # not after an error: an orderly exit waits for ranks that may be gone
+    # not after an error: that waits for ranks that may be gone; see `end_process`
     dist.destroy_process_group()
 
 
@@ -137,6 +139,20 @@ def local_device(name: str | None = None) -> torch.device:
             )
         torch.cuda.set_device(device)
     return device
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process with an exit status, which is the caller's last act.
+
+    A rank ends without Python's own end: the group may still be alive, after an error or in a cache
+    of torch, and one of its threads that meets a closing interpreter aborts the process.
+    """
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager

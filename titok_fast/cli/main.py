@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from titok_fast.distributed import end_process
 from titok_fast.models.attention import BackendError
 from titok_fast.settings import __version__
 
@@ -99,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """The program `titok-fast`: `main`, then the end of the process."""
+    end_process(main())
+
+
 def _fail(message: str, status: int) -> int:
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank = f"rank {os.environ.get('RANK', '0')}: " if many else ""
@@ -132,7 +138,3 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             module = import_module(f"titok_fast.cli.{known.module}")
             getattr(module, known.add_arguments)(subparser)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
