@@ -1,21 +1,17 @@
 """Token shards, and the official JSONL."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.records import array_source
-from support.tiny_models import tiny_tokenizer
+from support.processes import python
+from support.records import contents
 
-from titok_fast import TiTok
-from titok_fast.data.sources import ArraySource, check_same_data
+from titok_fast.data.sources import check_same_data
 from titok_fast.data.token_shards import (
     TokenSource,
     jsonl_to_shards,
@@ -26,20 +22,7 @@ from titok_fast.data.token_shards import (
     write_shard,
 )
 
-COUNT, SHARD, K, N = 23, 5, 8, 64
-
-
-pytestmark = pytest.mark.usefixtures("one_thread_for_all")  # as torchrun sets it
-
-
-@pytest.fixture
-def tokenizer() -> TiTok:
-    return tiny_tokenizer("stage1", K, N)
-
-
-@pytest.fixture
-def source() -> ArraySource:
-    return array_source(COUNT)
+K, N = 8, 64
 
 
 def ids(rows: int, K: int = K, N: int = N) -> np.ndarray:
@@ -48,10 +31,6 @@ def ids(rows: int, K: int = K, N: int = N) -> np.ndarray:
 
 def about(number: int = 0, shards: int = 1, N: int = N, **more: Any) -> dict[str, Any]:
     return {"codebook_size": N, "shard": number, "shards": shards, **more}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -99,9 +78,8 @@ for i in range(3):
     write_shard(Path({str(tmp_path)!r}) / f"{{i}}-HASH", tokens, labels, about)
 """
     for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", code.replace("HASH", seed)]
-        subprocess.run(command, check=True, env=environment)
+        done = python("-c", code.replace("HASH", seed), PYTHONHASHSEED=seed)
+        assert done.returncode == 0, done.stderr
     assert len(contents(tmp_path)) == 6
     assert len(set(contents(tmp_path).values())) == 1
 

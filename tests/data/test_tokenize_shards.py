@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from support.processes import python
-from support.records import array_source, pixels, write_fashion, write_shards
+from support.ranks import run_together
+from support.records import array_source, contents, pixels, write_fashion, write_shards
 from support.tiny_models import rebuilt, tiny_tokenizer, tiny_tokenizer_config
-from support.tiny_runs import PROCESSES
 
 from titok_fast import TiTok
 from titok_fast.cli.main import main
@@ -30,7 +29,7 @@ from titok_fast.data.token_shards import (
 )
 from titok_fast.data.tokenize_shards import pretokenize, tokenizer_fingerprint
 from titok_fast.data.webdataset import WebDatasetSource
-from titok_fast.distributed import RankLostError, Ranks, join
+from titok_fast.distributed import Ranks
 from titok_fast.io.images import to_tensor
 
 COUNT, SHARD, K, N = 23, 5, 8, 64
@@ -46,10 +45,6 @@ def tokenizer() -> TiTok:
 @pytest.fixture
 def source() -> ArraySource:
     return array_source(COUNT)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -222,11 +217,8 @@ def test_two_ranks_make_the_same_bytes(tmp_path: Path) -> None:
     assert np.array_equal(TokenSource(jsonl).tokens, TokenSource(tmp_path / "1").tokens)
 
 
-def one_rank(rank: int, port: int, out: Path, told: Any) -> None:
-    """Rank 1 dies before its second shard; rank 0 tells its error."""
-    torch.set_num_threads(1)
-    address = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in address.items()})
+def loses_a_rank(ranks: Ranks, out: Path) -> None:
+    """Rank 1 dies before its second shard."""
     make = tokenize_shards._Shards.make
 
     def die(shards: Any, number: int, *more: Any) -> None:
@@ -235,30 +227,18 @@ def one_rank(rank: int, port: int, out: Path, told: Any) -> None:
         make(shards, number, *more)
 
     tokenize_shards._Shards.make = die  # type: ignore[method-assign]
-    try:
-        with join("cpu", patience_s=60) as ranks:
-            model = tiny_tokenizer("stage1", K, N)
-            pretokenize(model, array_source(COUNT), out, shard_size=SHARD, ranks=ranks)
-    except RankLostError as error:
-        told.put(str(error))
-        os._exit(3)  # as after an error: an orderly exit waits for the dead
+    model = tiny_tokenizer("stage1", K, N)
+    pretokenize(model, array_source(COUNT), out, shard_size=SHARD, ranks=ranks)
 
 
 def test_a_killed_rank_leaves_whole_shards_for_another_number_of_ranks(
     tmp_path: Path, tokenizer: TiTok, source: ArraySource
 ) -> None:
     out = tmp_path / "out"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = PROCESSES.SimpleQueue()
-    both = [PROCESSES.Process(target=one_rank, args=(rank, port, out, told)) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(timeout=120)
+    told, both = run_together(loses_a_rank, (out,))
     assert [process.exitcode for process in both] == [3, -signal.SIGKILL]
-    assert re.search(r"another rank is gone.*: 1 of 5 shards are missing. Run the same", told.get())
+    (message,) = told
+    assert re.search(r"another rank is gone.*: 1 of 5 shards are missing. Run the same", message)
     assert shard_numbers(out) == [0, 1, 2, 4]
     pretokenize(tokenizer, source, out, shard_size=SHARD)  # one rank makes the rest
     pretokenize(tokenizer, source, tmp_path / "whole", shard_size=SHARD)

@@ -24,6 +24,11 @@ def array_source(count: int) -> ArraySource:
     return ArraySource(np.stack([pixels(i) for i in range(count)]), np.arange(count) % 10)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 class Trap:
     """Part of a hostile file: makes a folder when it is unpickled."""
 

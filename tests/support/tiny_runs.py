@@ -1,17 +1,11 @@
 """What the tests of the training loop share: recipes of tiny runs, and data in memory."""
 
 import dataclasses
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -27,7 +21,8 @@ from titok_fast import (
 from titok_fast.data.config import DataConfig
 from titok_fast.data.sources import ArraySource
 from titok_fast.distributed import Ranks
-from titok_fast.training import checkpoints
+from titok_fast.training import checkpoints, loop
+from titok_fast.training.checkpoints import Checkpoint
 from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.recipe.sections import (
     Experiment,
@@ -38,11 +33,6 @@ from titok_fast.training.recipe.sections import (
 )
 from titok_fast.training.trainer import Trainer
 
-# processes that start at once: a server imports torch for all, and is forked before it has threads
-PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["titok_fast.training.loop", "torch.distributed.fsdp", "torch._dynamo"]
-)
 ALONE = Ranks(0, 1, torch.device("cpu"))
 STAGES = ("vqgan", "stage1", "stage2", "single_stage", "generator", "classifier")
 KINDS = (*STAGES, "vae")  # single_stage with codes, and as a VAE
@@ -134,30 +124,6 @@ def recipe_of(kind: str, weights: Path, output: Path, steps: int = 6, **training
     )
 
 
-def assert_two_ranks_do_as_one(
-    worker: Callable[[int, int, Path], None], folder: Path, *, rtol: float
-) -> None:
-    """`worker(rank, world, folder)` saves tensors by name as `WORLD-RANK.pt`; they must agree."""
-    worker(0, 1, folder)
-    mp.spawn(worker, (2, folder), nprocs=2)
-    alone, first, second = (torch.load(folder / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
-    for name, want in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], want, rtol=rtol, atol=1e-7, msg=name)
-
-
-@contextmanager
-def process_group(rank: int, world: int, folder: Path) -> Iterator[None]:
-    """Inside `with`, this process is one of `world` that meet in a folder, or alone."""
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    yield
-    gc.collect()  # what outlives the group keeps its threads, and a process that ends then aborts
-    if world > 1:
-        dist.destroy_process_group()
-
-
 def updated(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """A copy with some fields of some sections changed."""
     changed = {
@@ -167,15 +133,26 @@ def updated(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, **changed)
 
 
+def run(recipe: Recipe, sources: loop.Sources | None = None) -> str:
+    """Train on this process alone, by default on data of the recipe's image size."""
+    return loop.train(recipe, ALONE, sources or (source_of(recipe), None), bar=False)
+
+
 def source_of(recipe: Recipe) -> ArraySource:
     """Data of the recipe's image size."""
     return data(side=recipe.data.crop_size)
 
 
-def saved_tensors(output: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's newest checkpoint, whole, whichever rank wrote which part."""
+def newest(output: Path) -> Checkpoint:
+    """A run's newest checkpoint; there must be one."""
     found = checkpoints.newest(output)
     assert found is not None
+    return found
+
+
+def saved_tensors(output: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint, whole, whichever rank wrote which part."""
+    found = newest(output)
     metadata = HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata
     tensors = {name: torch.zeros(entry.size) for name, entry in metadata.items()}
     found.load(tensors, ALONE)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from support.tiny_runs import ALONE, assert_equal
+from support.tiny_runs import ALONE, assert_equal, newest
 from torch import Tensor, nn
 
 from titok_fast.training import checkpoints
@@ -44,13 +44,12 @@ def save(output: Path, step: int, keep: int = 0) -> Path:
 
 def check(output: Path, step: int) -> None:
     """The newest valid checkpoint is that of `step`, to the last bit."""
-    found = checkpoints.newest(output)
-    assert found is not None
+    found = newest(output)
     assert (found.step, found.state) == (step, {"step": step})
     wanted = tensors(step)
     got = {name: torch.zeros_like(t) for name, t in wanted.items()}
     found.load(got, ALONE)
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert_equal(got, wanted)
 
 
 def test_round_trip_and_names(tmp_path: Path) -> None:
@@ -138,8 +137,7 @@ def test_latest_counts_before_the_number(tmp_path: Path) -> None:
 
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    found = checkpoints.newest(tmp_path)
-    assert found is not None
+    found = newest(tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint-1 does not fit this run: .*model/bias"):
         found.load({"model/bias": torch.zeros(3)}, ALONE)
     with pytest.raises(ValueError, match=r"Size mismatch .*model/weight"):
@@ -199,8 +197,7 @@ def survives(output: Path, deadly: int) -> None:
     """Kill the writer at a point; the checkpoints must be whole, and the run must continue."""
     status, told = child(output, deadly)
     assert status == -signal.SIGKILL
-    found = checkpoints.newest(output)  # a warning of damage would be an error here
-    assert found is not None
+    found = newest(output)  # a warning of damage would be an error here
     assert found.step >= max(told, default=1)
     check(output, found.step)
     save(output, 9, keep=2)
@@ -317,8 +314,7 @@ def test_optimizer_state_by_name(
     assert state == {"model_optimizer_steps": [3, 3] if fused == "apex" else [None, None]}
     checkpoints.write(tmp_path, 3, first.tensors(), state, ranks=ALONE)
 
-    found = checkpoints.newest(tmp_path)
-    assert found is not None
+    found = newest(tmp_path)
     before = resumed.tensors()
     found.load(before, ALONE)
     resumed.restore(found.state)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.official import needs_upstream, official
-from support.tiny_runs import assert_two_ranks_do_as_one, process_group
+from support.ranks import assert_two_ranks_do_as_one
 from torch import Tensor
 
 from titok_fast.models.code_usage import CodeUsage, UsageReport
@@ -105,11 +105,6 @@ def test_wrong_shapes_are_named(shape: tuple[int, ...]) -> None:
         CodeRevival(N).update(quantizer(l2=True), torch.zeros(shape), ids)
 
 
-def _revive_rank(rank: int, world: int, folder: Path) -> None:
-    with process_group(rank, world, folder):
-        _revive(rank, world, folder)
-
-
 def _revive(rank: int, world: int, folder: Path) -> None:
     result: dict[str, Any] = {}
     for l2 in (True, False):
@@ -128,8 +123,9 @@ def _revive(rank: int, world: int, folder: Path) -> None:
     torch.save(result, folder / f"{world}-{rank}.pt")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_revive_as_one_with_both_batches(tmp_path: Path) -> None:
-    assert_two_ranks_do_as_one(_revive_rank, tmp_path, rtol=1e-6)
+    assert_two_ranks_do_as_one(_revive, tmp_path, rtol=1e-6)
 
 
 @needs_upstream

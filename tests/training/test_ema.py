@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from support.official import needs_upstream, official
-from support.tiny_runs import process_group
+from support.ranks import two_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -121,14 +120,9 @@ def test_a_decay_out_of_range_is_refused() -> None:
         Ema(network(), 1.5)
 
 
-def _rank(rank: int, folder: Path) -> None:
-    with process_group(rank, 2, folder):
-        _average_sharded(rank, folder)
-
-
-def _average_sharded(rank: int, folder: Path) -> None:
+def _average_sharded(rank: int, world: int, folder: Path) -> None:
     model = network()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     ema = Ema(model, 0.7)
     for step in range(STEPS):
         move(model, step)
@@ -150,7 +144,7 @@ def _average_sharded(rank: int, folder: Path) -> None:
 
 
 def test_sharded_models_average_as_whole_ones_do(tmp_path: Path) -> None:
-    mp.spawn(_rank, (tmp_path,), nprocs=2)
+    two_ranks(_average_sharded, tmp_path)
     got = torch.load(tmp_path / "out", weights_only=True)
     model = network()
     ema = Ema(model, 0.7)

@@ -3,23 +3,21 @@
 import hashlib
 import os
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.context import ForkServerProcess
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.ranks import run_together
 from support.tiny_runs import (
     ALONE,
     GENERATOR,
     KINDS,
-    PROCESSES,
     assert_equal,
     final,
+    newest,
     recipe_of,
     saved_tensors,
     source_of,
@@ -27,8 +25,8 @@ from support.tiny_runs import (
 )
 from torch import Tensor
 
-from titok_fast.distributed import RankLostError, Ranks, join, rank_mean
-from titok_fast.training import checkpoints, loop
+from titok_fast.distributed import Ranks, join, rank_mean
+from titok_fast.training import loop
 from titok_fast.training.engine import whole
 from titok_fast.training.logs import read_log
 from titok_fast.training.recipe.recipe import Recipe
@@ -36,48 +34,6 @@ from titok_fast.training.trainer import Trainer
 
 BATCH = 8
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the ranks have
-
-
-def start(
-    rank: int, size: int, port: int, patience: float, work: Callable[..., Any], told: Any, args: Any
-) -> None:
-    """One rank of `together`."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("MASTER_PORT", port)):
-        os.environ[name] = str(value)
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    try:
-        with join("cpu", patience_s=patience) as ranks:
-            result = work(ranks, *args)
-    except RankLostError as error:
-        told.put(str(error))
-        os._exit(3)
-    told.put((rank, result))
-
-
-def run_together(
-    work: Callable[..., Any], args: Any, size: int = 2, patience: float = 60.0
-) -> tuple[list[Any], list[ForkServerProcess]]:
-    """Messages of `size` ranks, and the ended processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told: SimpleQueue = PROCESSES.SimpleQueue()
-    processes = [
-        PROCESSES.Process(target=start, args=(rank, size, port, patience, work, told, args))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=150 if process is processes[0] else 20)
-        process.kill()  # what a test has stopped
-        process.join()
-    messages = []
-    while not told.empty():
-        messages.append(told.get())
-    return messages, processes
 
 
 def together(work: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
@@ -178,12 +134,13 @@ def test_two_ranks_do_what_one_does_for_50_updates(
     agree((kind,), 50, weights, tmp_path)
 
 
-def train_in_turn(ranks: Ranks, recipe: Recipe, ends: list[int]) -> None:
-    """Train to each of the ends, building everything anew from the checkpoint."""
-    for end in ends:
-        run = loop._Run(recipe, ranks, (source_of(recipe), None))
-        run.last = end
-        run.run(bar=False)
+def train_in_turn(ranks: Ranks, *jobs: tuple[Recipe, list[int]]) -> None:
+    """Train each to each of its ends, building everything anew from the checkpoint."""
+    for recipe, ends in jobs:
+        for end in ends:
+            run = loop._Run(recipe, ranks, (source_of(recipe), None))
+            run.last = end
+            run.run(bar=False)
 
 
 def test_resuming_shards_is_exact_and_other_ways_of_sharing_may_go_on(
@@ -195,24 +152,19 @@ def test_resuming_shards_is_exact_and_other_ways_of_sharing_may_go_on(
         for output in outputs
     )
     jobs = [(whole_run, [4]), (parts, [1, 2, 4]), (moved, [2])]
-    together(train_many_in_turn, *jobs)
+    together(train_in_turn, *jobs)
     want = saved_tensors(outputs[0])
     assert_equal(saved_tensors(outputs[1]), want)
     assert_equal(final(outputs[1]), final(outputs[0]))
 
     alone = updated(moved, training={"per_gpu_batch_size": BATCH, "parallel": "ddp"})
-    train_in_turn(ALONE, alone, [4])
+    train_in_turn(ALONE, (alone, [4]))
     for name, tensor in want.items():
         if name.startswith("model/"):
             assert torch.allclose(saved_tensors(outputs[2])[name], tensor, atol=1e-4), name
     too_large = updated(moved, training={"per_gpu_batch_size": 2 * BATCH})
     with pytest.raises(ValueError, match="began with 8 samples per update, now there are 16"):
-        train_in_turn(ALONE, too_large, [4])
-
-
-def train_many_in_turn(ranks: Ranks, *jobs: tuple[Recipe, list[int]]) -> None:
-    for recipe, ends in jobs:
-        train_in_turn(ranks, recipe, ends)
+        train_in_turn(ALONE, (too_large, [4]))
 
 
 def loses_a_rank(ranks: Ranks, recipe: Recipe, kill: int, how: signal.Signals) -> str:
@@ -245,9 +197,7 @@ def test_lost_rank_ends_the_others(
     (message,) = told
     wanted = f"another rank is gone, or has not answered for {patience:g} s: "
     assert message.startswith(wanted)
-    found = checkpoints.newest(tmp_path)
-    assert found is not None
-    assert found.step == 4
+    assert newest(tmp_path).step == 4
 
 
 def agreements(ranks: Ranks) -> None:

@@ -8,21 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support.ranks import PROCESSES
 from support.tiny_runs import (
-    ALONE,
-    PROCESSES,
     assert_equal,
     final,
+    newest,
     recipe_of,
+    run,
     snapshot,
     source_of,
     updated,
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from titok_fast.cli.main import main
 from titok_fast.data.sources import ArraySource
-from titok_fast.training import checkpoints, loop
+from titok_fast.training import checkpoints
 from titok_fast.training.logs import Log, read_log
 from titok_fast.training.loop import Interrupt
 from titok_fast.training.recipe.recipe import Recipe
@@ -39,10 +41,6 @@ from titok_fast.training.trainer import Trainer
 
 # children use one thread, and the order of sums, so their last bits, follow the number of threads
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(recipe: Recipe) -> str:
-    return loop.train(recipe, ALONE, (source_of(recipe), None), bar=False)
 
 
 def train_slowly(recipe: Recipe) -> None:
@@ -90,9 +88,7 @@ def killed_runs_are_exact(kills: int, steps: int, weights: Path, folder: Path) -
         deaths += 1
     run(killed)
     assert_equal(final(output), final(folder / "alone"))
-    last = checkpoints.newest(output)
-    assert last is not None
-    assert last.step == steps
+    assert newest(output).step == steps
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # of a damaged checkpoint
@@ -147,28 +143,17 @@ def test_bad_update_changes_nothing(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, told: str
 ) -> None:
     poison(monkeypatch, {3}, what)
-    kept: dict[str, dict[str, Tensor]] = {}
-    skip = Trainer.skip
+    kept: list[dict[str, Tensor]] = []  # after each update
+    finish = Trainer._finish
 
-    def watched(trainer: Trainer) -> str:
-        reason = skip(trainer)
-        kept["after"] = snapshot(trainer)
-        return reason
+    def remember(trainer: Trainer, *, bad: bool) -> None:
+        finish(trainer, bad=bad)
+        kept.append(snapshot(trainer))
 
-    monkeypatch.setattr(Trainer, "skip", watched)
-    apply = Trainer.apply
-
-    def remember(trainer: Trainer) -> None:
-        apply(trainer)
-        if trainer.step == 3:
-            kept["before"] = snapshot(trainer)
-
-    monkeypatch.setattr(Trainer, "apply", remember)
+    monkeypatch.setattr(Trainer, "_finish", remember)
     assert "6 updates done" in run(recipe_of("stage2", weights, tmp_path))
-    before, after = kept["before"], kept["after"]
-    assert "criterion/ema_real_logits_mean" in before
-    assert "ema/decoder.mask_token" in before
-    assert_equal(after, before)
+    assert {"criterion/ema_real_logits_mean", "ema/decoder.mask_token"} <= kept[2].keys()
+    assert_equal(kept[3], kept[2])
     (note,) = [line["note"] for line in read_log(tmp_path / "log.jsonl") if "note" in line]
     assert note.startswith(told)
     bad = [line["bad_steps"] for line in read_log(tmp_path / "log.jsonl") if "lr" in line]
@@ -205,10 +190,8 @@ def test_too_many_bad_updates_end_the_run(
     message = "3 updates in a row, the last of them 6, produced NaN or Inf: the loss term"
     with pytest.raises(ValueError, match=message):
         run(recipe)
-    found = checkpoints.newest(tmp_path)
-    assert found is not None
-    assert found.step == 4
-    assert found.state["bad_steps"] == [2, 1]
+    found = newest(tmp_path)
+    assert (found.step, found.state["bad_steps"]) == (4, [2, 1])
 
 
 def test_signal_twice_kills(tmp_path: Path) -> None:
@@ -234,58 +217,54 @@ def test_signals_mean_what_they_did_before() -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "told"),
+    [
+        (safetensors.torch, "save", 2, "checkpoint-4 was not written: No space left on device"),
+        (Log, "scalars", 3, "No space left on device"),
+    ],
+    ids=["checkpoint", "log"],
+)
 def test_full_disk_ends_the_run_and_it_goes_on_later(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    call: int,
+    told: str,
 ) -> None:
-    import safetensors.torch
-
     whole, full = tmp_path / "whole", tmp_path / "full"
     run(recipe_of("stage1", weights, whole))
     recipe = recipe_of("stage1", weights, full)
-    save, calls = safetensors.torch.save, 0
+    write, calls = getattr(owner, name), count(1)
 
-    def fails_later(*args: Any, **options: Any) -> bytes:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+    def fails_later(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(*args, **options)
+        return write(*args, **options)
 
-    monkeypatch.setattr(safetensors.torch, "save", fails_later)
-    with pytest.raises(OSError, match="checkpoint-4 was not written: No space left on device"):
+    monkeypatch.setattr(owner, name, fails_later)
+    with pytest.raises(OSError, match=told):
         run(recipe)
     assert [step for step, _ in checkpoints.found(full)] == [2]
     run(recipe)
     assert_equal(final(full), final(whole))
 
 
-def test_full_disk_is_seen_before_training(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recipe_of("stage1", weights, tmp_path / "run")
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match="has room for 0 MiB, a checkpoint takes"):
-        run(recipe)
-    assert list((tmp_path / "run").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write checkpoints to"):
-        run(recipe_of("stage1", weights, tmp_path / "file" / "run"))
-
-
-def test_room_that_is_asked_for_is_what_a_checkpoint_takes(
+def test_room_that_is_asked_for_before_training_is_what_a_checkpoint_takes(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check, asked = checkpoints.check_writable, []
 
     def watched(output: Path, needed: int) -> None:
+        assert list(output.iterdir()) == []
         asked.append(needed)
         check(output, needed)
 
     monkeypatch.setattr(checkpoints, "check_writable", watched)
     run(recipe_of("stage2", weights, tmp_path, 2))
-    found = checkpoints.newest(tmp_path)
-    assert found is not None
-    files = [load_file(file) for file in found.folder.glob("*.safetensors")]
+    files = [load_file(file) for file in newest(tmp_path).folder.glob("*.safetensors")]
     assert asked == [sum(t.nbytes for tensors in files for t in tensors.values())]
 
 
@@ -297,7 +276,7 @@ def test_resume_refuses_another_run(weights: Path, tmp_path: Path) -> None:
     source = source_of(recipe)
     fewer = ArraySource(source.images[:9], source.labels[:9])
     with pytest.raises(ValueError, match="the data are not those this run began with"):
-        loop.train(recipe, ALONE, (fewer, None), bar=False)
+        run(recipe, (fewer, None))
     with pytest.raises(ValueError, match="began with 8 samples per update, now there are 4"):
         run(updated(recipe, training={"per_gpu_batch_size": 4}))
     with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run, and .*resume"):
@@ -316,27 +295,6 @@ def test_missing_weights_are_named(weights: Path, tmp_path: Path) -> None:
             run(recipe)
         with pytest.raises(FileNotFoundError):
             run(updated(recipe, experiment={key: str(tmp_path / "nowhere")}))
-
-
-def test_log_that_cannot_be_written_leaves_the_checkpoint(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scalars = Log.scalars
-
-    def fails_later(log: Log, step: int, values: Any) -> None:
-        if step == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        scalars(log, step, values)
-
-    monkeypatch.setattr(Log, "scalars", fails_later)
-    recipe = recipe_of("stage1", weights, tmp_path)
-    with pytest.raises(OSError, match="No space left on device"):
-        run(recipe)
-    found = checkpoints.newest(tmp_path)
-    assert found is not None
-    assert found.step == 2
-    monkeypatch.setattr(Log, "scalars", scalars)
-    assert "6 updates done" in run(recipe)
 
 
 @pytest.fixture
@@ -393,6 +351,4 @@ def test_torchrun_and_its_signal(recipe_file: Path, tmp_path: Path) -> None:
     out, errors = process.communicate(timeout=60)
     assert out.count("stopped by SIGTERM after update") == 1, errors
     stopped_at = int(out.split("after update ")[1].split(";")[0])
-    found = checkpoints.newest(tmp_path / "out")
-    assert found is not None
-    assert found.step == stopped_at >= 5
+    assert newest(tmp_path / "out").step == stopped_at >= 5

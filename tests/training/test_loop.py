@@ -4,7 +4,6 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from support.tiny_runs import (
     assert_equal,
     final,
     recipe_of,
+    run,
     saved_tensors,
     source_of,
     updated,
@@ -29,12 +29,10 @@ from torch._dynamo.utils import counters
 
 from titok_fast import ImageBert, MaskGitVQGAN, TiTok
 from titok_fast.data.token_shards import shard_path, write_shard
-from titok_fast.distributed import Ranks
 from titok_fast.models.classifier import FashionClassifier
 from titok_fast.training import checkpoints, loop
 from titok_fast.training.engine import Engine
 from titok_fast.training.logs import read_log
-from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.stage_model import StageModel
 from titok_fast.training.trainer import Trainer
 
@@ -44,9 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_falls_and_the_export_loads(kind: str, weights: Path, tmp_path: Path) -> None:
     recipe = recipe_of(kind, weights, tmp_path, steps=12)
-    source = source_of(recipe)
-    ended = loop.train(recipe, ALONE, (source, None), bar=False)
-    assert ended == f"12 updates done; the model is in {tmp_path / 'final'}"
+    assert run(recipe) == f"12 updates done; the model is in {tmp_path / 'final'}"
     name = {"generator": "loss", "classifier": "loss"}.get(kind, "reconstruction_loss")
     losses = [line[name] for line in read_log(tmp_path / "log.jsonl") if name in line]
     assert len(losses) == 12
@@ -84,12 +80,11 @@ def test_resume_is_exact(
     recipe = recipe_of(kind, weights, whole, steps=7, clustering_vq=clustering)
     if kind == "vqgan":
         recipe = updated(recipe, losses={"adaptive_discriminator_weight": True})
-    source = source_of(recipe)
-    loop.train(recipe, ALONE, (source, None), bar=False)
+    run(recipe)
     part = updated(recipe, experiment={"output_dir": str(parts)})
     terminated_at += [2, 4]  # seen at the end of the next update: 3 is no multiple of save_every
     for ended in ("after update 3;", "after update 5;", "7 updates done"):
-        assert ended in loop.train(part, ALONE, (source, None), bar=False)
+        assert ended in run(part)
     assert_equal(saved_tensors(parts), saved_tensors(whole))
     assert_equal(final(parts), final(whole))
     lines = [
@@ -97,10 +92,6 @@ def test_resume_is_exact(
         for log in (read_log(whole / "log.jsonl"), read_log(parts / "log.jsonl"))
     ]
     assert lines[0] == lines[1]
-
-
-def run(recipe: Recipe, **options: Any) -> str:
-    return loop.train(recipe, ALONE, (source_of(recipe), None), bar=False, **options)
 
 
 @pytest.mark.parametrize("kind", ["stage2", "generator"])
@@ -235,8 +226,7 @@ def test_what_is_logged_and_shown_when(weights: Path, tmp_path: Path) -> None:
         recipe_of("stage2", weights, tmp_path, 4, num_generated_images=3),
         experiment={"keep": 2, **{f"{what}_every": steps for what, steps in every.items()}},
     )
-    source = source_of(recipe)
-    loop.train(recipe, ALONE, (source, source), bar=False)
+    run(recipe, (source_of(recipe), source_of(recipe)))
     log = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in log if "total_loss" in line] == [2, 4]
     assert [line["step"] for line in log if "eval/psnr" in line] == [3]
@@ -247,23 +237,3 @@ def test_what_is_logged_and_shown_when(weights: Path, tmp_path: Path) -> None:
     assert [step for step, _ in checkpoints.found(tmp_path)] == [4, 3]
     sheets = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert sheets == [f"reconstructions-0000000{step}.png" for step in (2, 4)]
-
-
-def test_random_numbers_do_not_depend_on_how_a_batch_is_shared(
-    weights: Path, tmp_path: Path
-) -> None:
-    batch = {"tokens": torch.arange(8 * K).view(8, K) % N, "labels": torch.arange(8) % CLASSES}
-    whole = Trainer(recipe_of("generator", weights, tmp_path), ALONE)
-    (wanted,) = whole._parts(batch)
-    names = wanted.keys() - batch.keys()
-    whole.recipe = updated(whole.recipe, training={"per_gpu_batch_size": 2})
-    parts = list(whole._parts(batch))
-    for rank in range(2):
-        whole.ranks = Ranks(rank, 2, ALONE.device)
-        half = {name: x[4 * rank : 4 * rank + 4] for name, x in batch.items()}
-        for name in names:
-            got = torch.cat([part[name] for part in whole._parts(half)])
-            assert torch.equal(got, wanted[name][4 * rank : 4 * rank + 4])
-    assert_equal({k: torch.cat([d[k] for d in parts]) for k in wanted}, wanted)
-    whole.step = 1
-    assert not torch.equal(next(whole._parts(half))["order"], wanted["order"][4:6])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from support.official import needs_upstream, official
-from support.tiny_runs import assert_two_ranks_do_as_one, process_group
+from support.ranks import assert_two_ranks_do_as_one
 from torch import Tensor, nn
 
 from titok_fast.models.quantizer import DiagonalGaussian
@@ -276,11 +276,6 @@ def test_a_weightless_perceptual_loss_needs_no_files() -> None:
     assert loss.generator_loss(x, y, 0, vq_terms())[1]["perceptual_loss"] == 0
 
 
-def _train_rank(rank: int, world: int, folder: Path) -> None:
-    with process_group(rank, world, folder):
-        _train(rank, world, folder)
-
-
 def _train(rank: int, world: int, folder: Path) -> None:
     """A few joint updates of a last layer and the discriminator; saves the final state."""
     torch.manual_seed(0)
@@ -310,8 +305,9 @@ def _train(rank: int, world: int, folder: Path) -> None:
     torch.save(state, folder / f"{world}-{rank}.pt")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_do_what_one_does_with_both_batches(tmp_path: Path) -> None:
-    assert_two_ranks_do_as_one(_train_rank, tmp_path, rtol=1e-5)
+    assert_two_ranks_do_as_one(_train, tmp_path, rtol=1e-5)
 
 
 def official_config(mode: str, **fields: Any) -> Any:
