@@ -65,22 +65,21 @@ def test_blur_pads_like_a_same_convolution(H: int, W: int) -> None:
     assert blur(x).shape[2:] == (-(-H // 2), -(-W // 2))
 
 
-def test_blur_keeps_a_constant_inside() -> None:
-    out = Blur()(torch.full((1, 2, 16, 16), 0.3))
-    torch.testing.assert_close(out[..., 1:-1, 1:-1], torch.full((1, 2, 6, 6), 0.3))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((48,), "hidden_channels to be a multiple of 32"),
+        ((0,), "hidden_channels to be a multiple of 32"),
+        ((32, 0), r"at least 1; got \(0, 16\)"),
+        ((32, 3, 0), r"at least 1; got \(3, 0\)"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Discriminator(*arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"hidden_channels": 48}, {"hidden_channels": 0}])
-def test_width_must_fit_the_norm_groups(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="hidden_channels to be a multiple of 32"):
-        Discriminator(**arguments)
-
-
-def test_wrong_arguments_and_images_are_named() -> None:
-    with pytest.raises(ValueError, match=r"at least 1; got \(0, 16\)"):
-        Discriminator(32, num_stages=0)
-    with pytest.raises(ValueError, match=r"at least 1; got \(3, 0\)"):
-        Discriminator(32, pooled_side=0)
+def test_wrong_images_are_named() -> None:
     with pytest.raises(ValueError, match=r"images \(B, 3, H, W\); got \(2, 1, 32, 32\)"):
         Discriminator(32)(torch.rand(2, 1, 32, 32))
 

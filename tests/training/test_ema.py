@@ -33,6 +33,15 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
+def averaging(model: nn.Module, decay: float) -> Ema:
+    """The average after a short run."""
+    ema = Ema(model, decay)
+    for step in range(STEPS):
+        move(model, step)
+        ema.update(step)
+    return ema
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
@@ -123,10 +132,7 @@ def test_a_decay_out_of_range_is_refused() -> None:
 def _average_sharded(rank: int, world: int, folder: Path) -> None:
     model = network()
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    ema = Ema(model, 0.7)
-    for step in range(STEPS):
-        move(model, step)
-        ema.update(step)
+    ema = averaging(model, 0.7)
     assert all(isinstance(t, DTensor) for t in ema.average.values())
     raw = weights(model)
     with ema.applied():
@@ -147,10 +153,7 @@ def test_sharded_models_average_as_whole_ones_do(tmp_path: Path) -> None:
     two_ranks(_average_sharded, tmp_path)
     got = torch.load(tmp_path / "out", weights_only=True)
     model = network()
-    ema = Ema(model, 0.7)
-    for step in range(STEPS):
-        move(model, step)
-        ema.update(step)
+    ema = averaging(model, 0.7)
     assert same(got["average"], ema.average)
     assert got["unchanged"]
     with ema.applied():

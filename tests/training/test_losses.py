@@ -20,6 +20,7 @@ from titok_fast.training import losses as module
 from titok_fast.training.losses import ReconstructionLoss, hinge_loss, proxy_code_loss
 from titok_fast.training.recipe.sections import LossConfig
 
+Build = Callable[..., ReconstructionLoss]
 SMALL = {"discriminator_channels": 32, "discriminator_start": 10}
 
 
@@ -34,7 +35,7 @@ class Stub(nn.Module):
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ReconstructionLoss]:
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
     def make(**fields: Any) -> ReconstructionLoss:
         monkeypatch.setattr(module, "perceptual", Stub)
         return ReconstructionLoss(LossConfig(**(SMALL | fields)))
@@ -77,9 +78,7 @@ def test_proxy_loss_names_wrong_shapes(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
-def test_total_is_the_weighted_sum(
-    kind: str, power: int, build: Callable[..., ReconstructionLoss]
-) -> None:
+def test_total_is_the_weighted_sum(kind: str, power: int, build: Build) -> None:
     loss = build(
         reconstruction_loss=kind,
         reconstruction_weight=1.5,
@@ -101,7 +100,7 @@ def test_total_is_the_weighted_sum(
     assert all(value.shape == () for value in logs.values())
 
 
-def test_discriminator_waits_for_its_start(build: Callable[..., ReconstructionLoss]) -> None:
+def test_discriminator_waits_for_its_start(build: Build) -> None:
     loss = build()
     x, y = batch()
     early, logs = loss.generator_loss(x, y, 9, vq_terms())
@@ -118,7 +117,7 @@ def test_hinge_by_hand() -> None:
     assert hinge_loss(real, fake).item() == pytest.approx(0.5 * (2.5 / 3 + 3.0 / 3))
 
 
-def test_each_half_leaves_the_other_alone(build: Callable[..., ReconstructionLoss]) -> None:
+def test_each_half_leaves_the_other_alone(build: Build) -> None:
     loss = build()
     x, y = batch()
     loss.generator_loss(x, y, 10, vq_terms())[0].backward()
@@ -130,7 +129,7 @@ def test_each_half_leaves_the_other_alone(build: Callable[..., ReconstructionLos
     assert all(p.grad is not None for p in loss.discriminator.parameters())
 
 
-def test_kl_and_logvar_of_a_vae(build: Callable[..., ReconstructionLoss]) -> None:
+def test_kl_and_logvar_of_a_vae(build: Build) -> None:
     loss = build(kl_weight=0.01, logvar_init=0.5)
     x, y = batch()
     posterior = DiagonalGaussian(torch.randn(2, 8, 1, 5))
@@ -142,7 +141,7 @@ def test_kl_and_logvar_of_a_vae(build: Callable[..., ReconstructionLoss]) -> Non
     torch.testing.assert_close(logs["kl_loss"].double(), 0.01 * kl, rtol=1e-6, atol=0)
 
 
-def test_float32_under_autocast_and_for_bfloat16(build: Callable[..., ReconstructionLoss]) -> None:
+def test_float32_under_autocast_and_for_bfloat16(build: Build) -> None:
     loss = build().eval()
     x, y = (t.detach().bfloat16() for t in batch())
     halves = (
@@ -157,9 +156,7 @@ def test_float32_under_autocast_and_for_bfloat16(build: Callable[..., Reconstruc
         assert torch.equal(a, b)
 
 
-def test_lecam_uses_the_averages_of_before_and_moves_them_after(
-    build: Callable[..., ReconstructionLoss],
-) -> None:
+def test_lecam_uses_the_averages_of_before_and_moves_them_after(build: Build) -> None:
     loss = build(lecam_regularization_weight=0.5, lecam_ema_decay=0.9)
     ema_real = ema_fake = 0.0
     for _ in range(3):
@@ -175,9 +172,7 @@ def test_lecam_uses_the_averages_of_before_and_moves_them_after(
         total.backward()
 
 
-def test_averages_survive_a_nan_and_rest_in_eval_mode(
-    build: Callable[..., ReconstructionLoss],
-) -> None:
+def test_averages_survive_a_nan_and_rest_in_eval_mode(build: Build) -> None:
     loss = build()
     x, y = batch()
     loss.discriminator_loss(x, y, 10)
@@ -192,7 +187,7 @@ def test_averages_survive_a_nan_and_rest_in_eval_mode(
     assert (loss.ema_real_logits_mean, loss.ema_fake_logits_mean) == before
 
 
-def test_no_lecam_no_buffers(build: Callable[..., ReconstructionLoss]) -> None:
+def test_no_lecam_no_buffers(build: Build) -> None:
     loss = build(lecam_regularization_weight=0.0)
     assert all(key.startswith("discriminator.") for key in loss.state_dict())
     x, y = batch()
@@ -201,9 +196,7 @@ def test_no_lecam_no_buffers(build: Callable[..., ReconstructionLoss]) -> None:
     torch.testing.assert_close(total, hinge_loss(loss.discriminator(x), loss.discriminator(y)))
 
 
-def test_adaptive_weight_is_the_ratio_of_gradients(
-    build: Callable[..., ReconstructionLoss],
-) -> None:
+def test_adaptive_weight_is_the_ratio_of_gradients(build: Build) -> None:
     loss = build(adaptive_discriminator_weight=True, discriminator_weight=0.8)
     last = nn.Conv2d(3, 3, 3, padding=1)
     x, y = batch()
@@ -226,9 +219,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients(
     assert weight == pytest.approx(0.8 * 1e4)
 
 
-def test_adaptive_weight_needs_the_last_layer_only_where_it_acts(
-    build: Callable[..., ReconstructionLoss],
-) -> None:
+def test_adaptive_weight_needs_the_last_layer_only_where_it_acts(build: Build) -> None:
     loss = build(adaptive_discriminator_weight=True)
     x, y = batch()
     loss.generator_loss(x, y, 9, vq_terms())
@@ -238,7 +229,7 @@ def test_adaptive_weight_needs_the_last_layer_only_where_it_acts(
         loss.generator_loss(x, y, 10, vq_terms())
 
 
-def test_shapes_must_agree(build: Callable[..., ReconstructionLoss]) -> None:
+def test_shapes_must_agree(build: Build) -> None:
     loss = build()
     x, y = torch.rand(2, 3, 32, 32), torch.rand(1, 3, 32, 32)
     for call in (
@@ -332,7 +323,7 @@ def theirs_like(ours: ReconstructionLoss, kind: str, mode: str, **fields: Any) -
 @pytest.mark.parametrize("step", [9, 10])
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 def test_tokenizer_half_is_upstreams(
-    kind: str, mode: str, step: int, distance: str, build: Callable[..., ReconstructionLoss]
+    kind: str, mode: str, step: int, distance: str, build: Build
 ) -> None:
     fields = {"reconstruction_loss": distance, "perceptual_weight": 1.1, "kl_weight": 1e-3}
     fields |= {"logvar_init": 0.3, "discriminator_weight": 0.1}
@@ -351,7 +342,7 @@ def test_tokenizer_half_is_upstreams(
 
 
 @needs_upstream
-def test_discriminator_half_is_upstreams(build: Callable[..., ReconstructionLoss]) -> None:
+def test_discriminator_half_is_upstreams(build: Build) -> None:
     fields = {"lecam_regularization_weight": 0.3}
     ours = build(**fields)
     theirs = theirs_like(ours, "Stage2", "vq", **fields)

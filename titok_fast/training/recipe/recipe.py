@@ -6,7 +6,7 @@ file is used, listed as meaningless, or an error.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Recipe:
                 found[section][name] = official.convert(flat[key], kind, key)
         _read_special(flat, found)
         stage = flat.get("stage") or _infer_stage(found)
-        settings = {name: kind(**found[name]) for name, kind in _SETTINGS.items()}
+        settings = {name: kind(**found[name]) for name, kind in SETTINGS.items()}
         return cls(stage=stage, **_models(stage, found), **settings)
 
     def to_official(self) -> dict[str, Any]:
@@ -100,15 +100,10 @@ _MODELS = {
     "sampling": SamplingConfig,
     "vqgan": VQGANConfig,
 }
-_SETTINGS: dict[str, Any] = {
-    "experiment": Experiment,
-    "losses": LossConfig,
-    "data": DataConfig,
-    "optimizer": OptimizerConfig,
-    "lr_scheduler": ScheduleConfig,
-    "training": TrainingConfig,
+SETTINGS: dict[str, Any] = {
+    f.name: f.default_factory for f in fields(Recipe) if f.default_factory is not MISSING
 }
-_SECTIONS: dict[str, type] = {**_MODELS, **_SETTINGS}
+_SECTIONS: dict[str, type] = {**_MODELS, **SETTINGS}
 # models that a stage uses
 _USED = {
     "vqgan": ("vqgan",),
