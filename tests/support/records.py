@@ -2,14 +2,16 @@
 
 import gzip
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from titok_fast.data.sources import ArraySource
+from titok_fast.data.sources import ArraySource, Source
 
 
 def pixels(index: int, height: int = 40, width: int = 48) -> np.ndarray:
@@ -22,6 +24,11 @@ def pixels(index: int, height: int = 40, width: int = 48) -> np.ndarray:
 def array_source(count: int) -> ArraySource:
     """`count` such pictures, of ten classes in turn."""
     return ArraySource(np.stack([pixels(i) for i in range(count)]), np.arange(count) % 10)
+
+
+def saved(source: Source) -> dict[str, Any]:
+    """What a checkpoint says of a source."""
+    return json.loads(json.dumps(source.describe()))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
