@@ -159,18 +159,13 @@ class TokenSource:
 
     def __init__(self, path: str | Path, classes: int | None = None) -> None:
         self.path = Path(path)
-        self.about: dict[str, Any] = {}
-        if self.path.suffix == ".jsonl":
-            parts = list(_read_jsonl(self.path))
-        else:
-            parts = []
-            for tokens, labels, about in read_folder(self.path):
-                parts.append((tokens, labels))
-                self.about = about
-        if not any(len(labels) for _, labels in parts):
+        read = _read_jsonl if self.path.suffix == ".jsonl" else read_folder
+        parts = list(read(self.path))
+        if not any(len(labels) for _, labels, _ in parts):
             raise ValueError(f"{path} wants at least one row of tokens; got none")
-        self.tokens = np.concatenate([tokens for tokens, _ in parts])
-        self.labels = np.concatenate([labels for _, labels in parts])
+        self.tokens = np.concatenate([tokens for tokens, _, _ in parts])
+        self.labels = np.concatenate([labels for _, labels, _ in parts])
+        self.about = parts[0][2]
         if classes is not None and int(self.labels.max()) >= classes:
             raise ValueError(f"{path} wants labels in 0..{classes - 1}; got {self.labels.max()}")
 
@@ -196,8 +191,8 @@ class TokenSource:
         }
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens (M, K) uint16 or uint32 and labels (M,) int32, in parts of 65536 rows."""
+def _read_jsonl(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
+    """Tokens (M, K) uint16 or uint32, labels (M,) int32 and no settings, by 65536 rows."""
     if not path.is_file():
         raise FileNotFoundError(f"no file of tokens at {path}")
     K, number = 0, 0
@@ -212,7 +207,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             tokens = np.array([ids for ids, _ in records], np.uint32)
             small = int(tokens.max()) < 2**16
             labels = np.array([label for _, label in records], np.int32)
-            yield tokens.astype(np.uint16) if small else tokens, labels
+            yield tokens.astype(np.uint16) if small else tokens, labels, {}
 
 
 def _parse(path: Path, number: int, line: bytes) -> tuple[list[int], int]:

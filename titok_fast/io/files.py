@@ -34,8 +34,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[Path], Any]) -> No
             content(temporary)
         else:
             temporary.write_bytes(content)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        sync(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from others
@@ -44,11 +43,16 @@ def write_atomic(path: str | Path, content: bytes | Callable[[Path], Any]) -> No
         temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
+        sync(path.parent)  # the rename itself
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ checkpoint where one is damaged. Nothing is ever unpickled.
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from titok_fast.distributed import Ranks
-from titok_fast.io.files import write_atomic
+from titok_fast.io.files import sync, write_atomic
 
 LATEST = "latest"
 _MANIFEST, _STATE = "manifest.json", "state.json"
@@ -128,10 +127,10 @@ def _seal(part: Path, final: Path, step: int, state: dict[str, Any]) -> None:
     manifest = {"step": step, "files": files}
     (part / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for name in [*files, _MANIFEST]:
-        _sync(part / name)
-    _sync(part)
+        sync(part / name)
+    sync(part)
     part.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     write_atomic(final.parent / LATEST, final.name.encode())
 
 
@@ -215,14 +214,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _first_cause(error: CheckpointException) -> BaseException:
     return next((cause for cause, _ in error.failures.values()), error)
 
@@ -247,7 +238,7 @@ def check_writable(output: Path, bytes_needed: int) -> None:
         clean(output)
         probe.mkdir()
         (probe / "file").write_bytes(b"probe")
-        _sync(probe / "file")
+        sync(probe / "file")
         shutil.rmtree(probe)
         free = shutil.disk_usage(output).free
     except OSError as error:
