@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from support.records import pixels
 
@@ -183,9 +182,3 @@ def test_adm_crop_against_upstream(height: int, width: int) -> None:
     for size in (32, 35, 256):
         wanted = names["center_crop_arr"](Image.fromarray(image), size)
         assert np.array_equal(adm_center_crop(image, size), np.asarray(wanted))
-
-
-def test_views_are_what_the_tokenizer_takes() -> None:
-    batch = to_tensor(views(pixels(0), 32, "ten_crop"), 32)
-    assert batch.shape == (10, 3, 32, 32)
-    assert batch.dtype == torch.float32

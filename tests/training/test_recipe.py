@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from titok_fast import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
 from titok_fast.data.config import DataConfig
-from titok_fast.training.recipe.official import RECIPES, convert, flatten, nest
+from titok_fast.training.recipe.official import RECIPES, convert
 from titok_fast.training.recipe.recipe import SETTINGS, Recipe, read_recipe
 from titok_fast.training.recipe.sections import TrainingConfig
 
@@ -276,6 +276,7 @@ def test_models_and_data_must_fit_the_stage(changes: dict[str, Any], message: st
         ("training.mixed_precision=fp8", "mixed_precision wants one of no, bf16; got 'fp8'"),
         ("losses.mask_schedule_strategy=log", "mask_schedule_strategy wants one of arccos"),
         ("lr_scheduler.scheduler=step", "scheduler wants one of cosine, constant"),
+        ("experiment.logging=mlflow", "wants one of none, tensorboard, wandb; got 'mlflow'"),
         ("optimizer.name=sgd", "name wants one of adamw"),
         ("model.vq_model.num_latent_tokens=0", "num_latent_tokens wants at least 1"),
         ("model.vq_model.vit_enc_model_size=[64,a,2]", "vit_enc_model_size wants int; got 'a'"),
@@ -296,12 +297,6 @@ def test_numbers_are_read_as_the_field_wants_them() -> None:
     assert convert(None, int | None, "n") is None
     assert convert([192, 6, 4], str | tuple[int, int, int], "size") == (192, 6, 4)
     assert convert("base", str | tuple[int, int, int], "size") == "base"
-
-
-def test_flatten_and_nest_are_inverse() -> None:
-    nested = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}
-    assert flatten(nested) == {"a.b.c": 1, "a.d": [1, 2], "e": None}
-    assert nest(flatten(nested)) == nested
 
 
 # files
