@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from support.tiny_models import tiny_tokenizer_config
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from titok_fast import (
@@ -43,19 +44,13 @@ SIZE = (32, 1, 2)
 
 def tokenizer_config(kind: str) -> TokenizerConfig:
     """Of "stage1", "stage2", "single_stage" or "vae": 32 wide, 1 layer, 16 px."""
-    two_stage = kind in ("stage1", "stage2")
-    return TokenizerConfig(
-        num_latent_tokens=K,
-        codebook_size=N,
+    made = {"stage2": "legacy", "single_stage": "vq"}.get(kind, kind)
+    return dataclasses.replace(
+        tiny_tokenizer_config(made, K, N),
         token_size=4,
-        use_l2_norm=two_stage,
         vit_enc_model_size=SIZE,
         vit_dec_model_size=SIZE,
-        vit_enc_patch_size=8,
         vit_dec_patch_size=4,
-        quantize_mode="vae" if kind == "vae" else "vq",
-        is_legacy=two_stage,
-        finetune_decoder=kind == "stage2",
         crop_size=SIDE,
         pixel=VQGAN,
     )
