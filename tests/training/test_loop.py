@@ -29,6 +29,7 @@ from torch._dynamo.utils import counters
 
 from titok_fast import ImageBert, MaskGitVQGAN, TiTok
 from titok_fast.data.token_shards import shard_path, write_shard
+from titok_fast.distributed import Ranks
 from titok_fast.models.classifier import FashionClassifier
 from titok_fast.training import checkpoints, loop
 from titok_fast.training.engine import Engine
@@ -237,3 +238,23 @@ def test_what_is_logged_and_shown_when(weights: Path, tmp_path: Path) -> None:
     assert [step for step, _ in checkpoints.found(tmp_path)] == [4, 3]
     sheets = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert sheets == [f"reconstructions-0000000{step}.png" for step in (2, 4)]
+
+
+def test_random_numbers_do_not_depend_on_how_a_batch_is_shared(
+    weights: Path, tmp_path: Path
+) -> None:
+    batch = {"tokens": torch.arange(8 * K).view(8, K) % N, "labels": torch.arange(8) % CLASSES}
+    whole = Trainer(recipe_of("generator", weights, tmp_path), ALONE)
+    (wanted,) = whole._parts(batch)
+    names = wanted.keys() - batch.keys()
+    whole.recipe = updated(whole.recipe, training={"per_gpu_batch_size": 2})
+    parts = list(whole._parts(batch))
+    for rank in range(2):
+        whole.ranks = Ranks(rank, 2, ALONE.device)
+        half = {name: x[4 * rank : 4 * rank + 4] for name, x in batch.items()}
+        for name in names:
+            got = torch.cat([part[name] for part in whole._parts(half)])
+            assert torch.equal(got, wanted[name][4 * rank : 4 * rank + 4])
+    assert_equal({k: torch.cat([d[k] for d in parts]) for k in wanted}, wanted)
+    whole.step = 1
+    assert not torch.equal(next(whole._parts(half))["order"], wanted["order"][4:6])
