@@ -1,7 +1,6 @@
 """The generators: published sizes, token space, label dropout, training masks."""
 
 from dataclasses import replace
-from math import pi
 
 import pytest
 import torch
@@ -12,10 +11,8 @@ from support.tiny_models import (
     tiny_generator,
     tiny_generator_config,
 )
-from torch import Tensor
 
 from titok_fast import GeneratorConfig, ImageBert, UViTBert, generator_class, preset
-from titok_fast.models.blocks import PostNormBlock
 from titok_fast.models.weights import to_official
 
 # parameters, tensors in the published file
@@ -84,31 +81,6 @@ def test_label_dropout(model_type: str) -> None:
 
 
 @torch.no_grad()
-def test_bert_against_its_description() -> None:
-    model = tiny_generator("ViT")
-    ids, labels = torch.randint(65, (2, 8)), torch.tensor([3, 4])
-    tokens = torch.cat([labels[:, None] + 65, ids], dim=1)
-    x = model.embeddings.weight[tokens] + model.type_embed[0] + model.pos_embed
-    x = F.layer_norm(x, (64,), model.norm_in.weight, model.norm_in.bias, 1e-12)
-    for block in model.blocks:
-        x = plain_post_norm(block, x)
-    want = F.linear(x[:, 1:], model.lm_head.weight, model.lm_head.bias)
-    assert relative(model(ids, labels, cond_drop_prob=0.0), want) < 1e-5
-
-
-def plain_post_norm(block: PostNormBlock, x: Tensor) -> Tensor:
-    """Attention written out; normalisation after each sum."""
-    B, L, D = x.shape
-    q, k, v = (t.view(B, L, 2, D // 2).transpose(1, 2) for t in block.attn.qkv(x).chunk(3, dim=-1))
-    weights = (q @ k.transpose(-1, -2) * (D // 2) ** -0.5).softmax(dim=-1)
-    x = x + block.attn.proj((weights @ v).transpose(1, 2).reshape(B, L, D))
-    x = F.layer_norm(x, (D,), block.norm1.weight, block.norm1.bias, 1e-12)
-    h = block.mlp.fc1(x)
-    h = 0.5 * h * (1 + torch.erf(h / 2**0.5))  # the exact form, not the tanh one
-    return F.layer_norm(x + block.mlp.fc2(h), (D,), block.norm2.weight, block.norm2.bias, 1e-12)
-
-
-@torch.no_grad()
 def test_uvit_merges_the_newest_skip_first() -> None:
     config = replace(tiny_generator_config("UViT"), num_hidden_layers=4)
     model = UViTBert(config).eval()
@@ -131,21 +103,6 @@ def test_dropout_acts_in_training_and_in_bert_alone() -> None:
         model.eval()
         first, second = (model(ids, labels, cond_drop_prob=0.0) for _ in range(2))
         assert torch.equal(first, second)
-
-
-def test_training_masks_follow_the_arccos_schedule() -> None:
-    model, B, K = tiny_generator(K=32), 4000, 32
-    tokens = torch.randint(64, (B, K))
-    masked, masks = model.masking_input_tokens(tokens)
-    assert (masks.shape, masks.dtype) == ((B, K), torch.bool)
-    assert torch.equal(masked[~masks], tokens[~masks])
-    assert bool((masked[masks] == 64).all())
-    counts = masks.sum(dim=1)
-    assert counts.min() >= 1
-    # of the arccos of a uniform, the share above a is cos(a pi / 2): half lie above 2/3
-    above = (counts > 21).double().mean().item()
-    assert above == pytest.approx(0.5, abs=0.04)
-    assert counts.double().mean() / K == pytest.approx(2 / pi, abs=0.02)
 
 
 def test_missing_arguments_are_named() -> None:

@@ -22,9 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from titok_fast import PRESETS, MaskGitVQGAN, TiTok, TokenizerConfig, preset
 from titok_fast.models import vqgan as vqgan_module
 from titok_fast.models.decoder import unfold_tokens
-from titok_fast.models.encoder import reread_as_channels_first
 from titok_fast.models.quantizer import DiagonalGaussian, VectorQuantizer
-from titok_fast.models.vqgan import PixelDecoder, ResnetBlock, upsample_conv
+from titok_fast.models.vqgan import ResnetBlock, upsample_conv
 from titok_fast.models.weights import to_official
 
 # parameters (by part in tests/test_costs.py), tensors in the published file
@@ -137,25 +136,6 @@ def test_losses_are_zero_only_where_the_encoder_is_frozen(kind: str) -> None:
     assert result["quantizer_loss"].requires_grad == (kind != "legacy")
 
 
-def test_reread_matches_its_index_formula() -> None:
-    B, K, D = 2, 4, 12
-    x = torch.randn(B, K, D)
-    got = reread_as_channels_first(x)
-    for k in range(K):
-        for c in range(D):
-            t = c * K + k
-            assert torch.equal(got[:, k, c], x[:, t // D, t % D])
-
-
-def test_reread_is_what_legacy_means_in_the_encoder() -> None:
-    config = tiny_tokenizer_config("stage1")
-    legacy = rebuilt(TiTok(config))
-    plain = TiTok(replace(config, is_legacy=False))
-    plain.encoder.load_state_dict(legacy.encoder.state_dict())
-    images, latents = photographs(32), legacy.latent_tokens
-    assert relative(plain.encoder(images, latents), legacy.encoder(images, latents)) > 0.1
-
-
 def test_unfold_keeps_colour_fastest() -> None:
     grid, p, c = 2, 2, 3
     x = torch.randn(1, grid * grid, p * p * c)
@@ -163,30 +143,6 @@ def test_unfold_keeps_colour_fastest() -> None:
     for h, w, p1, p2, colour in torch.cartesian_prod(*map(torch.arange, (2, 2, 2, 2, 3))).tolist():
         want = x[0, h * grid + w, (p1 * p + p2) * c + colour]
         assert got[0, colour, h * p + p1, w * p + p2] == want
-
-
-@pytest.mark.parametrize("use_l2_norm", [True, False])
-def test_quantizer_against_its_definition(use_l2_norm: bool) -> None:
-    quantizer = VectorQuantizer(64, 12, use_l2_norm=use_l2_norm, commitment_cost=0.25)
-    nn.init.normal_(quantizer.embedding.weight)
-    z = torch.randn(2, 12, 1, 8, requires_grad=True)
-    codes, result = quantizer(z)
-
-    rows, table = z.permute(0, 2, 3, 1).reshape(-1, 12), quantizer.embedding.weight
-    if use_l2_norm:
-        rows, table = F.normalize(rows, dim=-1), F.normalize(table, dim=-1)
-    ids = torch.cdist(rows.double(), table.double()).argmin(dim=1)
-    zq = table[ids]
-    assert torch.equal(result["min_encoding_indices"].flatten(), ids)
-    torch.testing.assert_close(codes.permute(0, 2, 3, 1).reshape(-1, 12), zq)
-    error = ((zq - rows) ** 2).mean()
-    torch.testing.assert_close(result["commitment_loss"], 0.25 * error)
-    torch.testing.assert_close(result["codebook_loss"], error)
-    torch.testing.assert_close(result["quantizer_loss"], 1.25 * error)
-    # straight through: the code's gradient is that of the (normalised) latent
-    (got,) = torch.autograd.grad(codes.sum(), z, retain_graph=True)
-    (want,) = torch.autograd.grad(rows.sum(), z)
-    torch.testing.assert_close(got, want)
 
 
 def test_gaussian_clamps_and_measures() -> None:
@@ -208,21 +164,6 @@ def plain_block(block: ResnetBlock, x: Tensor) -> Tensor:
     for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2)):
         h = conv(F.silu(F.group_norm(h, 32, norm.weight, norm.bias, 1e-6)))
     return x + h if block.nin_shortcut is None else h + block.nin_shortcut(h)
-
-
-def plain_decoder(decoder: PixelDecoder, codes: Tensor) -> Tensor:
-    """No folding, no phases, no channels-last, the whole batch at once."""
-    x = decoder.conv_in(codes)
-    for block in decoder.mid:
-        x = plain_block(block, x)
-    for i in reversed(range(len(decoder.up))):
-        for block in decoder.up[i].block:
-            x = plain_block(block, x)
-        if i > 0:
-            conv, x = decoder.up[i].upsample_conv, F.interpolate(x, scale_factor=2.0)
-            x = F.conv2d(x, conv.weight, conv.bias, padding=1)
-    norm = decoder.norm_out
-    return decoder.conv_out(F.silu(F.group_norm(x, 32, norm.weight, norm.bias, 1e-6)))
 
 
 @torch.no_grad()
@@ -249,18 +190,6 @@ def test_phases_equal_upsampling(
         got = upsample_conv(x, weight, bias)
         assert (got.shape, got.dtype) == (want.shape, dtype)
         assert relative(got, want) < (1e-6 if dtype == torch.float32 else 1e-12)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("threshold", [0, 10**9], ids=["phases", "no phases"])
-def test_pixel_decoder_equals_plain_one(threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vqgan_module, "PHASES_FROM_PIXELS", threshold)
-    decoder = rebuilt(MaskGitVQGAN(TINY_VQGAN)).decoder
-    codes = torch.randn(3, 16, 16, 16)
-    want = plain_decoder(decoder, codes)
-    assert relative(decoder(codes), want) < 1e-5
-    with torch.enable_grad():  # the whole batch at once
-        assert relative(decoder(codes), want) < 1e-5
 
 
 @torch.no_grad()

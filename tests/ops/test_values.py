@@ -128,19 +128,6 @@ def test_infinite_logits_and_empty_tensors_pass() -> None:
     check_finite("op", x=torch.full((70000,), 60000.0, dtype=torch.float16))  # its sum is infinite
 
 
-def test_compiled_calls_look_at_no_value() -> None:
-    """Reading a value would break the graph."""
-
-    @torch.compile(fullgraph=True, backend="eager")
-    def compiled(scores: Tensor) -> Tensor:
-        out: Tensor = kernels.remask(
-            scores.long(), scores, scores.long()[:, 0], mask_id=9, noise_temperature=0.0
-        )
-        return out
-
-    assert compiled(torch.full((2, 4), NAN)).shape == (2, 4)
-
-
 @pytest.mark.parametrize("asked", [False, True])
 def test_transformed_calls_look_at_no_value(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under vmap a tensor stands for all samples and has no values of its own."""

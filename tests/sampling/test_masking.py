@@ -60,11 +60,6 @@ def test_expected_share(schedule: str, share: float) -> None:
     assert float(counts.mean()) / 1024 == pytest.approx(share, abs=1e-3)
 
 
-def test_unknown_schedule_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown mask schedule 'pow3'; known: arccos, cosine"):
-        mask_counts(torch.rand(2), 4, "pow3")
-
-
 def test_masks_have_their_count_and_hide_nothing_else() -> None:
     ids, noise = torch.randint(N, (200, K)), draw_noise(200, K, torch.Generator().manual_seed(0))
     masked, mask = mask_tokens(ids, noise, N)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.tiny_models import CountingForwards, relative, tiny_generator
+from support.tiny_models import CountingForwards, tiny_generator
 from test_schedules import MASKED_AFTER
 from torch import Tensor
 
@@ -138,25 +138,6 @@ def test_observed_counts(schedule: str, confidence: str, monkeypatch: pytest.Mon
         assert T != 8 or want[1:] == MASKED_AFTER[K, schedule]
 
 
-def test_counts_of_partial_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TiTok's rule counts from all K tokens, MaskGIT's from those unknown at the start."""
-    model = tiny_generator("ViT", K=32)
-    tokens = torch.zeros(2, 32, dtype=torch.int64)
-    tokens[0, :20], tokens[1, :5] = 64, 64
-    labels, seeds = torch.tensor([1, 2]), sample_seeds(0, 2)
-    for rule, bases in (("logit", (32, 32)), ("probability", (20, 5))):
-        config, want, left = SamplingConfig(4, 0.0, confidence=rule), [[20, 5]], [20, 5]
-        for share in (0.839, 0.667, 0.460):  # 2 acos(r) / pi at 1/4, 2/4, 3/4
-            left = [max(1, min(n - 1, int(b * share))) for n, b in zip(left, bases, strict=True)]
-            want.append(left)
-        seen = observed_counts(
-            model,
-            lambda: sample(model, labels, seeds, config, tokens),  # noqa: B023  called at once
-            monkeypatch,
-        )
-        assert seen == [*want, [0, 0]]
-
-
 @pytest.mark.parametrize("T", [1, 8])
 def test_no_unconditional_pass_where_its_weight_is_zero(T: int) -> None:
     model = tiny_generator("ViT")
@@ -288,12 +269,3 @@ def test_reference_refuses_what_upstream_lacks(change: dict[str, str]) -> None:
     config = SamplingConfig().updated(**change)
     with pytest.raises(ValueError, match=r"reference sampler knows schedule 'arccos'.*got"):
         reference.generate(tiny_generator(), torch.tensor([1]), config)
-
-
-def test_guidance_in_the_hidden_state_equals_guidance_of_logits() -> None:
-    model, ids = tiny_generator(), torch.full((2, 8), 64)
-    label = torch.tensor([1, 2])
-    cond, uncond = (model(ids, label, cond_drop_prob=p) for p in (0.0, 1.0))
-    none = torch.full_like(label, model.config.no_class_id)
-    h, h0 = model.hidden(ids, model.class_ids(label)), model.hidden(ids, none)
-    assert relative(model.lm_head(h + 3.0 * (h - h0)), cond + 3.0 * (cond - uncond)) < 1e-5
