@@ -14,7 +14,6 @@ from support.tiny_models import (
     rebuilt,
     relative,
     tiny_tokenizer,
-    tiny_tokenizer_config,
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -253,21 +252,3 @@ def test_bfloat16_keeps_codebooks_in_float32(kind: str) -> None:
     got = model.decode(z)
     assert got.dtype == torch.bfloat16
     assert relative(got, exact) < 0.05
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"vit_enc_model_size": "huge"}, "vit_enc_model_size wants one of .*'huge'"),
-        ({"vit_dec_model_size": (64, 2, 3)}, "heads dividing width"),
-        ({"num_latent_tokens": 0}, "num_latent_tokens wants at least 1; got 0"),
-        ({"codebook_size": 1}, "codebook_size wants at least 2; got 1"),
-        ({"quantize_mode": "lfq"}, "quantize_mode wants one of vq, vae; got 'lfq'"),
-        ({"vit_enc_patch_size": 5}, "vit_enc_patch_size wants a divisor of crop_size 32; got 5"),
-        ({"vit_dec_patch_size": 1}, "vit_dec_patch_size wants a multiple of .* factor 2; got 1"),
-        ({"is_legacy": False}, "finetune_decoder=True wants is_legacy=True"),
-    ],
-)
-def test_unknown_configurations_are_named(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(tiny_tokenizer_config("legacy"), **change)  # type: ignore[arg-type]

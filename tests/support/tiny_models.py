@@ -116,6 +116,19 @@ def rebuilt(model: Any) -> Any:
     return model.eval()
 
 
+def official_state(model: PretrainedModel) -> dict[str, Tensor]:
+    """Copies of a model's weights under their official names."""
+    return {k: v.clone() for k, v in to_official(model.state_dict(), model.kind).items()}
+
+
+def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    """Assert equal names and bits."""
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
 def photographs(size: int) -> Tensor:
     """Three of scikit-image's photographs, (3, 3, size, size) float32 in [0, 1]."""
     from skimage import data
