@@ -31,7 +31,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction, mangle_type
 
 import titok_fast.kernels
-from titok_fast.kernels import _launch
+from titok_fast.kernels import _launch, nearest_code
 
 found: list[fx.Node] = []  # launches in the graphs of the last compilation
 launched: dict[str, dict[str, set[str]]] = {}  # kernel: argument: Triton types at its launches
@@ -130,7 +130,8 @@ def check_launches() -> None:
 def check_fakes() -> None:
     """On fake CUDA tensors every operator and its gradient has the right shape, dtype and device.
 
-    The gradient formula is called directly: torch's engine needs a real device.
+    None waits: a fake tensor has no value to wait for. The gradient formula is called directly:
+    torch's engine needs a real device.
     """
     want = {name: [facts(x) for x in call.outputs()] for name, call in calls("cpu").items()}
     with FakeTensorMode():
@@ -141,6 +142,10 @@ def check_fakes() -> None:
             assert all(x.device.type == "cuda" for x in outputs)
             for op, args in operators.noted:
                 check_fake_gradient(op, args)
+        codebook = torch.empty(4096, 12, device="cuda")
+        for rows in (0, 5000):  # none, and enough that no codebook is shared
+            ids = nearest_code(torch.empty(rows, 12, device="cuda"), codebook)
+            assert (facts(ids), ids.device.type) == (((rows,), (1,), torch.int64), "cuda")
 
 
 def check_fake_gradient(op: Any, args: tuple) -> None:
