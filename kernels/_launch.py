@@ -63,14 +63,18 @@ def interpret_on_cpu() -> Iterator[None]:
 
 
 def lazy_triton_op(
-    name: str, save: Callable[..., None] | None = None, backward: Callable[..., tuple] | None = None
+    name: str,
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., tuple] | None = None,
+    *,
+    like: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`torch.library.triton_op`, registered at the first call instead of at import.
 
     Registering imports Inductor: 0.9 s that a CPU user need not spend. torch.compile may make the
     first call: it runs `register` while tracing and then sees the operator itself. Of several
     threads one registers and the others wait. `save` and `backward` are the `setup_context` and
-    `backward` of `register_autograd`.
+    `backward` of `register_autograd`. The operator's signature is that of `like`, else of `fn`.
     """
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +85,10 @@ def lazy_triton_op(
             if not done:
                 with _registering:
                     if not done:  # another thread may have been first
-                        op = torch.library.triton_op(f"titok_fast::{name}", mutates_args=())(fn)
+                        schema = torch.library.infer_schema(like or fn, mutates_args=())
+                        op: Any = torch.library.triton_op(
+                            f"titok_fast::{name}", fn, mutates_args=(), schema=schema
+                        )
                         if backward is not None:
                             op.register_autograd(backward, setup_context=save)
                         done = True

@@ -83,20 +83,11 @@ def _tile(N: int) -> int:
     return max(4, min(8 * 32 * _WARPS, triton.next_power_of_2(N)))
 
 
-@lazy_triton_op("guided_sample")
+@lazy_triton_op("guided_sample", like=guided_sample_ref)
 def _guided_sample(
-    logits: Tensor,
-    uncond_logits: Tensor | None,
-    mask: Tensor,
-    ids: Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    step: int,
-    guidance: float,
-    softmax_temperature: float,
-    noise_temperature: float,
-    rule: str,
+    logits: Tensor, uncond_logits: Tensor | None, mask: Tensor, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    seeds, noise, step, guidance, softmax_temperature, noise_temperature, rule = rest
     B, K, N = logits.shape
     cond = unit_stride(logits)
     uncond = cond if uncond_logits is None else unit_stride(uncond_logits)

@@ -13,6 +13,7 @@ Definition: guided_sample.py on the logits; use that where the logits are needed
 """
 
 from math import inf
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,21 +82,11 @@ def _plan(R: int, dtype: torch.dtype) -> dict[str, int]:
     return dict(zip(names, sizes, strict=True))
 
 
-@lazy_triton_op("lm_head_sample")
+@lazy_triton_op("lm_head_sample", like=lm_head_sample_ref)
 def _lm_head_sample(
-    hidden: Tensor,
-    uncond_hidden: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    seeds: Tensor | None,
-    positions: Tensor | None,
-    step: int,
-    guidance: float,
-    softmax_temperature: float,
-    noise_temperature: float,
-    rule: str,
+    hidden: Tensor, uncond_hidden: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    rows, seeds, positions, step, guidance, softmax_temperature, noise_temperature, rule = rest
     (N, D), R = weight.shape, (hidden if rows is None else rows).shape[0]
     device = hidden.device
     candidates = torch.empty(R, dtype=torch.int64, device=device)

@@ -157,18 +157,9 @@ def _warps(block: int) -> int:
     return max(1, block // 128)
 
 
-@lazy_triton_op("remask")
-def _remask(
-    candidates: Tensor,
-    scores: Tensor,
-    num_masked: Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    mask_id: int,
-    step: int,
-    noise_temperature: float,
-    rule: str,
-) -> Tensor:
+@lazy_triton_op("remask", like=remask_ref)
+def _remask(candidates: Tensor, scores: Tensor, num_masked: Tensor, *rest: Any) -> Tensor:
+    seeds, noise, mask_id, step, noise_temperature, rule = rest
     B, K = scores.shape
     out = torch.empty((B, K), dtype=torch.int64, device=scores.device)
     if B == 0:
