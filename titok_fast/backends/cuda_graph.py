@@ -10,7 +10,6 @@ do the same with the real one.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from threading import Lock
 
 import torch
@@ -23,6 +22,9 @@ from titok_fast.sampling.unmask import unmask
 MAX_GRAPHS = 64  # each holds memory for kernels and a result, and a sweep over settings makes many
 _WARMUPS = 3  # the first call compiles and tunes; libraries choose algorithms in the others
 
+
+# the tensors to fill, (B, K) ids, (B,) class ids and (B,) seeds, all int64, and what runs on them
+_Recording = tuple[tuple[Tensor, ...], Callable[[], Tensor]]
 
 # Records `work(*inputs)`, and returns a function that runs it again on the inputs' new values. That
 # function returns the same tensor each time, valid until another recording of the object runs.
@@ -80,12 +82,6 @@ class CudaCapture:
         return replay
 
 
-@dataclass(frozen=True)
-class _Recording:
-    inputs: tuple[Tensor, ...]  # (B, K) ids, (B,) class ids, (B,) seeds, all int64
-    replay: Callable[[], Tensor]
-
-
 class GraphDraw:
     """Draws batches by replaying recordings, one for each bucket and SamplingConfig.
 
@@ -129,10 +125,10 @@ class GraphDraw:
         """
         count = len(ids)
         with self._lock:
-            recording = self._recording(bucket(count, batch_size), config)
-            for buffer, values in zip(recording.inputs, (ids, class_ids, seeds), strict=True):
+            inputs, replay = self._recording(bucket(count, batch_size), config)
+            for buffer, values in zip(inputs, (ids, class_ids, seeds), strict=True):
                 buffer[:count].copy_(values)  # later rows keep their values of an earlier call
-            return recording.replay()[:count].clone()
+            return replay()[:count].clone()
 
     def _recording(self, size: int, config: SamplingConfig) -> _Recording:
         key = size, config
@@ -149,7 +145,7 @@ class GraphDraw:
                 torch.full((size,), cfg.no_class_id, device=self._device),
                 torch.zeros(size, dtype=torch.int64, device=self._device),
             )
-            self._recordings[key] = _Recording(inputs, self._capture(draw, inputs))
+            self._recordings[key] = inputs, self._capture(draw, inputs)
         self._recordings.move_to_end(key)
         return self._recordings[key]
 

@@ -32,7 +32,7 @@ class TiTokDecoder(nn.Module):
             scale * torch.randn(config.num_latent_tokens, D)
         )
         self.ln_pre = nn.LayerNorm(D)
-        self.transformer = nn.ModuleList(PreNormBlock(D, heads, 4 * D) for _ in range(layers))
+        self.transformer = nn.Sequential(*(PreNormBlock(D, heads, 4 * D) for _ in range(layers)))
         self.ln_post = nn.LayerNorm(D)
         if config.is_legacy:  # upstream's 1x1 convolutions, here on rows
             logits = config.pixel.codebook_size * config.proxy_block**2
@@ -61,9 +61,7 @@ class TiTokDecoder(nn.Module):
         else:
             x = torch.cat([first.expand(B, -1, -1), x], dim=1)  # (B, 1+P+K, D)
 
-        x = self.ln_pre(x)
-        for block in self.transformer:
-            x = block(x)
+        x = self.transformer(self.ln_pre(x))
         x = self.ffn(self.ln_post(x[:, 1 : 1 + self.num_patches]))  # (B, P, channels)
         if self.config.is_legacy:
             return unfold_tokens(x, self.config.decoder_grid, self.config.proxy_block)

@@ -25,7 +25,7 @@ class TiTokEncoder(nn.Module):
             scale * torch.randn(config.num_latent_tokens, D)
         )
         self.ln_pre = nn.LayerNorm(D)
-        self.transformer = nn.ModuleList(PreNormBlock(D, heads, 4 * D) for _ in range(layers))
+        self.transformer = nn.Sequential(*(PreNormBlock(D, heads, 4 * D) for _ in range(layers)))
         self.ln_post = nn.LayerNorm(D)
         channels = config.token_size * (2 if config.quantize_mode == "vae" else 1)
         self.conv_out = nn.Linear(D, channels)  # upstream's 1x1 convolution
@@ -51,9 +51,7 @@ class TiTokEncoder(nn.Module):
         else:
             x = torch.cat([x, latents.expand(B, -1, -1)], dim=1)  # (B, 1+P+K, D)
 
-        x = self.ln_pre(x)
-        for block in self.transformer:
-            x = block(x)
+        x = self.transformer(self.ln_pre(x))
         x = self.ln_post(x[:, -self.config.num_latent_tokens :])  # (B, K, D)
 
         if self.config.is_legacy:

@@ -142,9 +142,9 @@ class ImageBert(MaskedGenerator):
         self.norm_in = nn.LayerNorm(D, eps=1e-12)
         self.dropout = nn.Dropout(cfg.dropout)
         size = D, cfg.num_attention_heads, cfg.intermediate_size
-        self.blocks = nn.ModuleList(
-            PostNormBlock(*size, dropout=cfg.dropout, attention_dropout=cfg.attn_drop)
-            for _ in range(cfg.num_hidden_layers)
+        rates: dict[str, Any] = {"dropout": cfg.dropout, "attention_dropout": cfg.attn_drop}
+        self.blocks = nn.Sequential(
+            *(PostNormBlock(*size, **rates) for _ in range(cfg.num_hidden_layers))
         )
         self.lm_head = nn.Linear(D, cfg.codebook_size)
         for table in (self.embeddings.weight, self.pos_embed, self.type_embed):
@@ -155,10 +155,7 @@ class ImageBert(MaskedGenerator):
     def trunk(self, tokens: Tensor) -> Tensor:
         """(B, 1 + K) token ids -> (B, 1 + K, D)."""
         x = self.embeddings(tokens) + self.type_embed[0] + self.pos_embed[: tokens.shape[1]]
-        x = self.dropout(self.norm_in(x))
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.blocks(self.dropout(self.norm_in(x)))
 
 
 class UViTBert(MaskedGenerator):
