@@ -1,7 +1,5 @@
 """The fast sampler against its definition, and what a sample may depend on."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from support.tiny_models import CountingForwards, tiny_generator
@@ -110,29 +108,24 @@ def test_all_settings_on_partial_masks(schedule: str, decay: str, confidence: st
     assert torch.equal(got, plain(model, labels, seeds, config, tokens))
 
 
-def observed_counts(
-    model: MaskedGenerator, run: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> list[list[int]]:
-    """Masked tokens of each sample when the generator is asked, and at the end."""
-    counts, hidden = [], model.hidden
-
-    def spy(ids: Tensor, class_ids: Tensor) -> Tensor:
-        counts.append((ids == model.mask_token_id).sum(dim=1).tolist())
-        return hidden(ids, class_ids)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "hidden", spy)
-        out = run()
-    return [*counts, (out == model.mask_token_id).sum(dim=1).tolist()]
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("confidence", ["logit", "probability"])
 def test_observed_counts(schedule: str, confidence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masked tokens of each sample when the generator is asked, and at the end."""
+    seen: list[list[int]] = []
+    hidden = MaskedGenerator.hidden
+
+    def spy(model: MaskedGenerator, ids: Tensor, class_ids: Tensor) -> Tensor:
+        seen.append((ids == model.mask_token_id).sum(dim=1).tolist())
+        return hidden(model, ids, class_ids)
+
+    monkeypatch.setattr(MaskedGenerator, "hidden", spy)
     for K, T in ((32, 8), (8, 12)):
+        seen.clear()
         model = tiny_generator("ViT", K=K)
         config = SamplingConfig(T, 0.0, schedule=schedule, confidence=confidence)
-        seen = observed_counts(model, lambda: generate(model, [4, 5], config), monkeypatch)  # noqa: B023
+        out = generate(model, [4, 5], config)
+        seen.append((out == model.mask_token_id).sum(dim=1).tolist())
         want = [K, *masked_after(config, K)]
         assert seen == [[n, n] for n in want]
         assert T != 8 or want[1:] == MASKED_AFTER[K, schedule]
