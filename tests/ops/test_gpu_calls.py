@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from calls import calls
+from calls import any_seeds, assert_same_draws, calls
+
+from titok_fast.kernels.guided_sample import guided_sample
+from titok_fast.kernels.philox import TOKEN_STREAM, gumbel
 
 pytestmark = pytest.mark.gpu
 NAMES = tuple(calls("cpu"))
@@ -45,3 +48,16 @@ def test_replayed_from_a_cuda_graph(device: torch.device, name: str) -> None:
     graph.replay()
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_cpu_and_gpu_draw_the_same(device: torch.device) -> None:
+    logits = torch.randn(4, 32, 4096)
+    mask, ids = torch.ones(4, 32, dtype=torch.bool), torch.zeros(4, 32, dtype=torch.int64)
+    seeds = any_seeds(4)
+    there = [x.to(device) for x in (logits, mask, ids, seeds)]
+    got, want = (
+        guided_sample(l, mask=m, ids=i, seeds=s, step=2, noise_temperature=4.0)
+        for l, m, i, s in (there, (logits, mask, ids, seeds))
+    )
+    noisy = logits + 4.0 * gumbel(seeds, 2, torch.arange(32), 4096, TOKEN_STREAM)
+    assert_same_draws(noisy, (got[0].cpu(), got[1].cpu()), want, 1e-5)

@@ -194,6 +194,14 @@ def test_function_transforms_see_the_reference() -> None:
     assert_near(got, want, terms=7)
 
 
+def test_reference_gradcheck() -> None:
+    hidden, weight, bias, targets, weights = inputs(5, 7, 3)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: masked_cross_entropy_ref(h, w, b, targets, weights),
+        widened(hidden, weight, bias),
+    )
+
+
 @pytest.mark.parametrize("path", [masked_cross_entropy, masked_cross_entropy_ref])
 def test_nothing_counts(device: torch.device, path: Callable[..., Tensor]) -> None:
     hidden, weight, bias, targets, _ = inputs(5, 7, 3, device)
@@ -223,6 +231,15 @@ def test_unknown_target(device: torch.device, bad: int) -> None:
     hidden, weight, bias, targets, weights = inputs(5, 7, 3, device)
     targets[1] = bad
     assert masked_cross_entropy(hidden, weight, bias, targets, weights).isnan()
+
+
+@pytest.mark.parametrize("bad", [-1, 7, -100, 2**40])
+def test_unknown_target_on_cpu(bad: int) -> None:
+    hidden, weight, bias, targets, weights = inputs(5, 7, 3)
+    targets[1] = bad
+    for states in (hidden, hidden.detach()):
+        with pytest.raises(ValueError, match=rf"targets in \[0, 7\); got {bad} at \[1\]"):
+            masked_cross_entropy(states, weight, bias, targets, weights)
 
 
 def test_large_logits(device: torch.device) -> None:
