@@ -1,13 +1,17 @@
-"""What a model is and how it samples: frozen configurations that read upstream's YAML.
+"""What a model is: frozen configurations that read upstream's YAML.
 
 Field names are upstream's (`model.vq_model.*`, `model.generator.*`), so an official config file, a
-published `config.json` and a dataclass say the same thing. Presets are in presets.py.
+published `config.json` and a dataclass say the same thing. Presets are in presets.py. How a model
+samples is in sampling_config.py, and importable from here.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from titok_fast.sampling_config import GUIDANCE_DECAYS as GUIDANCE_DECAYS
+from titok_fast.sampling_config import MAX_STEPS as MAX_STEPS
+from titok_fast.sampling_config import SCHEDULES as SCHEDULES
+from titok_fast.sampling_config import SamplingConfig as SamplingConfig
 from titok_fast.settings import (
     Official,
     Settings,
@@ -20,9 +24,6 @@ from titok_fast.settings import (
 
 # (width, layers, heads). "small" is not the usual ViT-S: upstream's is 512 wide and 8 deep.
 VIT_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
-SCHEDULES = ("arccos", "cosine", "linear", "sqrt")
-GUIDANCE_DECAYS = ("constant", "linear", "power-cosine")
-MAX_STEPS = 1024
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")  # of weights, by torch's names
 
 ViTSize = str | tuple[int, int, int]
@@ -136,9 +137,6 @@ class TokenizerConfig(Settings):
         known["crop_size"] = preprocessing.get("crop_size", cls.crop_size)
         if "pixel" in known:
             known["pixel"] = VQGANConfig(**known["pixel"])
-        for name in ("vit_enc_model_size", "vit_dec_model_size"):
-            if isinstance(known.get(name), list):
-                known[name] = tuple(known[name])
         if known.get("quantize_mode") == "vae":
             # upstream's VAE files leave these out, and a VAE has no use for them
             known.setdefault("finetune_decoder", False)
@@ -264,65 +262,3 @@ class GeneratorConfig(Settings):
     def vocab_size(self) -> int:
         """Image tokens, mask, classes, no class."""
         return self.codebook_size + self.condition_num_classes + 2
-
-
-@dataclass(frozen=True)
-class SamplingConfig(Settings):
-    """How tokens are drawn. Defaults are upstream's `generate` defaults.
-
-    Attributes:
-        num_sample_steps: T, 1..1024.
-        guidance_scale: strength; what it means depends on the decay, see schedules.py.
-        guidance_decay: "constant", "linear" or "power-cosine" (upstream's word: the last two grow).
-        guidance_scale_pow: exponent of "power-cosine".
-        randomize_temperature: scale of the Gumbel noise at the first step; falls to 0.
-        softmax_temperature_annealing: divide logits by 1.3 falling to 0.5.
-        schedule: share still masked against time: "arccos" (TiTok), "cosine", "linear", "sqrt".
-        confidence: "logit" (TiTok: raw guided logit, noise on tokens falls to 0) or "probability"
-            (MaskGIT: log-probability, tokens at temperature 1).
-        guidance_interval: (low, high), the share of the run in which guidance acts: steps s with
-            low <= s / T < high. The others run without an unconditional pass. Diffusion models
-            draw better so, at middle noise levels alone (arXiv 2404.07724).
-    """
-
-    num_sample_steps: int = within(8, 1, MAX_STEPS)
-    guidance_scale: float = within(3.0)
-    guidance_decay: str = among("constant", *GUIDANCE_DECAYS)
-    guidance_scale_pow: float = within(3.0)
-    randomize_temperature: float = within(4.5, 0)
-    softmax_temperature_annealing: bool = False
-    schedule: str = among("arccos", *SCHEDULES)
-    confidence: str = among("logit", "logit", "probability")
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        interval = self.guidance_interval
-        require(
-            isinstance(interval, Sequence)
-            and len(interval) == 2
-            and all(isinstance(end, int | float) for end in interval)
-            and 0 <= interval[0] < interval[1] <= 1,
-            "guidance_interval",
-            "(low, high) with 0 <= low < high <= 1",
-            interval,
-        )
-        # files give lists; a tuple of floats compares and hashes
-        object.__setattr__(self, "guidance_interval", tuple(float(end) for end in interval))
-
-    @classmethod
-    def from_official(cls, source: Official) -> "SamplingConfig":
-        """The settings of upstream's sampling script for a config: annealing on, power 3."""
-        section = read_official(source)["model"].get("generator") or {}
-        known = known_fields(cls, section)
-        if "num_steps" in section:
-            known["num_sample_steps"] = section["num_steps"]
-        return cls(softmax_temperature_annealing=True, **known)
-
-    def updated(self, **changes: Any) -> "SamplingConfig":
-        """A copy with changed settings; None leaves a setting as it is."""
-        changes = {k: v for k, v in changes.items() if v is not None}
-        names = [f.name for f in fields(self)]
-        unknown = sorted(set(changes) - set(names))
-        require(not unknown, "sampling setting", f"one of {names}", unknown)
-        return replace(self, **changes)
