@@ -10,18 +10,15 @@ the same command, with any number of ranks, draws what is missing.
 """
 
 import argparse
-import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from titok_fast.backends.techniques import resolve_fast
+from titok_fast.cli.drawing import Drawing
 from titok_fast.cli.options import (
     add_force,
     add_model,
@@ -38,8 +35,7 @@ from titok_fast.cli.options import (
     sources_of,
 )
 from titok_fast.config import SamplingConfig
-from titok_fast.distributed import Ranks, join
-from titok_fast.io.images import grid, save_png, to_pil
+from titok_fast.distributed import join
 from titok_fast.io.npz import archive_exists, write_archive
 from titok_fast.io.sample_folder import (
     PngFolder,
@@ -51,12 +47,8 @@ from titok_fast.io.sample_folder import (
     make_writable,
 )
 from titok_fast.loading import Sources
-from titok_fast.pipeline import TiTokPipeline
 from titok_fast.sampling.network import check_labels
-from titok_fast.sampling.unmask import sample_seeds
-from titok_fast.settings import __version__
 
-_MOST_COLUMNS = 20  # wider sheets do not fit a screen
 _MODEL, _SHEET = "fashion-16", Path("samples.png")  # of the command without options
 
 
@@ -69,39 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what is missing in --out. Without --out, --grid and --npz the images go to samples.png."
     )
     add = parser.add_argument
-    add(
-        "--labels",
-        "--label",
-        dest="labels",
-        type=labels,
-        action="extend",
-        metavar="LIST",
-        help="classes such as 1,7,282; may be given several times (default: all in turn)",
+    what = "classes such as 1,7,282; may be given several times (default: all in turn)"
+    add("--labels", "--label", type=labels, action="extend", metavar="LIST", help=what)
+    what = (
+        "images of each label (default: 1); without --labels, images in all (default: one of each "
+        "class)"
     )
-    add(
-        "--num",
-        type=positive,
-        metavar="N",
-        help="images of each label (default: 1); without --labels, images in all (default: one of "
-        "each class)",
-    )
+    add("--num", type=positive, metavar="N", help=what)
     add("--count", type=positive, metavar="N", help="images in all, the labels taking turns")
     add("--out", type=Path, metavar="DIR", help="folder for {index}_{label}.png and manifest.json")
     add("--grid", type=Path, metavar="FILE", help="PNG file that shows all images in rows")
-    add(
-        "--npz",
-        type=Path,
-        metavar="FILE",
-        help="archive for the ADM evaluation; without --out its pieces wait in FILE.parts",
-    )
+    what = "archive for the ADM evaluation; without --out its pieces wait in FILE.parts"
+    add("--npz", type=Path, metavar="FILE", help=what)
     add_force(parser)
-    add(
-        "--patience",
-        type=seconds,
-        default=3600.0,
-        metavar="SECONDS",
-        help="how long a process that has finished waits for the others (default: 3600)",
-    )
+    what = "how long a process that has finished waits for the others (default: 3600)"
+    add("--patience", type=seconds, default=3600.0, metavar="SECONDS", help=what)
     add_sampling(parser)
     add_model(parser, generator=True)
     parser.set_defaults(on_stop=_AGAIN)
@@ -133,7 +107,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         if ranks.rank == 0:
             say_random_weights(args)
         draw = _into_folder if args.out or args.npz else _into_sheet
-        yield from draw(args, ranks, pipe, run_labels)
+        yield from draw(Drawing(args, ranks, pipe, run_labels))
 
 
 def _labels(args: argparse.Namespace, sources: Sources) -> np.ndarray:
@@ -169,39 +143,37 @@ def _check_places(args: argparse.Namespace) -> None:
             make_writable(folder)
 
 
-def _into_sheet(
-    args: argparse.Namespace, ranks: Ranks, pipe: TiTokPipeline, run_labels: np.ndarray
-) -> Iterator[str]:
+def _into_sheet(drawing: Drawing) -> Iterator[str]:
     """All images in memory, then one PNG file."""
-    if ranks.size > 1:
+    if drawing.ranks.size > 1:
         raise ValueError("--grid on many processes wants --out DIR as well")
-    make_fast(args, pipe)
+    make_fast(drawing.args, drawing.pipe)
     made: list[np.ndarray] = []
-    with progress_bar(args, len(run_labels)) as bar:
-        for indices in _pieces(args, pipe, len(run_labels)):
-            made.append(_draw(args, pipe, run_labels, indices))
+    with progress_bar(drawing.args, len(drawing.labels)) as bar:
+        for indices in drawing.pieces():
+            made.append(drawing.pixels(indices))
             bar.update(len(indices))
-    _save_sheet(args, np.concatenate(made), run_labels)
-    yield f"{len(run_labels)} images in {args.grid}"
+    yield drawing.save_sheet(np.concatenate(made))
 
 
-def _into_folder(
-    args: argparse.Namespace, ranks: Ranks, pipe: TiTokPipeline, run_labels: np.ndarray
-) -> Iterator[str]:
+def _into_folder(drawing: Drawing) -> Iterator[str]:
     """Images as files, then what is made of them: the archive and the sheet."""
+    args, ranks = drawing.args, drawing.ranks
     folder = args.out or args.npz.with_name(f"{args.npz.name}.parts")
     kind = PngFolder if args.out else RawFolder
-    store = kind(folder, pipe.tokenizer.config.crop_size, run_labels)
-    manifest = _describe(args, pipe, run_labels)
+    store = kind(folder, drawing.pipe.tokenizer.config.crop_size, drawing.labels)
+    manifest = drawing.manifest()
     # rank 0's word: another rank may have other weights, or look while files come
     first, archived, done = ranks.agree(lambda: _claim(args, store, manifest))
     changed = differences(first, manifest)
     if changed:
         raise ValueError(f"rank {ranks.rank} differs from rank 0: {'; '.join(changed)}")
-    todo = [part for part in _pieces(args, pipe, len(done)) if not done[part].all()]
+    todo = [part for part in drawing.pieces() if not done[part].all()]
     try:
-        _fill(args, ranks, pipe, store, todo[ranks.rank :: ranks.size], done)
-        _wait_for_others(ranks, store)
+        _fill(drawing, store, todo[ranks.rank :: ranks.size], done)
+        ranks.wait(lambda: f"another process is gone; {_missing(store)}. {_AGAIN}")
+        if not ranks.rank and (missing := _missing(store)):
+            raise FileNotFoundError(f"{missing}: all machines want the same folder. {_AGAIN}")
     except KeyboardInterrupt:
         args.on_stop = f"{_missing(store) or 'all images are there'}; {_AGAIN}"
         raise
@@ -219,8 +191,7 @@ def _into_folder(
     earlier = f", {int(done.sum())} of them from before" if done.any() else ""
     yield f"{len(done)} images in {places}{earlier}"
     if args.grid is not None:
-        _save_sheet(args, np.stack(list(store.read())), run_labels)
-        yield f"{len(done)} images in {args.grid}"
+        yield drawing.save_sheet(np.stack(list(store.read())))
 
 
 def _claim(
@@ -239,45 +210,18 @@ def _claim(
     return manifest, archived, store.done()
 
 
-def _pieces(args: argparse.Namespace, pipe: TiTokPipeline, count: int) -> Iterator[np.ndarray]:
-    """Indices of batches with fixed borders, whoever draws them and whatever is there."""
-    size = args.batch_size or pipe.default_batch_size
-    for first in range(0, count, size):
-        yield np.arange(first, min(first + size, count))
-
-
-def _draw(
-    args: argparse.Namespace, pipe: TiTokPipeline, run_labels: np.ndarray, indices: np.ndarray
-) -> np.ndarray:
-    """(B,) consecutive indices -> (B, S, S, 3) uint8."""
-    pixels = pipe(
-        torch.from_numpy(run_labels[indices]),
-        seeds=sample_seeds(args.seed, len(indices), first=int(indices[0])),
-        batch_size=args.batch_size or pipe.default_batch_size,
-        output="numpy",
-        **sampling_changes(args),
-    )
-    assert isinstance(pixels, np.ndarray)
-    return pixels
-
-
 def _fill(
-    args: argparse.Namespace,
-    ranks: Ranks,
-    pipe: TiTokPipeline,
-    store: PngFolder | RawFolder,
-    todo: list[np.ndarray],
-    done: np.ndarray,
+    drawing: Drawing, store: PngFolder | RawFolder, todo: list[np.ndarray], done: np.ndarray
 ) -> None:
     """Draw this rank's pieces; write one while the next is drawn."""
     if todo:
-        make_fast(args, pipe)
+        make_fast(drawing.args, drawing.pipe)
     total = sum(int((~done[part]).sum()) for part in todo)
-    bar = progress_bar(args, total, show=ranks.rank == 0)
+    bar = progress_bar(drawing.args, total, show=drawing.ranks.rank == 0)
     with bar, ThreadPoolExecutor(1) as writer:
         pending: list[Future[None]] = []
         for part in todo:
-            pixels, new = _draw(args, pipe, store.labels, part), ~done[part]
+            pixels, new = drawing.pixels(part), ~done[part]
             for future in pending:
                 future.result()  # raises what the writer raised
             pending = [writer.submit(store.write, part[new], pixels[new])]
@@ -286,60 +230,7 @@ def _fill(
             future.result()
 
 
-def _wait_for_others(ranks: Ranks, store: PngFolder | RawFolder) -> None:
-    ranks.wait(lambda: f"another process is gone; {_missing(store)}. {_AGAIN}")
-    if not ranks.rank and (missing := _missing(store)):
-        raise FileNotFoundError(f"{missing}: all machines want the same folder. {_AGAIN}")
-
-
 def _missing(store: PngFolder | RawFolder) -> str:
     """How many images are not there, in words; empty if none is missing."""
     count = int((~store.done()).sum()) if store.folder.exists() else 0
     return f"{count} of {len(store.labels)} images are missing in {store.folder}" if count else ""
-
-
-def _save_sheet(args: argparse.Namespace, pixels: np.ndarray, run_labels: np.ndarray) -> None:
-    save_png(args.grid, grid(to_pil(pixels), _columns(args, run_labels)))
-
-
-def _columns(args: argparse.Namespace, run_labels: np.ndarray) -> int | None:
-    """Where few classes take turns, a column of the sheet for each."""
-    count = len(set(run_labels.tolist()))
-    return count if args.labels is None and count <= _MOST_COLUMNS else None
-
-
-def _describe(
-    args: argparse.Namespace, pipe: TiTokPipeline, run_labels: np.ndarray
-) -> dict[str, Any]:
-    """All that decides what the images look like, as plain JSON values."""
-    assert pipe.generator is not None
-    manifest = {
-        "titok_fast": __version__,
-        "model": args.model,
-        "random_weights": args.random_weights,
-        "weights_sha256": _digest(pipe),
-        "tokenizer": asdict(pipe.tokenizer.config),
-        "generator": asdict(pipe.generator.config),
-        "sampling": asdict(pipe.sampling.updated(**sampling_changes(args))),
-        "dtype": str(pipe.tokenizer.dtype).removeprefix("torch."),
-        "fast": resolve_fast(args.fast, pipe.device.type),
-        "seed": args.seed,
-        "num": len(run_labels),
-        "files": "png" if args.out else "raw",
-    }
-    if args.labels is None:
-        manifest["classes"] = pipe.generator.config.condition_num_classes  # in turn
-    else:
-        manifest |= {"labels": args.labels, "of_each": None if args.count else args.num or 1}
-    return json.loads(json.dumps(manifest))  # as a file gives it back: lists for tuples
-
-
-def _digest(pipe: TiTokPipeline) -> str:
-    """Of names and bytes as loaded: the same whatever file, folder or format they came from."""
-    digest = hashlib.sha256()
-    for model in (pipe.tokenizer, pipe.generator):
-        assert model is not None
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
