@@ -12,18 +12,15 @@ from unittest.mock import patch
 
 import torch
 from lib import upstream as official
-from lib.weights import build
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from titok_fast.models.weights import to_official
-from titok_fast.training.optim import decays
+from titok_fast.training.optim import parameter_groups
 from titok_fast.training.recipe.recipe import Recipe
 from titok_fast.training.tasks.base import Task
 from titok_fast.training.trainer import set_cuda_math
-
-CPU = torch.device("cpu")
 
 
 class UpstreamLearner:
@@ -33,7 +30,7 @@ class UpstreamLearner:
         set_cuda_math(recipe.training.enable_tf32)
         self.recipe, self.bf16, self.config = recipe, bf16, OmegaConf.create(recipe.to_official())
         self.device = task.device
-        self.model = _model(checkout, task)
+        self.model = official.model_of(checkout, task.model).train()
         self.optimizer = self._optimizer(self.model)
         self.proxy: Any = None
         self.criterion: Any = None
@@ -99,43 +96,9 @@ class UpstreamLearner:
 
     def _optimizer(self, network: nn.Module) -> AdamW:
         """Its two groups and torch's defaults for the rest, which its scripts leave alone."""
-        named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         params = self.recipe.optimizer
-        return AdamW(
-            [
-                {"params": [p for n, p in named if not decays(n, p.ndim)], "weight_decay": 0.0},
-                {
-                    "params": [p for n, p in named if decays(n, p.ndim)],
-                    "weight_decay": params.weight_decay,
-                },
-            ],
-            lr=params.learning_rate,
-            betas=(params.beta1, params.beta2),
-        )
-
-
-def _model(checkout: Path, task: Task) -> Any:
-    """Upstream's class of the task's model, on the same weights, in training mode."""
-    ours: Any = task.model
-    module, name = ("titok", "TiTok")
-    if task.recipe.stage == "generator":
-        module, name = "maskgit", type(ours).__name__  # the same in both
-    config = OmegaConf.create(ours.config.to_official())
-    with official.imports_from(checkout):
-        kind = getattr(__import__(f"modeling.{module}", fromlist=[name]), name)
-    frozen: set[str] = set()
-
-    def make() -> nn.Module:
-        made = kind(config)
-        frozen.update(n for n, p in made.named_parameters() if not p.requires_grad)
-        return made
-
-    model = build(make, CPU, torch.float32)
-    state = {k: t.detach() for k, t in to_official(ours.state_dict(), ours.kind).items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name not in frozen)
-    return model.to(task.device).train()  # buffers that no state dict holds
+        groups = parameter_groups(network, params.weight_decay)
+        return AdamW(groups, lr=params.learning_rate, betas=(params.beta1, params.beta2))
 
 
 def _proxy_tokenizer(task: Any) -> Any:

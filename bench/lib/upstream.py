@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from lib.harness import command_output
+from lib.weights import NoInit
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from titok_fast.config import SamplingConfig, TokenizerConfig, VQGANConfig
 from titok_fast.models.generator import MaskedGenerator
@@ -39,16 +40,14 @@ class Upstream:
     ) -> None:
         if not supports(tokenizer.config):
             raise ValueError("upstream released no model of this configuration (512 px, or custom)")
-        self.tokenizer: Any = _build(checkout, "titok", "TiTok", tokenizer)
-        self.generator: Any = None
-        if generator is not None:
-            name = type(generator).__name__  # the same in both: ImageBert, UViTBert
-            self.generator = _build(checkout, "maskgit", name, generator)
+        self.tokenizer, self.generator = (
+            None if ours is None else model_of(checkout, ours).eval().requires_grad_(False)
+            for ours in (tokenizer, generator)
+        )
 
     @torch.no_grad()
     def ids(self, labels: Tensor, config: SamplingConfig) -> Tensor:
         """(B, K) ids; schedule and confidence are upstream's own."""
-        assert self.generator is not None
         settings = {name: getattr(config, name) for name in _SETTINGS.split()}
         return self.generator.generate(condition=labels, **settings).view(len(labels), -1)
 
@@ -70,9 +69,8 @@ def load(
 
 def supports(config: TokenizerConfig) -> bool:
     """Whether upstream's classes can be built for a configuration: one of its named sizes."""
-    named = isinstance(config.vit_enc_model_size, str) and isinstance(
-        config.vit_dec_model_size, str
-    )
+    sizes = config.vit_enc_model_size, config.vit_dec_model_size
+    named = all(isinstance(size, str) for size in sizes)
     return named and config.pixel == VQGANConfig() and config.proxy_block == 1
 
 
@@ -92,10 +90,13 @@ def commit(checkout: Path) -> str | None:
     return command_output("git", "-C", str(checkout), "rev-parse", "HEAD")
 
 
-def _build(checkout: Path, module: str, name: str, ours: PretrainedModel) -> nn.Module:
-    with imports_from(checkout):
+def model_of(checkout: Path, ours: PretrainedModel) -> Any:
+    """Upstream's class of a model of ours on the same tensors; those it freezes stay frozen."""
+    module = "titok" if isinstance(ours, TiTok) else "maskgit"
+    with imports_from(checkout), NoInit():
         try:
-            kind = getattr(importlib.import_module(f"modeling.{module}"), name)
+            # both have the same names: TiTok, ImageBert, UViTBert
+            kind = getattr(importlib.import_module(f"modeling.{module}"), type(ours).__name__)
         except ImportError as error:
             raise ImportError(
                 f"upstream cannot be imported ({error}): pip install 'titok_fast[bench]' has what "
@@ -105,7 +106,7 @@ def _build(checkout: Path, module: str, name: str, ours: PretrainedModel) -> nn.
     state = to_official(ours.state_dict(), ours.kind)
     model.load_state_dict(state, strict=True, assign=True)
     device = next(iter(state.values())).device  # BERT keeps its position ids outside the state
-    return model.eval().requires_grad_(False).to(device)
+    return model.to(device)
 
 
 @contextmanager
