@@ -21,18 +21,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lib.harness import say
 from lib.options import SHARED, in_mode, new_record, parser, save, stem
 from lib.quality_tables import figures_table
 from lib.tables import recipe_times_table
+from PIL.Image import Image
 from torch import Tensor
 
 from titok_fast import TiTokPipeline, preset
 from titok_fast.evaluation.generation import Reference, evaluate_generation, measure_pictures
 from titok_fast.evaluation.networks import FeatureNetwork, open_network
-from titok_fast.evaluation.pictures import Batch, DrawnPictures, Pictures, open_pictures
+from titok_fast.evaluation.pictures import ArrayPictures, DrawnPictures, Pictures, open_pictures
 from titok_fast.evaluation.reconstruction import evaluate_reconstruction, reconstructor
 from titok_fast.evaluation.statistics import Gaussian, frechet_distance
 from titok_fast.io.images import grid, save_png, to_pil
@@ -46,22 +46,6 @@ CLASSIFIER = Path(__file__).parent / MODEL / "classifier"
 _COMPARED = 200  # pictures decoded by each fast mode and in float32
 _IN_ROW, _ROWS = 10, 3  # of the sheet of reconstructions
 _ZOOM = 2  # pictures of 32 pixels are hard to see
-
-
-class _Reconstructions:
-    """A set of pictures as a tokenizer reconstructs them, with their classes."""
-
-    def __init__(self, pipe: TiTokPipeline, originals: Pictures) -> None:
-        self.pipe, self.originals = pipe, originals
-
-    def __len__(self) -> int:
-        return len(self.originals)
-
-    def read(self, part: range) -> Batch:
-        images, labels = self.originals.read(part)
-        made = self.pipe.reconstruct(_floats(images), batch_size=len(part), output="tensor")
-        assert isinstance(made, Tensor)
-        return made, labels
 
 
 def _floats(images: Tensor) -> Tensor:
@@ -99,7 +83,9 @@ def quality(
         with_ssim=False,
         batch_size=batch_size,
     )
-    (again,) = measure(_Reconstructions(pipe, test))
+    originals = _floats(test.read(range(len(test)))[0])
+    made: Any = pipe.reconstruct(originals, batch_size=batch_size, output="numpy")
+    (again,) = measure(ArrayPictures(made))
     name, reference = f"[{network.name}]", Reference(test, known, network.name)
 
     def distance(other: Gaussian) -> float:
@@ -140,8 +126,8 @@ def _psnr_to(pipe: TiTokPipeline, other: TiTokPipeline, test: Pictures) -> float
     return float(-10 * (made - wanted).square().mean().log10())
 
 
-def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, np.ndarray]:
-    """Pictures (H, W, 3) uint8 to look at, not chosen by hand.
+def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, Image]:
+    """Pictures to look at, not chosen by hand.
 
     "reconstructions": the first of the test set, rows of originals over what came back. "samples":
     a row for each class.
@@ -157,9 +143,9 @@ def sheets(pipe: TiTokPipeline, test: Pictures, seed: int) -> dict[str, np.ndarr
     return {"reconstructions": _sheet(pairs.flatten(0, 2)), "samples": _sheet(samples)}
 
 
-def _sheet(pictures: Tensor) -> np.ndarray:
+def _sheet(pictures: Tensor) -> Image:
     large = pictures.repeat_interleave(_ZOOM, dim=1).repeat_interleave(_ZOOM, dim=2)
-    return np.array(grid(to_pil(large), _IN_ROW))
+    return grid(to_pil(large), _IN_ROW)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +175,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         record["sheets"] = {}
         for name, sheet in sheets(pipe, test, args.seed).items():
             path = args.plots / f"{stem(args.json, record)}-{name}.png"
-            save_png(path, to_pil(sheet[None])[0])
+            save_png(path, sheet)
             record["sheets"][name] = path.name
     save(args.json, record)
     return record

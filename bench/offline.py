@@ -22,7 +22,7 @@ from typing import Any
 
 import triton
 from lib import machine_code
-from lib.harness import table
+from lib.harness import table, write_json
 from lib.machine_code import MachineCode, compile_offline
 from lib.options import parser
 
@@ -136,11 +136,7 @@ def compile_cached(case: OfflineCase, arch: int, cache: Path) -> MachineCode:
     if path.exists():
         return MachineCode(**json.loads(path.read_text()))
     code = compile_offline(case, arch)
-    cache.mkdir(parents=True, exist_ok=True)
-    # renamed into place: two runs may share the cache
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(asdict(code)))
-    part.replace(path)
+    write_json(path, asdict(code))  # renamed into place: two runs may share the cache
     return code
 
 

@@ -26,6 +26,8 @@ from lib import cost_model, options
 from lib.harness import NOT_MEASURED, say, summary, timed
 from lib.tables import scaling_table
 from lib.workloads import Workload, draw, measure, pipeline, settings
+from paper.published import SAMPLES_PER_S
+from torch.multiprocessing.spawn import ProcessException
 
 AXES = ("batch", "tokens", "resolution", "steps", "threads", "ranks")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -33,8 +35,6 @@ TOKENS = (32, 64, 128, 256)
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 # by resolution, 512 px last: the two pairs that the paper has
 PAIRS = (("titok-l-32", "titok-l-64-512"), ("titok-b-64", "titok-b-128-512"))
-# the paper's figure 4(d): samples/s of one A100, TiTok-B and MaskGIT-ViT, de-tokenisation included
-PAPER_TOKENS = {32: 123.1, 64: 89.8, 128: 54.1, 256: 27.5}
 FIT = (Workload(), Workload(batch=4), Workload("titok-b-64", tokens=256), Workload(steps=2))
 
 
@@ -82,13 +82,9 @@ def measure_ranks(
     barrier, results = context.Barrier(workload.ranks), context.SimpleQueue()
     row: dict[str, Any] = workload.row() | {"dtype": dtype, "mode": mode}
     job = (workload, device.type, (dtype, mode, repeats), barrier, results)
-    failures = (
-        torch.multiprocessing.ProcessRaisedException,
-        torch.multiprocessing.ProcessExitedException,
-    )
     try:
         torch.multiprocessing.spawn(_rank, job, nprocs=workload.ranks)
-    except failures as error:
+    except ProcessException as error:
         say(f"{workload} failed: {error}")
         return row | {"error": type(error).__name__}
     per_rank = [results.get() for _ in range(workload.ranks)]
@@ -131,7 +127,7 @@ def measure_axis(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     for row in rows:
         row |= {} if "not_measured" in row else next(found)
         own = row["tokens"] if axis == "tokens" else None
-        row["paper_a100_images_per_s"] = PAPER_TOKENS.get(own)
+        row["paper_a100_images_per_s"] = SAMPLES_PER_S["sampling"].get(own)
     return rows
 
 

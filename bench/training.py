@@ -202,8 +202,7 @@ def training_table(record: dict[str, Any]) -> str:
             "x memory": case["x_upstream_memory"],
             "first loss": case["first_loss"],
         }
-    columns = dict.fromkeys(name for line in lines for name in line)
-    return table(lines, list(columns))
+    return table(lines)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

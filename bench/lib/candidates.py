@@ -7,12 +7,11 @@ for its memory and once to compare its output with the reference; then the timed
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from statistics import median
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -42,12 +41,7 @@ class StageClock:
         self._open = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.mark(self._rest)
         self._open = False
 
@@ -76,19 +70,18 @@ class StageClock:
 
 
 class Stage(nn.Module):
-    """A part of a model that reports when it begins and ends; compiled if it was."""
+    """A part of a model that ends a stage, and `before` the one before it; compiled if it was."""
 
-    def __init__(
-        self, inner: nn.Module, before: Callable[[], None], after: Callable[[], None]
-    ) -> None:
+    def __init__(self, inner: nn.Module, clock: StageClock, stage: str, before: str = "") -> None:
         super().__init__()
-        self.inner, self._before, self._after = inner, before, after
+        self.inner, self._clock, self._stage, self._before = inner, clock, stage, before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the part."""
-        self._before()
+        if self._before:
+            self._clock.mark(self._before)
         result = self.inner(*args, **kwargs)
-        self._after()
+        self._clock.mark(self._stage)
         return result
 
 
@@ -99,15 +92,9 @@ def watch(tokenizer: Any, device: torch.device) -> StageClock:
     codebook; "transfer", to uint8 on the host.
     """
     clock = StageClock(device, rest="transfer")
-
-    def ends(stage: str) -> Callable[[], None]:
-        return lambda: clock.mark(stage)
-
-    tokenizer.decoder = Stage(tokenizer.decoder, ends("generator"), ends("vit_decoder"))
+    tokenizer.decoder = Stage(tokenizer.decoder, clock, "vit_decoder", before="generator")
     if hasattr(tokenizer, "pixel_decoder"):
-        tokenizer.pixel_decoder = Stage(
-            tokenizer.pixel_decoder, lambda: None, ends("pixel_decoder")
-        )
+        tokenizer.pixel_decoder = Stage(tokenizer.pixel_decoder, clock, "pixel_decoder")
     return clock
 
 
@@ -186,11 +173,8 @@ class Candidate:
 
     def run(self) -> object:
         """The timed call."""
-        with self.context():
-            if self.clock is None:
-                return self.call()
-            with self.clock:
-                return self.call()
+        with self.context(), self.clock or nullcontext():
+            return self.call()
 
 
 def candidate(

@@ -9,7 +9,7 @@ their guidance has weight 0; a rate may pass the machine's own where an exact re
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -111,23 +111,21 @@ CHECK = (
 )
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Seconds per unit of each kind of work; 0 where the fit found no cost of its own."""
+# seconds per unit of each kind of work; 0 where the fit found no cost of its own
+Machine = Mapping[str, float]
 
-    seconds_per: dict[str, float]
 
-    def predict(self, stage: Mapping[str, float]) -> float:
-        """Seconds of a stage."""
-        return sum(amount * self.seconds_per[kind] for kind, amount in stage.items())
+def predict(machine: Machine, stage: Work) -> float:
+    """Seconds of a stage."""
+    return sum(amount * machine[kind] for kind, amount in stage.items())
 
-    def rates(self) -> dict[str, str]:
-        """The constants as rates, to print."""
-        shown = {}
-        for kind, (unit, scale) in KINDS.items():
-            seconds = self.seconds_per[kind]
-            shown[kind] = f"{1 / (seconds * scale):,.3g} {unit}" if seconds else "no cost seen"
-        return shown
+
+def rates(machine: Machine) -> dict[str, str]:
+    """The constants as rates, to print."""
+    return {
+        kind: f"{1 / (machine[kind] * scale):,.3g} {unit}" if machine[kind] else "no cost seen"
+        for kind, (unit, scale) in KINDS.items()
+    }
 
 
 def fit(stages: Sequence[Work], seconds: Sequence[float]) -> Machine:
@@ -151,7 +149,7 @@ def fit(stages: Sequence[Work], seconds: Sequence[float]) -> Machine:
     scale = A.max(axis=0)
     scale[scale == 0] = 1.0  # a kind that occurs nowhere
     found, _ = nnls(A / scale, np.ones(len(times)))
-    return Machine(dict(zip(KINDS, (found / scale).tolist(), strict=True)))
+    return dict(zip(KINDS, (found / scale).tolist(), strict=True))
 
 
 def _works(row: Mapping[str, Any]) -> dict[str, Work]:
@@ -167,24 +165,18 @@ def usable(row: Mapping[str, Any]) -> bool:
 
 def fit_rows(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload] = FIT) -> Machine:
     """The constants from the rows of the workloads in `fitted`."""
-    stages, seconds = [], []
-    for row in rows:
-        if not usable(row) or not _is_among(row, fitted):
-            continue
-        for stage, amounts in _works(row).items():
-            stages.append(amounts)
-            seconds.append(row["stages_s"][stage])
-    return fit(stages, seconds)
+    chosen = [row for row in rows if usable(row) and _is_among(row, fitted)]
+    pairs = [(amounts, row["stages_s"][s]) for row in chosen for s, amounts in _works(row).items()]
+    return fit([amounts for amounts, _ in pairs], [seconds for _, seconds in pairs])
 
 
 def _is_among(row: Mapping[str, Any], workloads: Sequence[Workload]) -> bool:
     return any(w.row().items() <= dict(row).items() for w in workloads)
 
 
-def predicted(machine: Machine, row: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each stage of a row; "total" is without the head, a part of the others."""
-    found = {stage: machine.predict(amounts) for stage, amounts in _works(row).items()}
-    return found | {"total": sum(s for stage, s in found.items() if stage != "head")}
+def _with_total(stages: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each stage; "total" is without the head, a part of the others."""
+    return {**stages, "total": sum(s for stage, s in stages.items() if stage != "head")}
 
 
 def compare(
@@ -193,10 +185,9 @@ def compare(
     """A line per row and stage: measured, predicted, relative error, and whether it was fitted."""
     lines = []
     for row in filter(usable, rows):
-        guess = predicted(machine, row)
-        measured = dict(row["stages_s"])
-        measured["total"] = sum(s for stage, s in measured.items() if stage != "head")
-        for stage, seconds in guess.items():
+        measured = _with_total(row["stages_s"])
+        guess = {stage: predict(machine, amounts) for stage, amounts in _works(row).items()}
+        for stage, seconds in _with_total(guess).items():
             lines.append(
                 {name: row[name] for name in ("model", "batch", "tokens", "side", "steps")}
                 | {
@@ -263,8 +254,8 @@ def analysis(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Workload]) -> d
     machine = fit_rows(rows, fitted)
     lines = compare(machine, rows, fitted)
     return {
-        "seconds_per": machine.seconds_per,
-        "rates": machine.rates(),
+        "seconds_per": machine,
+        "rates": rates(machine),
         "fitted_on": [asdict(w) for w in fitted],
         "lines": lines,
         "worst_error_of_unfitted": worst(lines),

@@ -265,8 +265,9 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     write_atomic(path, text.encode())
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Format rows as Markdown; a value that is absent or None reads "not measured"."""
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Format rows as Markdown, by default all their columns; absent or None: "not measured"."""
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     texts = [list(columns)] + [[_text(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in texts) for i in range(len(columns))]
     texts.insert(1, ["-" * width for width in widths])

@@ -98,9 +98,7 @@ def trends_table(record: Mapping[str, Any]) -> str:
         if "rank_correlation" in curve:
             rho = curve["rank_correlation"]
             rows[-1]["rank correlation"] = "none" if rho is None else f"{rho:.2f}"
-    return "\n\n".join(
-        [record["protocol"]["summary"], table(rows, list(rows[0])), statement(found)]
-    )
+    return "\n\n".join([record["protocol"]["summary"], table(rows), statement(found)])
 
 
 def title(curve: Mapping[str, Any]) -> str:

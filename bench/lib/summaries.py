@@ -64,7 +64,7 @@ def kernels_summary(record: Record) -> str:
         | {"slowest": f"{min(r):.2f}x", "median": f"{median(r):.2f}x", "fastest": f"{max(r):.2f}x"}
         for op, r in ratios.items()
     ]
-    return f"Times as fast as upstream's lines:\n\n{table(rows, tuple(rows[0]))}" if rows else ""
+    return f"Times as fast as upstream's lines:\n\n{table(rows)}" if rows else ""
 
 
 def peers_summary(record: Record) -> str:
@@ -84,7 +84,7 @@ def peers_summary(record: Record) -> str:
                 "paper's A100": best.get("paper_ratio"),
             }
         )
-    return table(rows, tuple(rows[0])) if rows else ""
+    return table(rows) if rows else ""
 
 
 def cost_model_summary(record: Record) -> str:
@@ -107,36 +107,30 @@ SUMMARIES: dict[str, Callable[[Record], str]] = {
 
 _MODEL = "titok-l-32"
 _EXACT, _INT8 = ("eager", "compiled", "fast"), "int8"
+_OVER = ("x upstream as shipped", "x upstream under autocast")
 
 
-class _Newest:
-    """Cases of _MODEL in bfloat16 at the largest batch that the newest device ran it with."""
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.ours: dict[str, Case] = {}  # by mode
-        self._bases = [0.0, 0.0]
-        fitting = [r for r in records if any(map(_is_ours, r["cases"]))]
-        if fitting:
-            record = max(fitting, key=lambda r: r["environment"]["date_utc"])
-            self.batch = max(case["batch"] for case in record["cases"] if _is_ours(case))
-            cases = [c for c in record["cases"] if c["batch"] == self.batch and "images_per_s" in c]
-            self.ours = {case["mode"]: case for case in cases if _is_ours(case)}
-            self.device = device_of(record)
-            upstream = {
-                case["dtype"]: case["images_per_s"]["median"]
-                for case in cases
-                if (case["model"], case["implementation"]) == (_MODEL, "upstream")
-            }
-            self._bases = [upstream.get(dtype, 0.0) for dtype in (shipped_dtype(record), "bf16")]
-
-    def rate(self, mode: str) -> float | None:
-        """Samples/s, or None."""
-        return self.ours[mode]["images_per_s"]["median"] if mode in self.ours else None
-
-    def ratios(self, mode: str) -> list[str]:
-        """Over upstream as shipped, and over upstream under autocast."""
-        rate = self.rate(mode)
-        return [f"{rate / base:.2f}" if rate and base else NOT_MEASURED for base in self._bases]
+def _newest(records: Sequence[Record]) -> tuple[dict[str, dict[str, Any]], int, str]:
+    """Rows of _MODEL in bfloat16 by mode, of the newest device; its largest batch, and its name."""
+    fitting = [r for r in records if any(map(_is_ours, r["cases"]))]
+    if not fitting:
+        return {}, 0, ""
+    record = max(fitting, key=lambda r: r["environment"]["date_utc"])
+    batch: int = max(case["batch"] for case in record["cases"] if _is_ours(case))
+    cases = [c for c in record["cases"] if c["batch"] == batch and "images_per_s" in c]
+    upstream = {
+        case["dtype"]: case["images_per_s"]["median"]
+        for case in cases
+        if (case["model"], case["implementation"]) == (_MODEL, "upstream")
+    }
+    rows = {}
+    for case in filter(_is_ours, cases):
+        rate = case["images_per_s"]["median"]
+        row = {"mode": case["mode"], "samples/s": rate} | agreement(case)
+        for column, dtype in zip(_OVER, (shipped_dtype(record), "bf16"), strict=True):
+            row[column] = f"{rate / upstream[dtype]:.2f}" if dtype in upstream else NOT_MEASURED
+        rows[case["mode"]] = row
+    return rows, batch, device_of(record)
 
 
 def _is_ours(case: Case) -> bool:
@@ -152,38 +146,28 @@ def device_of(record: Record) -> str:
 
 def headline(records: Sequence[Record]) -> str:
     """One sentence: samples/s of the fastest exact mode and of int8, and over upstream's."""
-    found = _Newest(records)
-    if not found.ours:
+    rows, batch, device = _newest(records)
+    if not rows:
         return f"TiTok-L-32: {NOT_MEASURED}."
-    exact = [mode for mode in _EXACT if mode in found.ours]
-    best = max(exact, key=lambda mode: found.rate(mode) or 0, default="")
+    exact = [mode for mode in _EXACT if mode in rows]
+    best = max(exact, key=lambda mode: rows[mode]["samples/s"], default="")
     said = []
     for mode, words in ((best, f"bfloat16, mode {best}"), (_INT8, "int8")):
-        rate = found.rate(mode)
-        if rate is None:
+        if mode not in rows:
             said.append(f"{words}: {NOT_MEASURED}")
             continue
-        shipped, autocast = found.ratios(mode)
+        rate, (shipped, autocast) = rows[mode]["samples/s"], (rows[mode][name] for name in _OVER)
         over = f"{shipped} times upstream as shipped, {autocast} times upstream under autocast"
         said.append(f"{rate:.3g} samples/s in {words} ({over})")
-    return f"TiTok-L-32 at batch {found.batch} on {found.device}: {'; '.join(said)}."
+    return f"TiTok-L-32 at batch {batch} on {device}: {'; '.join(said)}."
 
 
 def fast_modes(records: Sequence[Record]) -> str:
     """A table of eager, fast and int8 on the newest device: speed, ratios, agreement."""
-    found = _Newest(records)
-    columns = ("x upstream as shipped", "x upstream under autocast")
-    rows = []
-    for mode in ("eager", "fast", _INT8):
-        row: dict[str, Any] = {"mode": mode, "samples/s": found.rate(mode)}
-        if mode in found.ours:
-            row |= dict(zip(columns, found.ratios(mode), strict=True))
-            row |= agreement(found.ours[mode])
-        rows.append(row)
-    lines = table(rows, ("mode", "samples/s", *columns, "ids equal", "PSNR dB"))
-    if not found.ours:
-        return lines
-    return f"{_MODEL}, bfloat16, batch {found.batch}; {found.device}.\n\n{lines}"
+    rows, batch, device = _newest(records)
+    shown = [rows.get(mode, {"mode": mode}) for mode in ("eager", "fast", _INT8)]
+    lines = table(shown, ("mode", "samples/s", *_OVER, "ids equal", "PSNR dB"))
+    return f"{_MODEL}, bfloat16, batch {batch}; {device}.\n\n{lines}" if rows else lines
 
 
 def training_minutes(record: Record | None) -> str:

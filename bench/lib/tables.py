@@ -96,12 +96,14 @@ def _row(case: Case, record: Record, rate: str) -> dict[str, Any]:
     speed = case["images_per_s"]
     row[rate] = spread(speed)
     group = [other for other in record["cases"] if group_of(other) == group_of(case)]
-    for column, implementation, dtype in (
-        (_RATIOS[0], "upstream", shipped_dtype(record)),
-        (_RATIOS[1], "upstream", case["dtype"]),
-        ("x reference", "reference", "fp32-ieee"),
+    bases = {(c["implementation"], c["dtype"]): c.get("images_per_s") for c in reversed(group)}
+    for column, key in (
+        (_RATIOS[0], ("upstream", shipped_dtype(record))),
+        (_RATIOS[1], ("upstream", case["dtype"])),
+        ("x reference", ("reference", "fp32-ieee")),
     ):
-        row[column] = _ratio(case, group, implementation, dtype)
+        base = bases.get(key)
+        row[column] = base and f"{speed['median'] / base['median']:.2f}"
     flop = row["GFLOP"] * 1e9
     row["first call s"] = case["first_call_s"]
     row["peak GiB"] = gib(case["peak_bytes"])
@@ -133,14 +135,6 @@ def group_of(case: Case) -> tuple[Any, ...]:
 def shipped_dtype(record: Record) -> str:
     """The dtype of upstream as shipped: its script turns TF32 on, which only CUDA has."""
     return "tf32" if "driver" in record["environment"] else "fp32-ieee"
-
-
-def _ratio(case: Case, group: Sequence[Case], implementation: str, dtype: str) -> str | None:
-    for other in group:
-        if (other["implementation"], other["dtype"]) == (implementation, dtype):
-            base = other.get("images_per_s")
-            return f"{case['images_per_s']['median'] / base['median']:.2f}" if base else None
-    return None
 
 
 def agreement(case: Case) -> dict[str, Any]:
@@ -193,7 +187,7 @@ def waterfall_table(record: Record) -> str:
             "logit error": f"{quality['logit_error']:.2g}",
             "PSNR dB": "identical" if same else f"{quality['psnr_db']:.1f}",
         }
-    return table(lines, list(dict.fromkeys(name for line in lines for name in line)))
+    return table(lines)
 
 
 def _percent(share: float | None) -> str | None:

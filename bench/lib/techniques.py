@@ -64,20 +64,7 @@ TECHNIQUES: dict[str, Technique] = {
     )
 }
 BUILT_IN = tuple(t.name for t in TECHNIQUES.values() if t.kind == "built in")
-
-
-@dataclass(frozen=True)
-class _Switches:
-    """Techniques of the loop; the defaults are what titok_fast does.
-
-    `one_batch`: both passes of a guided step in one doubled batch. `mixed`: guidance on the last
-    hidden state, so one head. `skips`: no unconditional pass where its weight is 0 (in power-cosine
-    upstream has one).
-    """
-
-    one_batch: bool = True
-    mixed: bool = True
-    skips: bool = True
+_OF_THE_LOOP = {"one-batch", "mixed-hidden", "skip-zero"}
 
 
 @contextmanager
@@ -90,10 +77,9 @@ def applied(names: Collection[str]) -> Iterator[None]:
     unknown = sorted(set(names) - set(TECHNIQUES))
     if unknown:
         raise ValueError(f"unknown technique {', '.join(unknown)}; known: {', '.join(TECHNIQUES)}")
-    switches = _Switches("one-batch" in names, "mixed-hidden" in names, "skip-zero" in names)
     with ExitStack() as stack:
-        if switches != _Switches():  # else the loop that titok_fast ships
-            loop = partial(_unmask, switches=switches)
+        if not set(names) >= _OF_THE_LOOP:  # else the loop that titok_fast ships
+            loop = partial(_unmask, names=names)
             stack.enter_context(patch.object(sampling, "unmask", loop))
         for name, (owner, attribute, plain) in _PLAIN.items():
             if name not in names:
@@ -109,18 +95,19 @@ def _unmask(
     config: SamplingConfig,
     on_step: Callable[[], object] | None = None,
     *,
-    switches: _Switches,
+    names: Collection[str],
 ) -> Tensor:
-    """In place of `titok_fast.sampling.unmask.unmask`: its arguments, and the switches."""
+    """In place of `titok_fast.sampling.unmask.unmask`: its arguments, and the techniques."""
     mask_id, K = generator.config.mask_token_id, generator.image_seq_len
     base = sampling.maskable(ids, config, mask_id)
     no_class = torch.full_like(class_ids, generator.config.no_class_id)
+    # where the weight of the unconditional pass is 0, upstream has one in power-cosine alone
+    always = "skip-zero" not in names and config.guidance_decay == "power-cosine"
     for step in steps(config):
-        always = not switches.skips and config.guidance_decay == "power-cosine"
         uncond = None
         if step.guidance == 0 and not always:
             cond = generator.hidden(ids, class_ids)
-        elif switches.one_batch:
+        elif "one-batch" in names:
             both = torch.cat([class_ids, no_class])
             cond, uncond = generator.hidden(ids.repeat(2, 1), both).chunk(2)
         else:
@@ -132,7 +119,7 @@ def _unmask(
             "noise_temperature": step.token_noise,
             "rule": config.confidence,
         }
-        if switches.mixed:
+        if "mixed-hidden" in names:
             candidates, scores = lm_head_sample(
                 cond.flatten(0, 1),
                 None if uncond is None else uncond.flatten(0, 1),
@@ -191,10 +178,6 @@ def _norm_then_silu(self: NormSiLU, x: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
 
 
-def _all_images(self: PixelDecoder, codes: Tensor) -> Tensor:
-    return self._decode(codes)
-
-
 # technique: where its code is, and what stands there without it
 _PLAIN: dict[str, tuple[Any, str, Any]] = {
     "fused-qkv": (PostNormBlock, "forward", _three_linears),
@@ -202,5 +185,5 @@ _PLAIN: dict[str, tuple[Any, str, Any]] = {
     "channels-last": (maskgit_vqgan, "_channels_last", Tensor.contiguous),
     "phases": (maskgit_vqgan, "PHASES_FROM_PIXELS", maxsize),
     "fused-norm": (NormSiLU, "forward", _norm_then_silu),
-    "one-image": (PixelDecoder, "forward", _all_images),
+    "one-image": (PixelDecoder, "forward", PixelDecoder._decode),
 }

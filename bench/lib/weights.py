@@ -3,8 +3,7 @@
 Speed does not depend on what the weights are.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -30,23 +29,18 @@ class NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a float32 copy of the largest would not fit beside it
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def build(make: Callable[[], M], device: torch.device, dtype: torch.dtype) -> M:
     """A model in eval mode under random weights, made in its final type; "meta" takes no memory.
 
     Our codebooks are float32 whatever the type is.
     """
-    with NoInit(), _default_dtype(dtype), torch.device(device):
-        model = make()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a float32 copy of the largest would not fit beside it
+    try:
+        with NoInit(), torch.device(device):
+            model = make()
+    finally:
+        torch.set_default_dtype(before)
     model = model.eval().requires_grad_(False)
     for part in model.modules():
         if isinstance(part, VectorQuantizer):

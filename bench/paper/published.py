@@ -27,7 +27,8 @@ _TABLE_4 = {
     },
 }
 
-# figure 4(d): samples/s of one A100, TiTok-B and MaskGIT-ViT; the label at 192 is unreadable
+# figure 4(d): samples/s of one A100, TiTok-B and MaskGIT-ViT, de-tokenisation included; the label
+# at 192 is unreadable
 SAMPLES_PER_S = {
     "training": {16: 5746.3, 32: 2815.2, 64: 1268.3, 96: 824.8, 128: 555.1, 256: 219.7},
     "sampling": {16: 130.0, 32: 123.1, 64: 89.8, 96: 70.9, 128: 54.1, 256: 27.5},

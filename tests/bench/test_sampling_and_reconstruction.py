@@ -217,9 +217,7 @@ def test_memory_is_own_weights_plus_what_the_call_adds() -> None:
 
 def test_stage_clock_of_a_slow_part() -> None:
     clock = candidates.StageClock(CPU, rest="end")
-    part = candidates.Stage(
-        torch.nn.Identity(), lambda: clock.mark("before"), lambda: clock.mark("part")
-    )
+    part = candidates.Stage(torch.nn.Identity(), clock, "part", before="before")
     part(torch.zeros(1))  # outside a call: not counted
     for pause in (0.2, 0.01, 0.01):
         with clock:
