@@ -28,12 +28,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lib import upstream as official
 from lib import waterfall_rows
 from lib.candidates import measure
-from lib.harness import RATES, matmul_peak, precision, say
-from lib.options import COUNT, PRECISIONS, RUN, check, names_of, parser, save, start_record
+from lib.harness import PRECISIONS, RATES, matmul_peak, precision, say
+from lib.options import COUNT, RUN, check, names_of, parser, save, start_record
 from lib.tables import waterfall_table
 from lib.waterfall_candidates import Inputs, Prepared
 from lib.waterfall_rows import Row, next_group
@@ -58,15 +57,15 @@ def measure_group(
             say(f"{row.name} failed: {error}")
             found[row.name] = {"error": type(error).__name__}
     rows = [row for row in group if row.name not in found]
-    candidates = [prepared.candidate for prepared in ready]
+    candidates = [made for made, _, _ in ready]
     cases = measure(candidates, images=inputs.batch, device=inputs.device, repeats=repeats)
-    for row, prepared, case in zip(rows, ready, cases, strict=True):
+    for row, (_, _, prepare_s), case in zip(rows, ready, cases, strict=True):
         for name in ("implementation", "agreement"):  # the row's name; quality says more
             case.pop(name, None)
         found[row.name] = case
         if "error" not in case and row is not anchor:
             say(f"{row.name}: quality")
-            case |= {"prepare_s": prepared.prepare_s, "quality": inputs.quality(row)}
+            case |= {"prepare_s": prepare_s, "quality": inputs.quality(row)}
     return found
 
 
@@ -149,20 +148,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         anchor = done[-1] if done else anchor
         compare_rates(record)
         save(args.json, record)
-    _measure_peaks_again(record, args.device)
+    peaks = record[RATES]
+    for name in peaks:  # the best of what was seen: other load may have met the first measurement
+        with precision(name) as dtype:
+            peaks[name] = max(peaks[name], matmul_peak(args.device, dtype))
     compare_rates(record)
     path = save(args.json, record)
     if path is not None:
         _draw(record, path)
     return record
-
-
-def _measure_peaks_again(record: dict[str, Any], device: torch.device) -> None:
-    """A peak is the best of what was seen: other load may have met the first measurement."""
-    peaks = record[RATES]
-    for name in peaks:
-        with precision(name) as dtype:
-            peaks[name] = max(peaks[name], matmul_peak(device, dtype))
 
 
 def _draw(record: Mapping[str, Any], path: Path) -> None:

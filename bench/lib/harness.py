@@ -29,6 +29,7 @@ from titok_fast.io.files import write_atomic
 
 NOT_MEASURED = "not measured"
 NOT_YET = f"{NOT_MEASURED.capitalize()} yet."  # in place of a whole table
+PRECISIONS = {"fp32-ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 RATES = "matmul_flop_per_s"  # in a record: of the device, by dtype, measured in the same run
 
 
@@ -243,15 +244,14 @@ def precision(name: str) -> Iterator[torch.dtype]:
     Raises:
         ValueError: an unknown name.
     """
-    dtypes = {"fp32-ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-    if name not in dtypes:
-        raise ValueError(f"precision wants one of {sorted(dtypes)}; got {name!r}")
+    if name not in PRECISIONS:
+        raise ValueError(f"precision wants one of {sorted(PRECISIONS)}; got {name!r}")
     # torch refuses to read these back once its newer fp32_precision switches were set as well
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     try:
-        yield dtypes[name]
+        yield PRECISIONS[name]
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]

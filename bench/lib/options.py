@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from lib import upstream as official
 from lib.candidates import MAX_ROUNDS, MIN_ROUNDS, ROUND_BUDGET_S, Candidate, measure, shared
-from lib.harness import RATES, environment, matmul_peak, precision, say, write_json
+from lib.harness import PRECISIONS, RATES, environment, matmul_peak, precision, say, write_json
 
 from titok_fast import PRESETS, TiTokPipeline
 from titok_fast.backends.techniques import check_techniques, resolve_fast
 
-PRECISIONS = ("fp32-ieee", "tf32", "bf16")
 # what TiTokPipeline.compile is asked for in each mode
 MODES: dict[str, bool | str | tuple[str, ...]] = {
     "eager": False,
@@ -160,9 +159,8 @@ def chosen_mode(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     if args.compile is None:
         return "eager"
     mode, kind = args.compile.replace(",", "+"), args.device.type
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     try:
-        check_techniques(techniques(mode, kind), kind, dtype)
+        check_techniques(techniques(mode, kind), kind, PRECISIONS[args.dtype])
     except ValueError as error:
         p.error(f"--compile: {error}")
     return mode

@@ -4,7 +4,7 @@ import argparse
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from math import log10
 from typing import Any
@@ -50,11 +50,6 @@ def _first_candidates() -> Iterator[list[Tensor]]:
         yield seen
 
 
-def _parts(batch: int) -> list[int]:
-    """First image of each call; calls have the batch that models were compiled for."""
-    return list(range(0, IMAGES, batch))
-
-
 @torch.no_grad()
 def outputs(model: Any, pipe: TiTokPipeline, batch: int, config: SamplingConfig) -> Outputs:
     """A model's outputs, in float32 on the CPU; call it in the model's arithmetic.
@@ -69,7 +64,7 @@ def outputs(model: Any, pipe: TiTokPipeline, batch: int, config: SamplingConfig)
         "logits": [model.generator(masked, labels, 0.0).float()],
         "pixels": [model.tokenizer.decode_tokens(fixed).float().clamp(0, 1)],
     }
-    for first in _parts(batch):
+    for first in range(0, IMAGES, batch):  # the batch that models were compiled for
         for name, ids in _draw(model, pipe, first, batch, config).items():
             found.setdefault(name, []).append(ids)
     return {name: torch.cat(tensors).cpu() for name, tensors in found.items()}
@@ -95,7 +90,7 @@ def reference_ids(pipe: TiTokPipeline, batch: int, config: SamplingConfig) -> Te
     """(n, K) ids that upstream draws in `outputs` if it makes no rounding error of its own."""
     assert pipe.generator is not None
     drawn = []
-    for first in _parts(batch):
+    for first in range(0, IMAGES, batch):
         with _global_seed(first):
             labels = labels_of(first, batch).to(pipe.device)
             drawn.append(generate(pipe.generator, labels, config).cpu())
@@ -131,13 +126,8 @@ def compare(got: Outputs, wanted: Outputs) -> dict[str, float | None]:
     }
 
 
-@dataclass
-class Prepared:
-    """A row ready to run: its candidate, the model it calls, and the seconds of `compile`."""
-
-    candidate: Candidate
-    model: Any
-    prepare_s: float
+# a row ready to run: its candidate, the model it calls, and the seconds of `compile`
+Prepared = tuple[Candidate, Any, float]
 
 
 class Inputs:
@@ -178,9 +168,9 @@ class Inputs:
 
     def quality(self, row: Row) -> dict[str, float | None]:
         """The outputs of a row of the group, compared with those of float32."""
-        made, shapes = self.make(row), next(iter(self._pipes.values()))
-        with made.candidate.context():
-            got = outputs(made.model, shapes, self.batch, self.config)
+        (made, model, _), shapes = self.make(row), next(iter(self._pipes.values()))
+        with made.context():
+            got = outputs(model, shapes, self.batch, self.config)
         return compare(got, self._wanted_of_upstream if row.upstream else self._wanted)
 
     def _upstream(self, row: Row) -> Prepared:
@@ -194,7 +184,7 @@ class Inputs:
             theirs.tokenizer.pixel_decoder.compile(dynamic=False)
         dtype = self.shipped if row.name == "upstream-fp32" else "bf16"
         draw = partial(theirs.draw, labels_of(0, self.batch).to(self.device), self.config)
-        return Prepared(candidate(row.name, dtype, mode, theirs, draw), theirs, 0.0)
+        return candidate(row.name, dtype, mode, theirs, draw), theirs, 0.0
 
     def _ours(self, row: Row) -> Prepared:
         low = row.weights != "float32"
@@ -211,7 +201,7 @@ class Inputs:
             **asdict(self.config),
         )
         mode, context = "compiled" if fast else "eager", partial(_as_row, row, dtype)
-        return Prepared(candidate(row.name, dtype, mode, own, draw, context=context), own, seconds)
+        return candidate(row.name, dtype, mode, own, draw, context=context), own, seconds
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lib import candidates
 from lib.candidates import Candidate, arithmetic, watch, weight_bytes
-from lib.harness import say
+from lib.harness import PRECISIONS, say
 from lib.options import in_mode
 from lib.weights import draw_only
 
@@ -59,8 +59,7 @@ class Workload:
 
 def pipeline(workload: Workload, device: torch.device, dtype: str) -> TiTokPipeline:
     """Its pipeline under random weights, without the encoder."""
-    weights = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return draw_only(workload.system, device, weights)
+    return draw_only(workload.system, device, PRECISIONS[dtype])
 
 
 def draw(workload: Workload, pipe: TiTokPipeline) -> object:
@@ -133,9 +132,7 @@ def measure(
             size = weight_bytes(pipe)  # before: packed weights are no parameters
             pipes[key] = in_mode(pipe, mode), size
         pipe, size = pipes[key]
-        clock = watch(
-            pipe.tokenizer, device
-        )  # several on one pipeline: only the running one counts
+        clock = watch(pipe.tokenizer, device)  # of several on one pipeline the running one counts
         context = partial(settings, workload, dtype)
         for name, work, stages in ((f"{i}", draw, clock), (f"head {i}", run_head, None)):
             call = partial(work, workload, pipe)

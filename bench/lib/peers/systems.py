@@ -30,7 +30,8 @@ class System:
     """One row of the paper's tables, under the paper's names.
 
     `paper_rate` is in samples/s, None where it gives none; `paper_millions` are parameters of the
-    generator. `classes` are the libraries' that rebuild it here; `build(True)` makes a small one.
+    generator. `classes` are the libraries' that rebuild it here; `build(True)` makes a small one,
+    and there is none where the paper gives no speed to set beside it.
     """
 
     name: str
@@ -40,9 +41,8 @@ class System:
     steps: int
     paper_rate: float | None
     paper_millions: int
-    classes: str
-    build: Callable[[bool], models.Peer] | None
-    left_out: str | None = None
+    classes: str = ""
+    build: Callable[[bool], models.Peer] | None = None
 
 
 def _blocks(kind: str, count: int, first: str | None = None) -> tuple[str, ...]:
@@ -260,9 +260,4 @@ _BUILT: dict[str, tuple[str, Callable[[bool], models.Peer]]] = {
     "maskgit-512": (_OURS, partial(_maskgit, 512, 2)),
     "magvit-v2-512": (_OURS, partial(_magvit2, 512)),
 }
-SYSTEMS: tuple[System, ...] = tuple(
-    System(name, *numbers, *_BUILT[name])
-    if name in _BUILT
-    else System(name, *numbers, "", None, "the paper gives no speed to set beside it")
-    for name, numbers in _PUBLISHED.items()
-)
+SYSTEMS = tuple(System(name, *of, *_BUILT.get(name, ())) for name, of in _PUBLISHED.items())
