@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.bench_scripts import add_tiny, scripts
+from support.bench_scripts import add_tiny, recorded, scripts
 
 from titok_fast.costs import generation_costs
 
@@ -163,10 +163,8 @@ def test_a_run_measures_what_is_fitted_and_what_is_checked(
     add_tiny(monkeypatch, options)
     monkeypatch.setattr(cost_model, "FIT", tuple(Workload("tiny", B, steps=2) for B in (1, 3)))
     monkeypatch.setattr(cost_model, "CHECK", (Workload("tiny", 2, tokens=4, steps=3),))
-    path = tmp_path / "r.json"
-    words = ["--cost-model", "--device", "cpu", "--repeats", "2", "--json", str(path)]
-    assert scaling.main(words) in (0, 1)  # times this short are all overhead
-    record = json.loads(path.read_text())
+    status, record = recorded(scaling, tmp_path / "r.json", "--cost-model")
+    assert status in (0, 1)  # times this short are all overhead
     assert record["benchmark"] == "cost-model"
     assert [(c["batch"], c["tokens"]) for c in record["cases"]] == [(1, 8), (3, 8), (2, 4)]
     assert [line["fitted"] for line in record["cost_model"]["lines"]] == [True] * 10 + [False] * 5

@@ -20,11 +20,12 @@ fashion, options, quality_tables, sampling, tables = scripts(
     "fashion", "lib.options", "lib.quality_tables", "sampling", "lib.tables"
 )
 COUNT, TEST = 20, 36
+Measured = tuple[TiTokPipeline, Path, Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
-    """Folders of weights and results, and the record."""
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """The pipeline that was measured, folders of its weights and of results, and the record."""
     weights = ship(trained(tmp_path_factory.mktemp("runs")), tmp_path_factory.mktemp("w") / "w")
     data, results = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("results")
     write_fashion(data, train=48, test=TEST)
@@ -33,14 +34,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict
     assert fashion.main(words) == 0
     (file,) = results.glob("*_fashion.json")
     record = json.loads(file.read_text())
-    return weights, results, record | {"data": data}
-
-
-def test_figures_are_those_of_the_pictures(measured: tuple[Path, Path, dict[str, Any]]) -> None:
-    weights, _, record = measured
-    figures, test = record["figures"], fashion_mnist("eval", record["data"])
     parts = {part: str(weights / part) for part in ("tokenizer", "generator")}
     pipe = TiTokPipeline.from_pretrained(MODEL, **parts)
+    return pipe, weights, results, record | {"data": data}
+
+
+def test_figures_are_those_of_the_pictures(measured: Measured) -> None:
+    pipe, weights, _, record = measured
+    figures, test = record["figures"], fashion_mnist("eval", record["data"])
     judge = FashionClassifier.from_pretrained(weights / "classifier")
 
     def right(pictures: np.ndarray, labels: list[int]) -> float:
@@ -71,8 +72,8 @@ def test_figures_are_those_of_the_pictures(measured: tuple[Path, Path, dict[str,
     assert protocol["features"] == "fashion-classifier, 128 features, float32"
 
 
-def test_sheets_show_what_they_say(measured: tuple[Path, Path, dict[str, Any]]) -> None:
-    weights, results, record = measured
+def test_sheets_show_what_they_say(measured: Measured) -> None:
+    pipe, _, results, record = measured
     sheets = {
         name: np.asarray(Image.open(results / file)) for name, file in record["sheets"].items()
     }
@@ -88,19 +89,17 @@ def test_sheets_show_what_they_say(measured: tuple[Path, Path, dict[str, Any]]) 
     for index in (0, 13):  # rows of originals are 0, 2 and 4
         want = np.asarray(Image.fromarray(test.read(index).values).convert("RGB"))
         assert np.array_equal(cell("reconstructions", 2 * (index // 10), index % 10), want)
-    parts = {part: str(weights / part) for part in ("tokenizer", "generator")}
-    pipe = TiTokPipeline.from_pretrained(MODEL, **parts)
     drawn = pipe([i // 10 for i in range(100)], output="numpy")
     assert np.array_equal(cell("samples", 3, 4), drawn[34])
 
 
 def test_quality_stands_beside_the_speed(
-    measured: tuple[Path, Path, dict[str, Any]],
+    measured: Measured,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    weights, results, record = measured
+    _, weights, results, record = measured
     use(weights, monkeypatch)
     monkeypatch.setattr(options, "matmul_peak", lambda device, dtype: 1e12)
     newest = quality_tables.newest_quality(MODEL, tables.read(results))

@@ -1,12 +1,11 @@
 """The peers benchmark: published numbers, sizes, extrapolation, record."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import add_tiny, scripts
+from support.bench_scripts import add_tiny, recorded, scripts
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -25,9 +24,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(path: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    small = ("--device", "cpu", "--tiny", "--ours", "tiny", "--repeats", "2")
-    status = peers.main([*small, "--json", str(path), *words])
-    return status, json.loads(path.read_text())
+    return recorded(peers, path, "--tiny", "--ours", "tiny", *words)
 
 
 def test_the_paper_gives_a_speed_of_each_model_of_ours() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import add_tiny, scripts, small_official
+from support.bench_scripts import add_tiny, recorded, scripts, small_official
+from support.official import CHECKOUT, needs_upstream
 from support.tiny_models import tiny_tokenizer_config
 from torch import Tensor
 
@@ -23,8 +24,6 @@ candidates, options, reconstruction, sampling, upstream = scripts(
 )
 
 CPU = torch.device("cpu")
-UPSTREAM = os.environ.get("TITOK_UPSTREAM")
-needs_upstream = pytest.mark.skipif(UPSTREAM is None, reason="TITOK_UPSTREAM names no checkout")
 RATE = {"median", "p20", "p80", "repeats"}
 
 
@@ -34,14 +33,9 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "tiny-vae", Preset(tiny_tokenizer_config("vae")))
 
 
-def run(main: Callable[[list[str]], int], path: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    status = main(["--device", "cpu", "--json", str(path), "--repeats", "2", *words])
-    return status, json.loads(path.read_text())
-
-
 def test_sampling_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--models tiny --batch 1 3 --steps 2 --modes eager fast"
-    status, record = run(sampling.main, tmp_path / "r.json", *words.split())
+    status, record = recorded(sampling, tmp_path / "r.json", *words.split())
     assert status == 0
     fields = "benchmark environment protocol upstream_commit matmul_flop_per_s cases"
     assert set(record) == set(fields.split())
@@ -88,7 +82,7 @@ def test_sampling_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_reconstruction_record(tmp_path: Path, model: str) -> None:
     path = tmp_path / "r.json"
     words = ("--models", model, "--batch", "2", "--modes", "eager")
-    status, record = run(reconstruction.main, path, *words)
+    status, record = recorded(reconstruction, path, *words)
     assert status == 0
     names = [(c["direction"], c["dtype"]) for c in record["cases"]]
     assert names == [(d, t) for d in ("encode", "decode") for t in ("fp32-ieee", "bf16")]
@@ -105,7 +99,7 @@ def test_reconstruction_record(tmp_path: Path, model: str) -> None:
 
 def test_float32_is_measured_even_when_not_asked_for(tmp_path: Path) -> None:
     words = ("--models", "tiny", "--batch", "1", "--dtype", "bf16", "--modes", "eager")
-    _, record = run(reconstruction.main, tmp_path / "r.json", *words)
+    _, record = recorded(reconstruction, tmp_path / "r.json", *words)
     assert [c["dtype"] for c in record["cases"]] == ["fp32-ieee", "bf16"] * 2
 
 
@@ -124,7 +118,7 @@ def test_compiled_models_are_copies_on_the_same_weights(
     compiled: list[Any] = []
     monkeypatch.setattr(TiTokPipeline, "compile", lambda self, *_: compiled.append(self) or self)
     words = "--models tiny --batch 1 --modes eager compiled"
-    _, record = run(sampling.main, tmp_path / "r.json", *words.split())
+    _, record = recorded(sampling, tmp_path / "r.json", *words.split())
     modes = [c["mode"] for c in record["cases"] if c["implementation"] == "ours"]
     assert modes == ["eager", "compiled"] * 2
     assert len({id(pipe) for pipe in compiled}) == 2
@@ -133,7 +127,7 @@ def test_compiled_models_are_copies_on_the_same_weights(
 @pytest.mark.slow
 def test_compiled_networks_agree_and_are_timed_by_stage(tmp_path: Path) -> None:
     words = ("--models", "tiny", "--batch", "2", "--modes", "compiled", "--dtype", "fp32-ieee")
-    status, record = run(sampling.main, tmp_path / "r.json", *words)
+    status, record = recorded(sampling, tmp_path / "r.json", *words)
     compiled = record["cases"][-1]
     assert status == 0
     assert compiled["mode"] == "compiled"
@@ -235,7 +229,7 @@ def test_weights_from_files_are_loaded_and_their_paths_stay_private(tmp_path: Pa
     saved.generator.save_pretrained(tmp_path / "g")
     words = ("--models", "tiny", "--batch", "1", "--weights", f"{tmp_path / 't'},{tmp_path / 'g'}")
     path = tmp_path / "r.json"
-    status, record = run(sampling.main, path, *words)
+    status, record = recorded(sampling, path, *words)
     assert status == 0
     assert record["protocol"]["weights"] == "local files, local files"
     assert str(tmp_path) not in path.read_text()
@@ -280,10 +274,10 @@ def official_size(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_upstream
 @pytest.mark.parametrize("model", ["small-vit", "small-uvit"])
 def test_upstream_on_the_same_weights(official_size: None, tmp_path: Path, model: str) -> None:
-    words = ("--models", model, "--batch", "2", "--upstream", UPSTREAM)
-    status, record = run(sampling.main, tmp_path / "r.json", *words)
+    words = ("--models", model, "--batch", "2", "--upstream", CHECKOUT)
+    status, record = recorded(sampling, tmp_path / "r.json", *words)
     assert status == 0
-    assert UPSTREAM not in json.dumps(record)
+    assert CHECKOUT not in json.dumps(record)
     plain, low = (c for c in record["cases"] if c["implementation"] == "upstream")
     assert (plain["dtype"], low["dtype"]) == ("fp32-ieee", "bf16")
     assert plain["agreement"]["ids_equal"] == 1.0
@@ -296,7 +290,7 @@ def test_upstream_on_the_same_weights(official_size: None, tmp_path: Path, model
 @needs_upstream
 def test_upstream_draws_the_references_pictures(official_size: None) -> None:
     pipe = TiTokPipeline.random("small-vit")
-    rival = upstream.Upstream(Path(UPSTREAM), pipe.tokenizer, pipe.generator)
+    rival = upstream.Upstream(Path(CHECKOUT), pipe.tokenizer, pipe.generator)
     theirs = rival.tokenizer.decoder.ffn[0].weight
     assert theirs.data_ptr() == pipe.tokenizer.decoder.ffn[0].weight.data_ptr()
     labels = torch.tensor([1, 2, 3])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.bench_scripts import BENCH, add_tiny, refused, scripts
+from support.bench_scripts import BENCH, add_tiny, recorded, refused, scripts
 
 from titok_fast import PRESETS
 
@@ -35,11 +35,6 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "axis_workloads", lambda axis, cores, devices: TINY_AXES[axis])
     monkeypatch.setattr(scaling, "FIT", (Workload("tiny"), Workload("tiny", 2)))
-
-
-def run(path: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    status = scaling.main(["--device", "cpu", "--repeats", "2", "--json", str(path), *words])
-    return status, json.loads(path.read_text())
 
 
 def test_axes_cover_what_is_asked() -> None:
@@ -95,7 +90,7 @@ def test_models_without_encoder_draw_like_the_whole_pipeline() -> None:
 
 def test_record(small_axes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--axes", "batch,tokens,steps,threads", "--max-batch", "2", "--plots", str(tmp_path))
-    status, record = run(tmp_path / "r.json", *words)
+    status, record = recorded(scaling, tmp_path / "r.json", *words)
     assert status == 0
     assert record["benchmark"] == "scaling"
     rows = record["cases"]
@@ -123,7 +118,7 @@ def test_record(small_axes: None, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_the_fast_mode_is_measured_alike(small_axes: None, tmp_path: Path) -> None:
     words = ("--axes", "batch,tokens", "--max-batch", "2", "--compile", "packed,products")
-    status, record = run(tmp_path / "r.json", *words)
+    status, record = recorded(scaling, tmp_path / "r.json", *words)
     assert status == 0
     assert {row["mode"] for row in record["cases"]} == {"packed+products"}
     rows = [row for row in record["cases"] if "seconds" in row]
@@ -134,7 +129,7 @@ def test_the_fast_mode_is_measured_alike(small_axes: None, tmp_path: Path) -> No
 
 
 def test_too_few_workloads_leave_no_cost_model(small_axes: None, tmp_path: Path) -> None:
-    status, record = run(tmp_path / "r.json", "--axes", "steps")
+    status, record = recorded(scaling, tmp_path / "r.json", "--axes", "steps")
     assert status == 0
     assert "cost_model" not in record
 
@@ -150,7 +145,7 @@ def test_a_failed_workload_is_a_row(
         return draw(workload, pipe)
 
     monkeypatch.setattr(workloads, "draw", fails)
-    status, record = run(tmp_path / "r.json", "--axes", "batch")
+    status, record = recorded(scaling, tmp_path / "r.json", "--axes", "batch")
     assert status == 1
     assert [row.get("error") for row in record["cases"]] == [None, "MemoryError", None]
 

@@ -1,7 +1,6 @@
 """The training benchmark: recipes, updates of both sides, rows and ratios, the record."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.bench_scripts import scripts
+from support.official import CHECKOUT, needs_upstream
 from support.tiny_runs import recipe_of
 
 from titok_fast import TiTok
 from titok_fast.training.recipe.recipe import Recipe
 
 training, ours = scripts("training", "lib.training_ours")
-UPSTREAM = os.environ.get("TITOK_UPSTREAM")
 JOB = {"model": "titok-s-128", "stage": "stage1", "batch": 4}
 CPU = torch.device("cpu")
 LOADS = TiTok.from_pretrained.__func__  # type: ignore[attr-defined]
@@ -160,13 +159,13 @@ def test_a_child_that_fails_is_told() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(UPSTREAM is None, reason="wants TITOK_UPSTREAM")
+@needs_upstream
 @pytest.mark.parametrize("stage", training.STAGES)
 def test_upstream_begins_with_the_same_loss(stage: str) -> None:
     recipe = ours.recipe_of("titok-s-128", stage, 1, False)
     batch = ours.batch_of(recipe)
     losses = [
-        training.system_of(name, recipe, UPSTREAM and Path(UPSTREAM), CPU).update(batch)
+        training.system_of(name, recipe, Path(CHECKOUT), CPU).update(batch)
         for name in ("upstream fp32", "ours fp32")
     ]
     # the generator's masks and dropout are drawn by each

@@ -2,11 +2,13 @@
 
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from support.tiny_models import tiny_generator_config, tiny_tokenizer_config
@@ -73,6 +75,12 @@ def refused(
         script.main([*words])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def recorded(script: ModuleType, path: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and record of a script that measures on the CPU in two rounds."""
+    status = script.main(["--device", "cpu", "--repeats", "2", "--json", str(path), *words])
+    return status, json.loads(path.read_text())
 
 
 def cells(text: str, *wanted: str) -> list[dict[str, str]]:
