@@ -196,11 +196,8 @@ def times(runs: Path) -> list[dict[str, Any]]:
         first, last = lines[0], lines[-1]
         each = (last["time"] - first["time"]) / steps
         run = {"run": path.parent.name, "updates": last["step"]}
-        run |= {
-            "minutes": each * last["step"] / 60,
-            "started": first["time"] - each * first["step"],
-        }
-        found.append(run)
+        run["minutes"] = each * last["step"] / 60
+        found.append(run | {"started": first["time"] - each * first["step"]})
     if not found:
         raise ValueError(f"{runs} wants folders with a {LOG_NAME} in each; there is none")
     return sorted(found, key=lambda run: run["started"])

@@ -4,7 +4,6 @@ As its training scripts do on one device, without accelerate: the model under au
 float32, loss, backward, clipping, torch's AdamW; their settings of CUDA. Weights are those of ours.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -85,8 +84,8 @@ class UpstreamLearner:
             out, extra = self.model(images)
         return out.float(), {k: v.float() if v.is_floating_point() else v for k, v in extra.items()}
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _step(self, network: nn.Module, optimizer: AdamW, loss: Tensor) -> None:
         loss.backward()

@@ -32,18 +32,16 @@ class Upstream:
 
     Raises:
         ImportError: upstream's own requirements are not installed.
-        ValueError: upstream has no such model; see `supports`.
     """
 
     def __init__(
         self, checkout: Path, tokenizer: TiTok, generator: MaskedGenerator | None = None
     ) -> None:
-        if not supports(tokenizer.config):
-            raise ValueError("upstream released no model of this configuration (512 px, or custom)")
-        self.tokenizer, self.generator = (
-            None if ours is None else model_of(checkout, ours).eval().requires_grad_(False)
-            for ours in (tokenizer, generator)
-        )
+        def frozen(ours: PretrainedModel) -> Any:
+            return model_of(checkout, ours).eval().requires_grad_(False)
+
+        self.tokenizer = frozen(tokenizer)
+        self.generator: Any = None if generator is None else frozen(generator)
 
     @torch.no_grad()
     def ids(self, labels: Tensor, config: SamplingConfig) -> Tensor:
@@ -85,11 +83,6 @@ def find(checkout: str | Path) -> Path:
     return path
 
 
-def commit(checkout: Path) -> str | None:
-    """The revision of a checkout, or None where git cannot tell."""
-    return command_output("git", "-C", str(checkout), "rev-parse", "HEAD")
-
-
 def model_of(checkout: Path, ours: PretrainedModel) -> Any:
     """Upstream's class of a model of ours on the same tensors; those it freezes stay frozen."""
     module = "titok" if isinstance(ours, TiTok) else "maskgit"
@@ -107,6 +100,11 @@ def model_of(checkout: Path, ours: PretrainedModel) -> Any:
     model.load_state_dict(state, strict=True, assign=True)
     device = next(iter(state.values())).device  # BERT keeps its position ids outside the state
     return model.to(device)
+
+
+def commit(checkout: Path) -> str | None:
+    """The revision of a checkout, or None where git cannot tell."""
+    return command_output("git", "-C", str(checkout), "rev-parse", "HEAD")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from titok_fast import GeneratorConfig, ImageBert, MaskGitVQGAN, SamplingConfig, VQGANConfig
 from titok_fast.models.blocks import PreNormBlock
+from titok_fast.models.generator import UViTBert
 from titok_fast.sampling.unmask import sample, sample_seeds
 
 CLASSES = 1000
@@ -194,16 +195,10 @@ class UViT(nn.Module):
         self.patch, self.grid, self.D = patch, side // patch, D
         self.embed = nn.Conv2d(4, D, patch, stride=patch)
         self.label = nn.Embedding(CLASSES + 1, D)
-        self.pos = nn.Parameter(torch.empty(1, 2 + self.grid**2, D))
-
-        def blocks(count: int, skip: bool = False) -> nn.ModuleList:
-            return nn.ModuleList(
-                PreNormBlock(D, heads, 4 * D, qkv_bias=False, skip=skip) for _ in range(count)
-            )
-
-        self.first, self.middle = blocks(depth // 2), blocks(1)
-        self.last = blocks(depth // 2, skip=True)
-        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, 4 * patch * patch)
+        shape = {"hidden_size": D, "num_hidden_layers": depth, "num_attention_heads": heads}
+        tokens = {"image_seq_len": 1 + self.grid**2, "codebook_size": 4 * patch * patch}
+        self.body = UViTBert(GeneratorConfig("UViT", intermediate_size=4 * D, **shape, **tokens))
+        self.body.embeddings = nn.Identity()  # its trunk gets embedded tokens
 
     def forward(self, z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
         """(B, 4, side, side), (B,), (B,) -> (B, 4, side, side)."""
@@ -212,15 +207,8 @@ class UViT(nn.Module):
         angles = times[:, None].float() * rates
         time = torch.cat([angles.cos(), angles.sin()], dim=1).to(z.dtype)
         patches = self.embed(z).flatten(2).transpose(1, 2)
-        x = torch.cat([time[:, None], self.label(labels)[:, None], patches], dim=1) + self.pos
-        skips = []
-        for block in self.first:
-            x = block(x)
-            skips.append(x)
-        x = self.middle[0](x)
-        for block in self.last:
-            x = block(x, skips.pop())
-        x = self.out(self.norm(x))[:, 2:]
+        x = torch.cat([time[:, None], self.label(labels)[:, None], patches], dim=1)
+        x = self.body.lm_head(self.body.trunk(x))[:, 2:]
         x = x.view(B, self.grid, self.grid, self.patch, self.patch, 4)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, 4, *z.shape[2:])
 
