@@ -23,6 +23,7 @@ from titok_fast.cli.options import (
 )
 from titok_fast.io.images import grid, list_images, psnr, save_png, to_pil, to_tensor, to_uint8
 from titok_fast.io.token_files import check_suffix, read_ids, write_ids
+from titok_fast.pipeline import TiTokPipeline
 
 
 class _Outputs:
@@ -30,21 +31,21 @@ class _Outputs:
 
     Args:
         args: with `out`, `grid` and `force`.
-        names: file names in order, one per image.
+        sources: names of what the images are made of, in order.
 
     Raises:
         ValueError: the sheet's name does not end in .png.
         OSError: a file to write exists (without `--force`), or a folder cannot be made.
     """
 
-    def __init__(self, args: argparse.Namespace, names: Sequence[str]) -> None:
-        self.out, self.sheet, self.names = args.out, args.grid, list(names)
-        self.paths = [args.out / name for name in names] if args.out else []
-        self._drawn: list[Image.Image] = []
-        self._written = 0
+    def __init__(self, args: argparse.Namespace, sources: Sequence[str | Path]) -> None:
+        self.out, self.sheet, self.count = args.out, args.grid, len(sources)
+        names = [f"{i:06d}_{Path(source).stem}.png" for i, source in enumerate(sources)]
+        paths = [args.out / name for name in names] if args.out else []
+        self._paths, self._drawn = iter(paths), list[Image.Image]()
         if args.grid is not None and args.grid.suffix.lower() != ".png":
             raise ValueError(f"--grid wants a name ending in .png; got {args.grid}")
-        check_outputs([*self.paths, *([args.grid] if args.grid else [])], force=args.force)
+        check_outputs([*paths, *([args.grid] if args.grid else [])], force=args.force)
         for folder in (args.out, args.grid and args.grid.parent):
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -52,19 +53,18 @@ class _Outputs:
     def add(self, images: list[Image.Image]) -> None:
         """Write the next images."""
         for image in images:
-            if self.paths:
-                save_png(self.paths[self._written], image)
+            if self.out is not None:
+                save_png(next(self._paths), image)
             if self.sheet is not None:
                 self._drawn.append(image)
-            self._written += 1
 
     def close(self) -> Iterator[str]:
         """Write the sheet, if one is wanted, and say where everything is."""
         if self.out is not None:
-            yield f"{len(self.names)} images in {self.out}"
+            yield f"{self.count} images in {self.out}"
         if self.sheet is not None:
             save_png(self.sheet, grid(self._drawn))
-            yield f"{len(self.names)} images in {self.sheet}"
+            yield f"{self.count} images in {self.sheet}"
 
 
 def add_reconstruct(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +75,8 @@ def add_reconstruct(parser: argparse.ArgumentParser) -> None:
         "only numbers are printed."
     )
     _add_inputs(parser)
-    parser.add_argument(
-        "--side-by-side", action="store_true", help="write input and result next to each other"
-    )
+    what = "write input and result next to each other"
+    parser.add_argument("--side-by-side", action="store_true", help=what)
     _add_outputs(parser)
     add_model(parser)
 
@@ -86,14 +85,10 @@ def add_tokenize(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `tokenize`."""
     parser.description = "Turn images into token ids, and write them with the images' names."
     _add_inputs(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="file to write: .npz or .json"
-    )
-    parser.add_argument(
-        "--id-dtype",
-        choices=("int16", "int32"),
-        help="integer type of the ids in .npz (default: the smallest that holds the codebook)",
-    )
+    add, what = parser.add_argument, "file to write: .npz or .json"
+    add("--out", type=Path, required=True, metavar="FILE", help=what)
+    what = "integer type of the ids in .npz (default: the smallest that holds the codebook)"
+    add("--id-dtype", choices=("int16", "int32"), help=what)
     add_force(parser)
     add_model(parser)
 
@@ -107,22 +102,14 @@ def add_detokenize(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="image file, or folder that is searched to any depth (jpg, png, webp)",
-    )
+    what = "image file, or folder that is searched to any depth (jpg, png, webp)"
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE", help=what)
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for PNG files named {index}_{name}.png"
-    )
-    parser.add_argument(
-        "--grid", type=Path, metavar="FILE", help="PNG file that shows all images in rows"
-    )
+    add, what = parser.add_argument, "folder for PNG files named {index}_{name}.png"
+    add("--out", type=Path, metavar="DIR", help=what)
+    add("--grid", type=Path, metavar="FILE", help="PNG file that shows all images in rows")
     add_force(parser)
 
 
@@ -132,18 +119,16 @@ def reconstruct(args: argparse.Namespace) -> Iterator[str]:
     config = sources.tokenizer_config
     config.check_has_pixels()
     paths = _images(args.inputs)
-    outputs = _Outputs(args, [f"{i:06d}_{path.stem}.png" for i, path in enumerate(paths)])
+    outputs = _Outputs(args, paths)
     pipe = load_pipeline(args, sources)
-    size, decibels = args.batch_size or pipe.default_batch_size, list[float]()
-    with progress_bar(args, len(paths)) as bar:
-        for part in _chunks(len(paths), size):
-            batch = to_tensor(paths[part], config.crop_size)
-            originals = to_uint8(batch, rounding="round")
-            made = pipe.reconstruct(batch, batch_size=size, output="tensor")
-            assert isinstance(made, torch.Tensor)
-            decibels += psnr(originals, made).tolist()
-            outputs.add(to_pil(torch.cat([originals, made], 2) if args.side_by_side else made))
-            bar.update(len(made))
+    decibels: list[float] = []
+    for part, size in _batches(args, pipe, len(paths)):
+        batch = to_tensor(paths[part], config.crop_size)
+        originals = to_uint8(batch, rounding="round")
+        made = pipe.reconstruct(batch, batch_size=size, output="tensor")
+        assert isinstance(made, torch.Tensor)
+        decibels += psnr(originals, made).tolist()
+        outputs.add(to_pil(torch.cat([originals, made], 2) if args.side_by_side else made))
     where = list(outputs.close())
     for value, path in zip(decibels, paths, strict=True):
         yield f"{value:7.2f} dB  {path}"
@@ -165,12 +150,10 @@ def tokenize(args: argparse.Namespace) -> Iterator[str]:
     check_outputs([args.out], force=args.force)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(args, sources)
-    size, rows = args.batch_size or pipe.default_batch_size, []
-    with progress_bar(args, len(paths)) as bar:
-        for part in _chunks(len(paths), size):
-            ids = pipe.tokenize(list(paths[part]), dtype=dtype, batch_size=size)
-            rows.append(ids.numpy())
-            bar.update(len(ids))
+    rows = [
+        pipe.tokenize(list(paths[part]), dtype=dtype, batch_size=size).numpy()
+        for part, size in _batches(args, pipe, len(paths))
+    ]
     names = [path.as_posix() for path in paths]
     write_ids(args.out, np.concatenate(rows), names, codebook_size=config.codebook_size)
     yield f"{len(paths)} x {config.num_latent_tokens} ids in {args.out}"
@@ -191,16 +174,12 @@ def detokenize(args: argparse.Namespace) -> Iterator[str]:
             f"{args.ids} holds {record.ids.shape[1]} of {record.codebook_size} codes, this "
             f"tokenizer has {K} of {N}: use the one that made them"
         )
-    names = [f"{i:06d}_{Path(name).stem}.png" for i, name in enumerate(record.files)]
-    outputs = _Outputs(args, names)
-    pipe = load_pipeline(args, sources)
-    size, ids = args.batch_size or pipe.default_batch_size, torch.from_numpy(record.ids)
-    with progress_bar(args, len(names)) as bar:
-        for part in _chunks(len(names), size):
-            made = pipe.detokenize(ids[part], batch_size=size)
-            assert isinstance(made, list)
-            outputs.add(made)
-            bar.update(len(made))
+    outputs = _Outputs(args, record.files)
+    pipe, ids = load_pipeline(args, sources), torch.from_numpy(record.ids)
+    for part, size in _batches(args, pipe, len(ids)):
+        made = pipe.detokenize(ids[part], batch_size=size)
+        assert isinstance(made, list)
+        outputs.add(made)
     yield from outputs.close()
 
 
@@ -208,5 +187,12 @@ def _images(inputs: Sequence[Path]) -> list[Path]:
     return [path for source in inputs for path in list_images(source)]
 
 
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, total, size))
+def _batches(
+    args: argparse.Namespace, pipe: TiTokPipeline, total: int
+) -> Iterator[tuple[slice, int]]:
+    """Slices of 0..total, each with the size of a whole one; the bar moves as they are done."""
+    size = args.batch_size or pipe.default_batch_size
+    with progress_bar(args, total) as bar:
+        for start in range(0, total, size):
+            yield slice(start, start + size), size
+            bar.update(min(size, total - start))

@@ -20,23 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Ctrl-C save one at the end of the update. Many processes: torchrun --nproc_per_node N "
         "-m titok_fast train RECIPE."
     )
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file, or a name such as fashion/stage1"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="keys of the recipe to change, such as training.seed=1; right after RECIPE",
-    )
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="YAML file, or a name such as fashion/stage1")
+    what = "keys of the recipe to change, such as training.seed=1; right after RECIPE"
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=what)
     add_device(parser)
-    parser.add_argument(
-        "--patience",
-        type=seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="without an answer for so long, another process counts as lost (default: 600)",
-    )
+    what = "without an answer for so long, another process counts as lost (default: 600)"
+    add("--patience", type=seconds, default=600.0, metavar="SECONDS", help=what)
     add_quiet(parser)
 
 
