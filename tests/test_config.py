@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from support.tiny_models import tiny_generator, tiny_generator_config, tiny_tokenizer_config
 
 from titok_fast import GeneratorConfig, ImageBert, SamplingConfig, TokenizerConfig
-from titok_fast.config import MAX_STEPS
+from titok_fast.sampling_config import MAX_STEPS
 from titok_fast.settings import read_official
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
+from titok_fast.config import GeneratorConfig, TokenizerConfig, VQGANConfig
 from titok_fast.costs import (
     Cost,
     decoding_costs,
@@ -27,6 +27,7 @@ from titok_fast.models import vqgan as maskgit_vqgan
 from titok_fast.models.generator import generator_class
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.presets import PRESETS, preset
+from titok_fast.sampling_config import SamplingConfig
 
 # GFLOPs per image of upstream's modules: encoder, ViT decoder with head, one generator forward.
 # Both 512 px tokenizers were never released, so there is nothing published to compare with.

@@ -6,12 +6,13 @@ backends, data, loading, tokenizer_pipeline, pipeline, costs, training, evaluati
 cli.
 """
 
-from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
+from titok_fast.config import GeneratorConfig, TokenizerConfig, VQGANConfig
 from titok_fast.models.generator import ImageBert, UViTBert, generator_class
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.models.vqgan import MaskGitVQGAN
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import PRESETS, preset
+from titok_fast.sampling_config import SamplingConfig
 from titok_fast.settings import __version__ as __version__
 
 __all__ = [

@@ -2,16 +2,12 @@
 
 Field names are upstream's (`model.vq_model.*`, `model.generator.*`), so an official config file, a
 published `config.json` and a dataclass say the same thing. Presets are in presets.py. How a model
-samples is in sampling_config.py, and importable from here.
+samples is in sampling_config.py.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from titok_fast.sampling_config import GUIDANCE_DECAYS as GUIDANCE_DECAYS
-from titok_fast.sampling_config import MAX_STEPS as MAX_STEPS
-from titok_fast.sampling_config import SCHEDULES as SCHEDULES
-from titok_fast.sampling_config import SamplingConfig as SamplingConfig
 from titok_fast.settings import (
     Official,
     Settings,

@@ -11,9 +11,10 @@ takes seconds for all presets and counts no activations.
 
 from dataclasses import dataclass, replace
 
-from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
+from titok_fast.config import GeneratorConfig, TokenizerConfig, VQGANConfig
 from titok_fast.presets import Preset, preset
 from titok_fast.sampling.schedules import steps
+from titok_fast.sampling_config import SamplingConfig
 
 DTYPE_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig
+from titok_fast.config import GeneratorConfig, TokenizerConfig
 from titok_fast.io.files import fetch
 from titok_fast.models.generator import MaskedGenerator, generator_class
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.presets import preset
+from titok_fast.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from titok_fast.backends.techniques import (
     compile_networks,
     resolve_fast,
 )
-from titok_fast.config import FLOAT_DTYPES, SamplingConfig
+from titok_fast.config import FLOAT_DTYPES
 from titok_fast.io.batches import Images, Progress, as_output, check_output
 from titok_fast.io.images import to_uint8
 from titok_fast.loading import Sources, load, resolve
@@ -28,6 +28,7 @@ from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.sampling.network import check_labels
 from titok_fast.sampling.unmask import draw_inputs, sample, sample_seeds
+from titok_fast.sampling_config import SamplingConfig
 from titok_fast.tokenizer_pipeline import TokenizerPipeline, decode_pixels
 
 Fast = bool | Literal["int8"]

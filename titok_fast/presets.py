@@ -7,7 +7,8 @@ comes with this package, recipes/fashion.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
+from titok_fast.config import GeneratorConfig, TokenizerConfig, VQGANConfig
+from titok_fast.sampling_config import SamplingConfig
 
 SHIPPED = Path(__file__).parent / "weights"
 

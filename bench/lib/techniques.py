@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok_fast.config import SamplingConfig
 from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.lm_head_sample import lm_head_sample
 from titok_fast.models import vqgan as maskgit_vqgan
@@ -25,6 +24,7 @@ from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.vqgan import NormSiLU, PixelDecoder, ResnetBlock
 from titok_fast.sampling import unmask as sampling
 from titok_fast.sampling.schedules import steps
+from titok_fast.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)

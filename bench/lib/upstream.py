@@ -17,10 +17,11 @@ from lib.weights import NoInit
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from titok_fast.config import SamplingConfig, TokenizerConfig, VQGANConfig
+from titok_fast.config import TokenizerConfig, VQGANConfig
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.tokenizer import TiTok
 from titok_fast.models.weights import PretrainedModel, to_official
+from titok_fast.sampling_config import SamplingConfig
 
 # of `generate`
 _SETTINGS = "guidance_scale guidance_decay guidance_scale_pow randomize_temperature"

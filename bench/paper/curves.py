@@ -7,7 +7,7 @@ from typing import Any
 from paper import published
 from paper.experiments import MIDDLE, TRAININGS, Experiment, Settings, by_schedule, generator
 
-from titok_fast.config import SCHEDULES
+from titok_fast.sampling_config import SCHEDULES
 
 Figures = Mapping[str, Any]
 _MOSTLY = 0.8  # share of pairs; chance is a half

@@ -8,7 +8,7 @@ generated with.
 from dataclasses import dataclass
 from pathlib import Path
 
-from titok_fast.config import SCHEDULES
+from titok_fast.sampling_config import SCHEDULES
 from titok_fast.training.recipe.recipe import Recipe, read_recipe
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -10,7 +10,7 @@ import torch
 from support.bench_scripts import refused, scripts
 
 from titok_fast import TiTok
-from titok_fast.config import SCHEDULES
+from titok_fast.sampling_config import SCHEDULES
 from titok_fast.training.recipe.recipe import Recipe
 
 pytest.importorskip("matplotlib")

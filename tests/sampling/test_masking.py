@@ -8,7 +8,6 @@ import torch
 from support.official import needs_upstream, official
 from torch import Tensor, nn
 
-from titok_fast.config import SCHEDULES
 from titok_fast.models.generator import ImageBert
 from titok_fast.sampling import masking as module
 from titok_fast.sampling.masking import (
@@ -22,6 +21,7 @@ from titok_fast.sampling.masking import (
     token_weights,
 )
 from titok_fast.sampling.schedules import mask_ratio
+from titok_fast.sampling_config import SCHEDULES
 
 B, K, D, N = 6, 16, 24, 40
 

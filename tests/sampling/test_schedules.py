@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from support.tiny_models import CountingForwards, tiny_generator
 
 from titok_fast import SamplingConfig
-from titok_fast.config import SCHEDULES
 from titok_fast.sampling.schedules import guidance_weight, mask_ratio, masked_after, steps
 from titok_fast.sampling.unmask import sample, sample_seeds
+from titok_fast.sampling_config import SCHEDULES
 
 # tokens still masked after each of 8 steps
 MASKED_AFTER = {

@@ -7,12 +7,12 @@ from test_schedules import MASKED_AFTER
 from torch import Tensor
 
 from titok_fast import SamplingConfig
-from titok_fast.config import GUIDANCE_DECAYS, SCHEDULES
 from titok_fast.kernels.philox import REMASK_STREAM, TOKEN_STREAM, gumbel
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.sampling import reference
 from titok_fast.sampling.schedules import mask_ratio, masked_after
 from titok_fast.sampling.unmask import sample, sample_seeds
+from titok_fast.sampling_config import GUIDANCE_DECAYS, SCHEDULES
 
 
 def generate(model: MaskedGenerator, labels: list[int], config: SamplingConfig) -> Tensor:

@@ -11,7 +11,7 @@ from support.tiny_models import (
 )
 
 from titok_fast.cli import main as cli
-from titok_fast.config import SamplingConfig
+from titok_fast.sampling_config import SamplingConfig
 
 TOKENIZER, VAE = tiny_tokenizer_config(), tiny_tokenizer_config("vae")
 GENERATOR = replace(tiny_generator_config(), condition_num_classes=10)

@@ -15,9 +15,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from titok_fast.config import SamplingConfig
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.sampling.unmask import unmask
+from titok_fast.sampling_config import SamplingConfig
 
 MAX_GRAPHS = 64  # each holds memory for kernels and a result, and a sweep over settings makes many
 _WARMUPS = 3  # the first call compiles and tunes; libraries choose algorithms in the others

@@ -9,12 +9,13 @@ import torch
 from tqdm import tqdm
 
 from titok_fast.backends.techniques import check_techniques, resolve_fast
-from titok_fast.config import FLOAT_DTYPES, GUIDANCE_DECAYS, SCHEDULES
+from titok_fast.config import FLOAT_DTYPES
 from titok_fast.distributed import local_device
 from titok_fast.loading import Sources, resolve
 from titok_fast.models.attention import BACKENDS, backend_name
 from titok_fast.pipeline import TiTokPipeline
 from titok_fast.presets import PRESETS
+from titok_fast.sampling_config import GUIDANCE_DECAYS, SCHEDULES
 
 
 def add_weights(group: argparse._ActionsContainer, *, generator: bool = False) -> None:

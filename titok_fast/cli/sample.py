@@ -34,7 +34,6 @@ from titok_fast.cli.options import (
     seconds,
     sources_of,
 )
-from titok_fast.config import SamplingConfig
 from titok_fast.distributed import join
 from titok_fast.io.npz import archive_exists, write_archive
 from titok_fast.io.sample_folder import (
@@ -48,6 +47,7 @@ from titok_fast.io.sample_folder import (
 )
 from titok_fast.loading import Sources
 from titok_fast.sampling.network import check_labels
+from titok_fast.sampling_config import SamplingConfig
 
 _MODEL, _SHEET = "fashion-16", Path("samples.png")  # of the command without options
 

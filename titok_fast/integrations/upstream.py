@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titok_fast.config import SamplingConfig
 from titok_fast.integrations._swap import Fast, Plan, check_codebook, refuse
 from titok_fast.kernels.guided_sample import guided_sample
 from titok_fast.kernels.remask import MAX_TOKENS, remask
@@ -20,6 +19,7 @@ from titok_fast.models.generator import UViTBert
 from titok_fast.models.quantizer import VectorQuantizer
 from titok_fast.models.tokenizer import expected_codes
 from titok_fast.sampling.schedules import Step, steps
+from titok_fast.sampling_config import SamplingConfig
 
 
 class FastQuantizer(Fast, nn.Module):

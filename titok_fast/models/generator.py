@@ -10,12 +10,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from titok_fast.config import GeneratorConfig, SamplingConfig
+from titok_fast.config import GeneratorConfig
 from titok_fast.models.blocks import PostNormBlock, PreNormBlock, set_attention
 from titok_fast.models.weights import PretrainedModel
 from titok_fast.sampling.masking import Noise, mask_tokens
 from titok_fast.sampling.reference import generate
 from titok_fast.sampling.unmask import sample
+from titok_fast.sampling_config import SamplingConfig
 
 Config = GeneratorConfig | Mapping[str, Any] | DictConfig  # the last two in upstream's form
 

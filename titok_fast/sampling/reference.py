@@ -10,8 +10,8 @@ from math import acos, cos, floor, pi
 import torch
 from torch import Tensor
 
-from titok_fast.config import SamplingConfig
 from titok_fast.sampling.network import Generator, check_labels
+from titok_fast.sampling_config import SamplingConfig
 
 
 def _log(t: Tensor) -> Tensor:

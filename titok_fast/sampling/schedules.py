@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from titok_fast.config import SamplingConfig
+from titok_fast.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)

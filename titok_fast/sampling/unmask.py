@@ -12,11 +12,11 @@ from math import floor
 import torch
 from torch import Tensor
 
-from titok_fast.config import SamplingConfig
 from titok_fast.kernels.lm_head_sample import lm_head_sample
 from titok_fast.kernels.remask import remask
 from titok_fast.sampling.network import Generator, check_labels
 from titok_fast.sampling.schedules import Step, steps
+from titok_fast.sampling_config import SamplingConfig
 
 _MASK64 = (1 << 64) - 1
 

@@ -10,8 +10,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from titok_fast.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
+from titok_fast.config import GeneratorConfig, TokenizerConfig, VQGANConfig
 from titok_fast.data.config import DataConfig
+from titok_fast.sampling_config import SamplingConfig
 from titok_fast.training.recipe import official
 from titok_fast.training.recipe.sections import (
     Experiment,

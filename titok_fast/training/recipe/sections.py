@@ -5,7 +5,7 @@ Defaults are those of upstream's configs/training where its files agree.
 
 from dataclasses import dataclass
 
-from titok_fast.config import SCHEDULES
+from titok_fast.sampling_config import SCHEDULES
 from titok_fast.settings import Settings, among, within
 
 
