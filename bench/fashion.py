@@ -3,9 +3,6 @@
     python bench/fashion.py --json bench/results --plots bench/results
     python bench/fashion.py --times runs/fashion --json bench/results
 
-The features are those of a small classifier, so nothing here compares with the published FID of
-other models; the real pictures of the test set, measured in the same way, are the scale.
-
 --times reads the logs of runs instead: the time of a run is that from the first line of its log to
 the last, pauses included; updates before the first line count as much as the others. The record
 names the commit that read the logs; the runs may be older.

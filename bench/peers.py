@@ -3,11 +3,9 @@
     python bench/peers.py
     python bench/peers.py --peers maskgit,dit-xl-2 --batch-size 4 --json bench/results
 
-Weights are random; speed does not depend on them. For a peer one step is timed (with a key-value
-cache three: the first, the middle and the last) and the decoder; the step times the published
-number of steps is "extrapolated". Ours are timed whole, from labels to uint8 on the host. Peers run
-eagerly, as their libraries ship them, on channels-last weights; so do ours, and with --compile ours
-are measured in the fast mode as well. The paper's ratio is that of its A100 figures.
+What is "extrapolated" and what the paper's ratio is stands in docs/results/peers.md. With a
+key-value cache three steps are timed: the first, the middle and the last. Peers run eagerly, as
+their libraries ship them, on channels-last weights; so do ours without --compile.
 """
 
 import argparse

@@ -2,12 +2,10 @@
 
     python bench/training.py --models titok-l-32 --stages stage1 generator --batch 8 --upstream PATH
 
-An update: proxy codes where the stage has them, forward, backward, clipping, optimizer,
-discriminator. Data, logs and averaged weights are left out; the generator reads tokens. Ours is the
-update of `titok-fast train` with the committed recipe. Upstream's is made of its models and losses
-(--upstream) under bfloat16 autocast. With --float32 both run in float32 as well. On CUDA ours also
-runs with training.compile, and float32 is TF32, as both set it. Weights are random, and in the
-first update the same for both.
+docs/results/training.md says what an update is; the generator reads tokens. Ours is the update of
+`titok-fast train` with the committed recipe. Upstream's is made of its models and losses
+(--upstream) under bfloat16 autocast. On CUDA ours also runs with training.compile, and float32 is
+TF32, as both set it. Weights are random, and in the first update the same for both.
 
 Every round starts a fresh process for each system in turn, which builds it, does two updates that
 are not timed, then --steps timed ones. Its memory is the most it ever held: on a CPU resident

@@ -1,11 +1,10 @@
 """Predict the time of each stage from its FLOPs and bytes; fitted on a few workloads.
 
-A stage costs the sum of its work, each kind at a rate of its own: matmuls and convolutions by
-FLOPs, attention by FLOPs and query rows, weights and activations by bytes, the draw by logits, the
-rest by layer calls. The rates are the only free numbers, the same for all models, batches and
-stages; relative errors are fitted on few workloads of the same run. The work counted is that of
-the published networks (titok_fast/costs.py), without the passes that our sampler skips because
-their guidance has weight 0; a rate may pass the machine's own where an exact rewrite saves work.
+A stage costs the sum of its work, each of KINDS at a rate of its own. The rates are the only free
+numbers, the same for all models, batches and stages; relative errors are fitted. The work counted
+is that of the published networks (titok_fast/costs.py), without the passes that our sampler skips
+because their guidance has weight 0; a rate may pass the machine's own where an exact rewrite saves
+work.
 """
 
 from collections.abc import Mapping, Sequence

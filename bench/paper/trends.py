@@ -3,11 +3,8 @@
     python bench/paper/trends.py --json bench/results --plots bench/results
     python bench/paper/trends.py --only probe-tokens,speed
 
-Groups: reconstruction, generation and linear probing against tokens (and model size); proxy codes
-against a single stage against the 2D variant; four masking schedules; speed against tokens. Every
-finished experiment is saved in --work, and an interrupted run resumes from there. Distances are in
-the features of the classifier of recipes/fashion/classifier.yaml, not in the paper's, so orders are
-compared, not values.
+Every finished experiment is saved in --work, and an interrupted run resumes from there. Distances
+are in the features of --classifier, not in the paper's, so orders are compared, not values.
 """
 
 import argparse
