@@ -63,7 +63,7 @@ def draw_twice(args: argparse.Namespace) -> dict[str, float]:
     def draw() -> object:
         return pipe(labels, batch_size=len(labels), output="tensor", num_sample_steps=args.steps)
 
-    names = techniques(args.modes[0], device.type)
+    names = techniques(args.modes[0], device.type, pipe.tokenizer.dtype)
     seconds["compile_s"] = timed(lambda: names and pipe.compile(names), device)
     for name in ("first_call_s", "next_call_s"):
         seconds[name] = timed(draw, device)
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         "batch": args.batch_size,
         "dtype": args.dtype,
         "mode": mode,
-        "techniques": list(techniques(mode, args.device)),
+        "techniques": list(techniques(mode, args.device, getattr(torch, args.dtype))),
         "cold": cold,
         "warm": warm,
         "warm_over_cold": {name: warm[name] / cold[name] for name in ("extra_s", "start_s")},

@@ -125,7 +125,11 @@ class TiTokPipeline(TokenizerPipeline):
         if "dtype" in options:
             options["dtype"] = _float_dtype(options["dtype"] or torch.float32)
         pipe = cls(*load(sources, **{k: v for k, v in options.items() if v is not None}))
-        return pipe.compile(resolve_fast(fast, pipe.device.type)) if fast else pipe
+        return (
+            pipe.compile(resolve_fast(fast, pipe.device.type, pipe.tokenizer.dtype))
+            if fast
+            else pipe
+        )
 
     def to(
         self,
@@ -181,7 +185,11 @@ class TiTokPipeline(TokenizerPipeline):
         """
         if isinstance(techniques, str):
             raise ValueError(f"compile wants a list of techniques; got {techniques!r}")
-        names = resolve_fast(True, self.device.type) if techniques is None else tuple(techniques)
+        names = (
+            resolve_fast(True, self.device.type, self.tokenizer.dtype)
+            if techniques is None
+            else tuple(techniques)
+        )
         if self.techniques:
             raise ValueError(f"this pipeline is compiled already: {', '.join(self.techniques)}")
         check_techniques(names, self.device.type, self.tokenizer.dtype, options)
@@ -261,8 +269,8 @@ class TiTokPipeline(TokenizerPipeline):
 def _check_fast(
     fast: Fast, device: Any = None, dtype: str | torch.dtype | None = None, **_: Any
 ) -> None:
-    kind = torch.device(device or "cpu").type
-    check_techniques(resolve_fast(fast, kind), kind, _float_dtype(dtype or torch.float32))
+    kind, dtype = torch.device(device or "cpu").type, _float_dtype(dtype or torch.float32)
+    check_techniques(resolve_fast(fast, kind, dtype), kind, dtype)
 
 
 def _float_dtype(dtype: str | torch.dtype) -> torch.dtype:

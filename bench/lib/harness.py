@@ -26,6 +26,7 @@ import triton
 from tqdm import tqdm
 
 from titok_fast.io.files import write_atomic
+from titok_fast.processor.description import cpu_name, instruction_sets
 
 NOT_MEASURED = "not measured"
 NOT_YET = f"{NOT_MEASURED.capitalize()} yet."  # in place of a whole table
@@ -48,8 +49,9 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
         "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": None if commit is None or changes is None else bool(changes),
-        "device": _cpu_model(),
-        "cpu": _cpu_model(),
+        "device": cpu_name(),
+        "cpu": cpu_name(),
+        "instruction_sets": list(instruction_sets()),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -82,25 +84,6 @@ def command_output(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def cpu_name(cpuinfo: str) -> str | None:
-    """The processor that Linux describes, or None.
-
-    With family and model: under a hypervisor two generations, one twice as fast in bfloat16, may
-    both be called "AMD EPYC".
-    """
-    fields = dict(re.findall(r"^(\w[^:\n]*?)\s*:[ \t]*(.*?)\s*$", cpuinfo, re.MULTILINE))
-    name = fields.get("model name")
-    if name and "cpu family" in fields and "model" in fields:
-        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
-    return name or None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    named = cpu_name(cpuinfo.read_text()) if cpuinfo.exists() else None
-    return named or platform.processor() or platform.machine()
 
 
 def say(text: str) -> None:

@@ -160,22 +160,23 @@ def chosen_mode(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
         return "eager"
     mode, kind = args.compile.replace(",", "+"), args.device.type
     try:
-        check_techniques(techniques(mode, kind), kind, PRECISIONS[args.dtype])
+        dtype = PRECISIONS[args.dtype]
+        check_techniques(techniques(mode, kind, dtype), kind, dtype)
     except ValueError as error:
         p.error(f"--compile: {error}")
     return mode
 
 
-def techniques(mode: str, device_type: str) -> tuple[str, ...]:
+def techniques(mode: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Techniques of TiTokPipeline.compile in a mode: a key of MODES, or some joined by "+"."""
     known = MODES.get(mode, tuple(mode.split("+")))
-    return known if isinstance(known, tuple) else resolve_fast(known, device_type)
+    return known if isinstance(known, tuple) else resolve_fast(known, device_type, dtype)
 
 
 def in_mode(pipe: TiTokPipeline, mode: str) -> TiTokPipeline:
     """A pipeline of its own on the same weights, made as fast as the mode (`techniques`) says."""
     own = shared(pipe)
-    names = techniques(mode, own.device.type)
+    names = techniques(mode, own.device.type, own.tokenizer.dtype)
     return own.compile(names) if names else own
 
 

@@ -15,7 +15,7 @@ from titok_fast.backends.cpu_int8 import int8_layers
 from titok_fast.backends.cpu_int8_ops import (
     GELU_MIN,
     SILU_MIN,
-    dequantize_rows_,
+    dequantize_rows,
     gelu_quantize_rows,
     gelu_quantize_rows_ref,
     norm_silu_quantize,
@@ -64,10 +64,11 @@ def test_rows_follow_the_definition(shape: tuple[int, int], dtype: torch.dtype) 
     assert torch.equal(rows, want)
     assert torch.equal(scale, want_scale)
     bias = torch.randn(shape[1])
-    got = dequantize_rows_(x.clone(), scale, bias)
-    assert got.dtype == dtype
-    near = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[dtype]
-    torch.testing.assert_close(got.double(), x.double() * scale + bias, rtol=near, atol=near)
+    for out in DTYPES:
+        got = dequantize_rows(x.clone(), scale, bias, out)
+        assert got.dtype == out
+        near = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[out]
+        torch.testing.assert_close(got.double(), x.double() * scale + bias, rtol=near, atol=near)
     if not len(x):
         return
     y, factor = (torch.randn(shape) * 50).to(dtype), torch.rand(shape[0], 1) / 10
@@ -153,10 +154,10 @@ def test_without_a_compiler_int8_says_so(
     if request.node.callspec.id == "compiled":
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            int8_layers()
+            int8_layers(torch.float32)
         return
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler .* CXX"):
-        int8_layers()
+        int8_layers(torch.float32)
     monkeypatch.undo()
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     build = ops.compiled_ops.__wrapped__

@@ -10,7 +10,7 @@ from torch import Tensor
 from titok_fast import SamplingConfig, TiTokPipeline
 from titok_fast.backends import cuda_graph as graphs
 from titok_fast.backends.cuda_graph import bucket
-from titok_fast.backends.techniques import DEFAULTS, check_techniques, resolve_fast
+from titok_fast.backends.techniques import check_techniques, resolve_fast
 
 SETTINGS = SamplingConfig(4, 3.0, "linear", 3.0, 4.5, True)
 OTHER = {"schedule": "cosine", "confidence": "probability"}
@@ -182,7 +182,7 @@ def test_compile_refuses_graphs_where_they_cannot_be() -> None:
     assert pipe.generator is not None
     assert pipe.generator.blocks[0].attn.backend == "sdpa"  # nothing was changed before
     both = ("inductor", "graph")
-    assert DEFAULTS["cuda"] == resolve_fast(True, "cuda") == both
+    assert resolve_fast(True, "cuda", torch.bfloat16) == both
     check_techniques(both, "cuda", torch.bfloat16, {"mode": "max-autotune-no-cudagraphs"})
     with pytest.raises(ValueError, match="mode 'reduce-overhead' records CUDA graphs, and so"):
         check_techniques(both, "cuda", torch.bfloat16, {"mode": "reduce-overhead"})

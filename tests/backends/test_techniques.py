@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
+from support.processors import AVX2, BF16, NO_BF16
 from support.tiny_models import (
     rebuilt,
     tiny_generator_config,
@@ -24,6 +25,11 @@ from titok_fast.presets import Preset
 
 SETTINGS = SamplingConfig(4, 3.0, "linear", 3.0, 4.5, True)
 CLASSES = 4
+
+
+@pytest.fixture(autouse=True)
+def _known_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titok_fast.processor.here._known", BF16)
 
 
 @pytest.fixture
@@ -50,13 +56,20 @@ def weights(tmp_path: Path) -> list[str]:
     return [f"--tokenizer={folder / 'tokenizer'}", f"--generator={folder / 'generator'}"]
 
 
-def test_modes_by_name() -> None:
-    assert resolve_fast(False, "cpu") == ()
-    assert resolve_fast(True, "cpu") == ("packed", "products")
-    assert resolve_fast("int8", "cpu") == ("products", "int8")
+def test_modes_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_fast(False, "cpu", torch.float32) == ()
+    for known, dtype, attention in (
+        (BF16, torch.bfloat16, ("products",)),
+        (BF16, torch.float32, ()),
+        (NO_BF16, torch.bfloat16, ()),
+        (AVX2, torch.float32, ()),
+    ):
+        monkeypatch.setattr("titok_fast.processor.here._known", known)
+        assert resolve_fast(True, "cpu", dtype) == ("packed", *attention)
+        assert resolve_fast("int8", "cpu", dtype) == (*attention, "int8")
     for wrong in ("packed", "default", None, ["packed"]):
         with pytest.raises(ValueError, match="fast wants True, False or 'int8'; got"):
-            resolve_fast(wrong, "cpu")  # type: ignore[arg-type]
+            resolve_fast(wrong, "cpu", torch.float32)  # type: ignore[arg-type]
 
 
 def test_fast_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -66,19 +79,19 @@ def test_fast_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert plain.techniques == ()
     assert TiTokPipeline.random("tiny", fast=False).techniques == ()
     fast = TiTokPipeline.random("tiny", fast=True)
-    assert fast.techniques == ("packed", "products")
+    assert fast.techniques == ("packed",)
     assert torch.equal(
         fast([1, 2], output="tensor"),
         TiTokPipeline.random("tiny").compile()([1, 2], output="tensor"),
     )
     plain.tokenizer.save_pretrained(str(tmp_path))
     loaded = TiTokPipeline.from_pretrained(tokenizer=str(tmp_path), fast="int8")
-    assert loaded.techniques == ("products", "int8")
+    assert loaded.techniques == ("int8",)
     assert TiTokPipeline.from_pretrained(tokenizer=str(tmp_path)).techniques == ()
     missing = str(tmp_path / "missing")  # refused before anything is read
     with pytest.raises(ValueError, match="fast wants True, False or 'int8'; got 'quick'"):
         TiTokPipeline.from_pretrained(tokenizer=missing, fast="quick")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'products' is for the CPU; the pipeline is on cuda"):
+    with pytest.raises(ValueError, match="'int8' is for the CPU; the pipeline is on cuda"):
         TiTokPipeline.from_pretrained(tokenizer=missing, fast="int8", device="cuda")
 
 
@@ -101,7 +114,7 @@ def test_every_command_takes_it(tmp_path: Path, weights: list[str], asked: list[
         ids = tmp_path / "plain.json"
         assert run("detokenize", ids, tokenizer, f"--grid={out}-d.png", *words) == 0
         assert run("reconstruct", photo, tokenizer, f"--grid={out}-r.png", *words) == 0
-    assert asked == [("packed", "products")] * 4 + [("products", "int8")] * 4
+    assert asked == [("packed",)] * 4 + [("int8",)] * 4
     for kind in "sdr":
         plain, fast, int8 = (sheet(tmp_path / f"{name}-{kind}.png") for name in names.values())
         assert np.abs(plain - fast).mean() < 0.5  # of 255; rounding
@@ -134,21 +147,21 @@ def test_many_pictures(
         return cli.main(["sample", *weights, *common, *words])
 
     assert draw("plain") == draw("fast", "--fast") == 0
-    assert asked == [("packed", "products")]
+    assert asked == [("packed",)]
     plain, fast = (
         np.stack([sheet(tmp_path / name / f"{i:06d}_{i}.png") for i in range(4)])
         for name in ("plain", "fast")
     )
     assert np.abs(plain - fast).mean() < 0.5
     manifest = json.loads((tmp_path / "fast" / "manifest.json").read_text())
-    assert manifest["fast"] == ["packed", "products"]
+    assert manifest["fast"] == ["packed"]
     before = json.loads((tmp_path / "plain" / "manifest.json").read_text())
     assert manifest | {"fast": []} == before  # the weights as loaded, not as packed
     assert draw("fast", "--fast") == 0
-    assert asked == [("packed", "products")]  # nothing to draw, nothing to compile
+    assert asked == [("packed",)]  # nothing to draw, nothing to compile
     assert draw("fast", "--fast", "int8") == 2
     assert "fast" in capsys.readouterr().err
-    assert asked == [("packed", "products")]
+    assert asked == [("packed",)]
     assert draw("new", "--fast=int8", "--dtype=float16") == 2
     assert "'int8' wants float32 or bfloat16" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -11,7 +11,7 @@ import torch
 from support.bench_scripts import scripts
 
 from titok_fast import PRESETS
-from titok_fast.backends.techniques import DEFAULTS, check_techniques
+from titok_fast.backends.techniques import check_techniques, resolve_fast
 
 first_call, options = scripts("first_call", "lib.options")
 
@@ -78,8 +78,8 @@ def test_a_child_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_mode_of_a_device_fits_it() -> None:
     for device, modes in first_call.MODES.items():
-        names = [options.techniques(mode, device) for mode in modes]
+        names = [options.techniques(mode, device, torch.bfloat16) for mode in modes]
         for chosen in names:
             check_techniques(chosen, device, torch.bfloat16)
         assert len(set(names)) == len(names)
-        assert {(), DEFAULTS[device]} < set(names)
+        assert {(), resolve_fast(True, device, torch.bfloat16)} < set(names)

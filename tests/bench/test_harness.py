@@ -35,21 +35,12 @@ class Clock:
 def test_environment_is_complete_and_holds_nothing_private() -> None:
     record = harness.environment("cpu")
     text = json.dumps(record, allow_nan=False)
-    keys = "date_utc commit dirty device cpu threads python torch triton numpy"
+    keys = "date_utc commit dirty device cpu instruction_sets threads python torch triton numpy"
     assert set(record) == set(keys.split())
     assert record["torch"] == torch.__version__
     assert record["date_utc"].endswith("+00:00")
     assert str(ROOT) not in text
     assert str(Path.home()) not in text
-
-
-def test_processors_of_one_name_are_told_apart() -> None:
-    amd = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
-    amd += "model name\t: AMD EPYC\nstepping\t: 1\npower management:\n"
-    assert harness.cpu_name(amd) == "AMD EPYC (family 25, model 17)"
-    assert harness.cpu_name(amd.replace("25", "26")) == "AMD EPYC (family 26, model 17)"
-    assert harness.cpu_name("processor : 0\nmodel name : ARMv8\n") == "ARMv8"
-    assert harness.cpu_name("processor : 0\n") is None
 
 
 def test_environment_of_a_gpu_reads_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

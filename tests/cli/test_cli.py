@@ -11,6 +11,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 from support.command_line import both, names, pixels, run
+from support.processors import AVX2, BF16, NO_BF16
 
 from titok_fast.cli import main as cli
 from titok_fast.cli.info import info
@@ -187,6 +188,24 @@ def test_info_tables(tiny: None) -> None:
     assert "tokenizer 83,674,639 parameters: latent_tokens 65,536, encoder 25,818,636" in details
     with pytest.raises(ValueError, match="batch wants at least 1; got 0"):
         info([], dtype="tf32", batch=0)
+
+
+def test_info_about_the_processor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for known, dtype, gain, int8 in (
+        (BF16, "bfloat16", "2.2", "1.8"),
+        (NO_BF16, "float32", "0.36", "2.1"),
+        (AVX2, "float32", "0.22", "2"),
+    ):
+        monkeypatch.setattr("titok_fast.cli.info.measure_processor", lambda known=known: known)
+        assert cli.main(["info"]) == 0
+        said = capsys.readouterr().out
+        assert f"This processor: {known.name}: {', '.join(known.instruction_sets)}" in said
+        assert f"Take --dtype {dtype} --fast: bfloat16 has {gain} times the rate of float32" in said
+        assert f"--fast int8 has {int8} times" in said
+    assert cli.main(["info", "fashion-16"]) == 0
+    assert "This processor" not in capsys.readouterr().out
 
 
 def test_installed_command() -> None:

@@ -10,7 +10,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import torch
+from titok_fast.processor.description import instruction_sets
+from titok_fast.processor.here import cache_folder
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -71,14 +72,11 @@ def _make(path: Path) -> Path:
 
 
 def _default() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    # the standard that defines the variable says to ignore a relative path
-    cache = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-    return cache / "titok_fast" / "inductor"
+    return cache_folder() / "inductor"
 
 
 def _processor() -> str:
-    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}".lower()
+    return "-".join((platform.machine().lower(), *instruction_sets()))
 
 
 def _warn(message: str) -> None:

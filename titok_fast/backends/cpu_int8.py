@@ -1,9 +1,11 @@
-"""Layers in 8-bit integers for inference on a CPU: oneDNN's VNNI matmuls, twice bfloat16's speed.
+"""Layers in 8-bit integers for inference on a CPU: oneDNN's products, twice bfloat16's speed.
 
 Weights get one scale per output channel, once; activations one per token (per image in the pixel
-decoder), at every call, so an image does not depend on its batch. Sums are exact in int32. Results
-of GELU and SiLU are nearly all positive, so their range starts at the functions' minimum. Softmax,
-residual sums and heads stay in the model's dtype. The steps between matmuls are in cpu_int8_ops.py.
+decoder), at every call, so an image does not depend on its batch. Sums are exact in int32: without
+VNNI, where pairs of products are added in 16 bits, weights take 64 in place of 127. Results leave
+the products in the type that the processor writes faster. Those of GELU and SiLU are nearly all
+positive, so their range starts at the functions' minimum. Softmax, residual sums and heads stay in
+the model's dtype. The steps between products are in cpu_int8_ops.py.
 """
 
 import torch
@@ -12,35 +14,31 @@ from torch import Tensor, nn
 from titok_fast.backends.cpu_int8_ops import (
     GELU_MIN,
     SYMMETRIC,
-    dequantize_rows_,
+    dequantize_rows,
     gelu_quantize_rows,
     norm_silu_quantize,
     quantize_image,
     quantize_rows,
     warn_without_compiler,
 )
-from titok_fast.backends.cpu_packed import Layers
+from titok_fast.backends.cpu_packed import Layers, packed_layers
 from titok_fast.models.blocks import Mlp
 from titok_fast.models.vqgan import NormSiLU
+from titok_fast.processor.here import processor
 
 _NO_EPILOGUE: tuple[str, list[float], str] = ("none", [], "")
 
 
-def int8_layers() -> Layers:
-    """The layers of this file, for `pack`; warns if their C++ ops cannot be compiled."""
-    warn_without_compiler()
-    return Layers(Int8Linear, Int8Mlp, Int8Conv)
-
-
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(O, ...) to int8 of the same shape, and the (O,) float32 scales."""
+    limit = processor().int8_limit
     ints, scales = torch.empty_like(weight, dtype=torch.int8), torch.empty(len(weight))
     # in parts that stay in the cache: a fifth of the time
     for rows, into, scale in zip(
         weight.detach().split(256), ints.split(256), scales.split(256), strict=True
     ):
         wide = rows.float()
-        scale.copy_(wide.abs().flatten(1).amax(dim=1).clamp(min=1e-12) / 127)
+        scale.copy_(wide.abs().flatten(1).amax(dim=1).clamp(min=1e-12) / limit)
         into.copy_((wide / scale.view(-1, *[1] * (wide.ndim - 1))).round())
     return ints, scales
 
@@ -55,15 +53,16 @@ class _Int8Matmul(nn.Module):
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
         self.packed_bytes = weight.nbytes
         self.dtype = layer.weight.dtype
+        self._result = processor().int8_result("linear", self.dtype) or torch.float32
         self.sums = weight.sum(dim=1, dtype=torch.int32) * self._scale  # of each output's weights
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
         self.bias = bias
 
     def forward(self, x: Tensor, zero: int) -> Tensor:
-        """(R, D) uint8 whose zero is `zero` -> (R, E)."""
+        """(R, D) uint8 whose zero is `zero` -> (R, E), float32 or the model's dtype."""
         weight = self._weight, self._scale, self._zeros
         return torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, zero, *weight, None, 1.0, 0, self.dtype, *_NO_EPILOGUE
+            x, 1.0, zero, *weight, None, 1.0, 0, self._result, *_NO_EPILOGUE
         )
 
 
@@ -78,7 +77,7 @@ class Int8Linear(nn.Module):
         """(..., D) -> (..., E)."""
         rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
         y = self.matmul(rows, SYMMETRIC)
-        return dequantize_rows_(y, scale, self.matmul.bias).view(*x.shape[:-1], -1)
+        return dequantize_rows(y, scale, self.matmul.bias, x.dtype).view(*x.shape[:-1], -1)
 
 
 class Int8Mlp(nn.Module):
@@ -94,7 +93,7 @@ class Int8Mlp(nn.Module):
         """(..., D) -> (..., D)."""
         rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
         rows, scale = gelu_quantize_rows(self.fc1(rows, SYMMETRIC), scale, self.fc1.bias)
-        return dequantize_rows_(self.fc2(rows, 0), scale, self._bias).view(x.shape)
+        return dequantize_rows(self.fc2(rows, 0), scale, self._bias, x.dtype).view(x.shape)
 
 
 class Int8Conv(nn.Module):
@@ -105,6 +104,7 @@ class Int8Conv(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype = weight.dtype
+        self._result = processor().int8_result("convolution", self.dtype) or torch.float32
         kernel, self._scale = quantize_weight(weight)
         self._weight = torch.ops.onednn.qconv_prepack(
             kernel, self._scale, 1.0, 0, [1, 1], [1, 1], [1, 1], 1, None
@@ -123,12 +123,38 @@ class Int8Conv(nn.Module):
         quantized = quantize_image(x) if self._norm is None else norm_silu_quantize(x, *self._norm)
         weight = self._weight, self._scale, self._zeros, self._bias
         geometry = [1, 1], [1, 1], [1, 1], 1  # stride, padding, dilation, groups
-        return torch.ops.onednn.qconv2d_pointwise(
-            *quantized, *weight, *geometry, 1.0, 0, self.dtype, *_NO_EPILOGUE
+        y = torch.ops.onednn.qconv2d_pointwise(
+            *quantized, *weight, *geometry, 1.0, 0, self._result, *_NO_EPILOGUE
         )
+        return y.to(self.dtype)
 
 
 def norm_arguments(norm: NormSiLU) -> tuple[Tensor, Tensor, int, float]:
     """The arguments of norm_silu_quantize: float32 weight and bias, groups, eps."""
     weight, bias = (t.detach().float().clone() for t in (norm.weight, norm.bias))
     return weight, bias, norm.num_groups, norm.eps
+
+
+INT8_LAYERS = Layers(Int8Linear, Int8Mlp, Int8Conv)
+
+
+def int8_layers(dtype: torch.dtype) -> Layers:
+    """INT8_LAYERS as far as they pay on this processor, for a model of this dtype.
+
+    Warns if their C++ ops cannot be compiled.
+
+    Raises:
+        ValueError: no kind of product is faster in 8 bits.
+    """
+    own, plain = processor(), packed_layers(dtype)
+    linear, convolution = (own.int8_result(kind, dtype) for kind in ("linear", "convolution"))
+    if linear is None and convolution is None:
+        raise ValueError(
+            f"int8 is not faster than {dtype} on {own.name} (titok-fast info shows the rates): "
+            "take fast=True"
+        )
+    warn_without_compiler()
+    return Layers(
+        *(plain if linear is None else INT8_LAYERS)[:2],
+        (plain if convolution is None else INT8_LAYERS).conv,
+    )

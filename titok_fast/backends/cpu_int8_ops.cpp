@@ -141,13 +141,14 @@ void gelu_quantize_rows(const T* y, const float* y_scales, const float* bias, fl
   }
 }
 
-template <typename T>
-void dequantize_rows(T* y, const float* scales, const float* bias, long R, long D) {
+// out may be y
+template <typename T, typename U>
+void dequantize_rows(const T* y, U* out, const float* scales, const float* bias, long R, long D) {
 #pragma omp parallel for schedule(static)
   for (long r = 0; r < R; r++)
     for (long i = 0; i < D; i += LANES) {
-      T* p = y + r * D + i;
-      store(p, load(p, D - i) * scales[r] + load(bias + i, D - i), D - i);
+      Float v = load(y + r * D + i, D - i) * scales[r] + load(bias + i, D - i);
+      store(out + r * D + i, v, D - i);
     }
 }
 
@@ -291,9 +292,13 @@ void norm_silu_quantize(const T* x, const float* weight, const float* bias, long
                                             long D) {                                             \
     gelu_quantize_rows(y, y_scales, bias, low, q, scales, R, D);                                  \
   }                                                                                               \
-  extern "C" void dequantize_rows_##NAME(T* y, const float* scales, const float* bias, long R,    \
+  extern "C" void dequantize_rows_##NAME(const T* y, float* out, bf16* narrow,                    \
+                                         const float* scales, const float* bias, long R,          \
                                          long D) {                                                \
-    dequantize_rows(y, scales, bias, R, D);                                                       \
+    if (narrow)                                                                                   \
+      dequantize_rows(y, narrow, scales, bias, R, D);                                             \
+    else                                                                                          \
+      dequantize_rows(y, out, scales, bias, R, D);                                                \
   }                                                                                               \
   extern "C" void quantize_image_##NAME(const T* x, long n, uint8_t* q, float* steps) {           \
     quantize_image(x, n, q, steps);                                                               \

@@ -77,13 +77,15 @@ def _library() -> Path:
     return library
 
 
-def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float) -> None:
+def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
     function = getattr(compiled_ops(), f"{name}_{_SUFFIXES[dtype]}")
     function.restype = None
     function(*map(_for_c, args))
 
 
-def _for_c(value: Tensor | int | float) -> object:
+def _for_c(value: Tensor | int | float | None) -> object:
+    if value is None:
+        return ctypes.c_void_p()
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_long(value)
@@ -139,12 +141,14 @@ def gelu_quantize_rows(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, 
     return _row_op("gelu_quantize_rows", y, scale, bias, GELU_MIN)
 
 
-def dequantize_rows_(y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """(R, E) * (R, 1) + (E,), in float32, in place of y."""
-    if not _runs_compiled(y) or not y.is_contiguous():
-        return y.copy_(y.float() * scale + bias)
-    _call("dequantize_rows", y.dtype, y, scale, bias, *y.shape)
-    return y
+def dequantize_rows(y: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, E) * (R, 1) + (E,), computed in float32, of this dtype; in y where it is y's own."""
+    own = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
+    if not _runs_compiled(y) or not y.is_contiguous() or dtype not in _SUFFIXES:
+        return own.copy_(y.float() * scale + bias)
+    wide, narrow = (own, None) if dtype == torch.float32 else (None, own)
+    _call("dequantize_rows", y.dtype, y, wide, narrow, scale, bias, *y.shape)
+    return own
 
 
 def _step(low: float, high: float) -> tuple[float, int]:

@@ -24,6 +24,7 @@ from titok_fast.models.vqgan import (
     uses_phases,
 )
 from titok_fast.models.weights import PretrainedModel
+from titok_fast.processor.here import processor
 
 _ROWS = 512  # a hint for the choice of layout; every number of rows is right
 
@@ -118,6 +119,17 @@ class PackedUpsample(nn.Module):
 
 
 PACKED_LAYERS = Layers(PackedLinear, PackedMlp, PackedConv)
+
+
+def packed_layers(dtype: torch.dtype) -> Layers:
+    """PACKED_LAYERS; linear layers stay as they are where the processor gains nothing."""
+    if processor().packs(dtype):
+        return PACKED_LAYERS
+    return Layers(_same, _same, PackedConv)
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
 
 
 @torch.no_grad()

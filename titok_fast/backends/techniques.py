@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from titok_fast.backends.cpu_int8 import int8_layers
-from titok_fast.backends.cpu_packed import PACKED_LAYERS, pack
+from titok_fast.backends.cpu_packed import pack, packed_layers
 from titok_fast.models.blocks import set_attention
 from titok_fast.models.generator import MaskedGenerator
 from titok_fast.models.tokenizer import TiTok
+from titok_fast.processor.here import processor
+from titok_fast.processor.rates import FORMATS
 
 TECHNIQUES = {
     "packed": "CPU: weights in oneDNN's layout, GELU fused into the matmul, kernels folded once",
@@ -24,24 +26,25 @@ TECHNIQUES = {
     "inductor": "torch.compile of each network",
     "graph": "CUDA: the whole draw recorded once for each batch size, then replayed",
 }
-DEFAULTS = {"cpu": ("packed", "products"), "cuda": ("inductor", "graph")}
 # shapes per network: B and 2B rows for each batch size. Beyond its limit, by default 8, torch runs
 # the plain network
 _SHAPES = 64
 _RECORDING_MODES = ("reduce-overhead", "max-autotune")
 
 
-def resolve_fast(fast: bool | str, device_type: str) -> tuple[str, ...]:
-    """The techniques of `fast=` and `--fast`: none for False, for True the device's defaults.
+def resolve_fast(fast: bool | str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The techniques of `fast=` and `--fast`: none for False, for True those that pay here.
 
-    The defaults keep the dtype; "int8" is the fastest on a CPU. ValueError for another value.
+    They keep the dtype; "int8" is the fastest on a CPU. ValueError for another value.
     """
     if fast is False:
         return ()
-    if fast is True:
-        return DEFAULTS.get(device_type, ("inductor",))
-    if fast == "int8":
-        return ("products", "int8")
+    if fast is True and device_type != "cpu":
+        return ("inductor", "graph") if device_type == "cuda" else ("inductor",)
+    if fast in (True, "int8"):
+        products = dtype in FORMATS and processor().attention(dtype) == "products"
+        attention = ("products",) if products else ()
+        return ("packed", *attention) if fast is True else (*attention, "int8")
     raise ValueError(
         f"fast wants True, False or 'int8'; got {fast!r}: lists of techniques go to compile()"
     )
@@ -90,10 +93,11 @@ def apply_techniques(networks: Collection[nn.Module], techniques: Collection[str
     for network in networks:
         if "products" in techniques:
             set_attention(network, "products")
+        dtype = next(network.parameters()).dtype
         if "int8" in techniques:
-            pack(network, int8_layers())
+            pack(network, int8_layers(dtype))
         elif "packed" in techniques:
-            pack(network, PACKED_LAYERS)
+            pack(network, packed_layers(dtype))
 
 
 def compile_networks(

@@ -72,7 +72,7 @@ class Drawing:
             "generator": asdict(pipe.generator.config),
             "sampling": asdict(pipe.sampling.updated(**sampling_changes(args))),
             "dtype": str(pipe.tokenizer.dtype).removeprefix("torch."),
-            "fast": resolve_fast(args.fast, pipe.device.type),
+            "fast": resolve_fast(args.fast, pipe.device.type, pipe.tokenizer.dtype),
             "seed": args.seed,
             "num": len(self.labels),
             "files": "png" if args.out else "raw",

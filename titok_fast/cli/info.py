@@ -17,6 +17,9 @@ from titok_fast.costs import (
     speed_of_light,
 )
 from titok_fast.presets import PRESETS, Preset, preset
+from titok_fast.processor.description import Processor
+from titok_fast.processor.here import measure_processor
+from titok_fast.processor.rates import FORMATS
 
 _MIB = 2**20
 _NONE = "-"
@@ -25,8 +28,9 @@ _NONE = "-"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command's arguments on its parser."""
     parser.description = (
-        "Show parameters, FLOPs, bytes and the least time per image on some cards. Everything is "
-        "computed from the models' shapes; nothing is measured or downloaded."
+        "Show parameters, FLOPs, bytes and the least time per image on some cards, computed from "
+        "the models' shapes; nothing is downloaded. Without MODEL also what this processor does "
+        "best, which takes a second to measure."
     )
     parser.add_argument(
         "models",
@@ -52,6 +56,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[str]:
     """Yield the tables."""
     yield info(args.models, dtype=args.dtype, batch=args.batch_size)
+    if not args.models:
+        yield "\n" + describe(measure_processor())
+
+
+def describe(own: Processor) -> str:
+    """A processor's instruction sets, its rates, and the modes that are fastest on it."""
+
+    def best(kind: str, name: str) -> float:
+        ways = [way for way in own.rates if way.startswith(kind) and name in way]
+        return max(own.rates[way] for way in ways if name == "int8" or "int8" not in way)
+
+    names = ("float32", "bfloat16", "int8")
+    rows = [["GFLOP/s of a thread", "float32", "bfloat16", "int8"]]
+    for kind in ("linear", "convolution"):
+        rows.append([kind, *(f"{best(kind, name) / 1e9:,.0f}" for name in names)])
+    attention = (best("attention", name) for name in names[:2])
+    rows.append(["attention", *(f"{rate / 1e9:,.0f}" for rate in attention), _NONE])
+    dtype = FORMATS[own.dtype]
+    wide, narrow, int8 = (best("linear", name) for name in names)
+    return (
+        f"This processor: {own.name}: {', '.join(own.instruction_sets)}\n\n{table(rows)}\n\n"
+        f"Take --dtype {dtype} --fast: bfloat16 has {narrow / wide:.2g} times the rate of float32; "
+        f"--fast int8 has {int8 / max(wide, narrow):.2g} times\nthe faster of the two, at a small "
+        "loss of precision."
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -122,7 +122,7 @@ def sources_of(args: argparse.Namespace, *, draws: bool = False) -> Sources:
     """
     device, dtype = local_device(args.device), dtype_of(args)
     backend_name(args.attention)
-    check_techniques(resolve_fast(args.fast, device.type), device.type, dtype)
+    check_techniques(resolve_fast(args.fast, device.type, dtype), device.type, dtype)
     generator = getattr(args, "generator", None)
     return resolve(
         args.model, args.tokenizer, generator, draws=draws, random_weights=args.random_weights
@@ -156,7 +156,7 @@ def load_plain(args: argparse.Namespace, sources: Sources) -> TiTokPipeline:
 def make_fast(args: argparse.Namespace, pipe: TiTokPipeline) -> TiTokPipeline:
     """Compile a pipeline where `--fast` asks for it, and say how."""
     if args.fast:
-        pipe.compile(resolve_fast(args.fast, pipe.device.type))
+        pipe.compile(resolve_fast(args.fast, pipe.device.type, pipe.tokenizer.dtype))
         if not args.quiet:
             sys.stderr.write(f"titok-fast: fast on {pipe.device}: {', '.join(pipe.techniques)}\n")
     return pipe
