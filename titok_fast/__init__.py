@@ -1,9 +1,9 @@
 """titok_fast: TiTok (arXiv 2406.07550) and its MaskGIT generator, weight-compatible and fast.
 
 Imports point up this list only; `docs/design.md` says why.
-Reading order: processor, settings, sampling_config, config, presets, io, distributed, sampling, models,
-backends, data, loading, tokenizer_pipeline, pipeline, costs, training, evaluation, integrations,
-cli.
+Reading order: processor, settings, sampling_config, config, presets, io, distributed, sampling,
+models, backends, data, loading, tokenizer_pipeline, pipeline, costs, training, evaluation,
+integrations, cli.
 """
 
 from titok_fast.config import GeneratorConfig, TokenizerConfig, VQGANConfig
