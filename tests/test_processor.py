@@ -12,7 +12,8 @@ from support.processors import AVX2, BF16, NO_BF16
 from titok_fast.processor import here as own
 from titok_fast.processor.description import Processor, instruction_sets, name_in
 from titok_fast.processor.here import measure_processor, processor
-from titok_fast.processor.rates import exact_int8_limit, int8_convolution, int8_linear, measured
+from titok_fast.processor.int8_products import convolution, linear, pack_convolution, pack_linear
+from titok_fast.processor.rates import exact_int8_limit, measured
 
 F32, BF = torch.float32, torch.bfloat16
 
@@ -89,7 +90,8 @@ def test_eight_bits_are_exact_within_the_limit() -> None:
     x = torch.randint(0, 256, (5, 192), dtype=torch.uint8)
     weight = torch.randint(-limit, limit + 1, (64, 192), dtype=torch.int8)
     x[0], weight[:2] = 255, torch.tensor([[limit], [-limit]], dtype=torch.int8)
-    got = int8_linear(x, weight, F32)()
+    ones = torch.ones(64)
+    got = linear(x, 0, pack_linear(weight, ones), F32)
     assert torch.equal(got.double(), x.double() @ weight.double().T)
     image, kernel = (
         torch.full((1, 64, 6, 7), 255, dtype=torch.uint8),
@@ -97,7 +99,9 @@ def test_eight_bits_are_exact_within_the_limit() -> None:
     )
     image = image.contiguous(memory_format=torch.channels_last)
     want = torch.nn.functional.conv2d(image.double(), kernel.double(), padding=1)
-    assert torch.equal(int8_convolution(image, kernel, F32)().double(), want)
+    assert torch.equal(
+        convolution(image, 1.0, 0, pack_convolution(kernel, ones[:32]), None, F32).double(), want
+    )
 
 
 @pytest.mark.skipif("avx2" not in instruction_sets(), reason="sets a limit of x86 processors")

@@ -125,11 +125,7 @@ class TiTokPipeline(TokenizerPipeline):
         if "dtype" in options:
             options["dtype"] = _float_dtype(options["dtype"] or torch.float32)
         pipe = cls(*load(sources, **{k: v for k, v in options.items() if v is not None}))
-        return (
-            pipe.compile(resolve_fast(fast, pipe.device.type, pipe.tokenizer.dtype))
-            if fast
-            else pipe
-        )
+        return pipe.compile(pipe.techniques_of(fast)) if fast else pipe
 
     def to(
         self,
@@ -156,6 +152,10 @@ class TiTokPipeline(TokenizerPipeline):
             if model is not None:
                 model.to(device=device, dtype=dtype)
         return self
+
+    def techniques_of(self, fast: Fast) -> tuple[str, ...]:
+        """What `fast=` stands for where this pipeline is; ValueError for another value."""
+        return resolve_fast(fast, self.device.type, self.tokenizer.dtype)
 
     def compile(
         self,
@@ -185,11 +185,7 @@ class TiTokPipeline(TokenizerPipeline):
         """
         if isinstance(techniques, str):
             raise ValueError(f"compile wants a list of techniques; got {techniques!r}")
-        names = (
-            resolve_fast(True, self.device.type, self.tokenizer.dtype)
-            if techniques is None
-            else tuple(techniques)
-        )
+        names = self.techniques_of(True) if techniques is None else tuple(techniques)
         if self.techniques:
             raise ValueError(f"this pipeline is compiled already: {', '.join(self.techniques)}")
         check_techniques(names, self.device.type, self.tokenizer.dtype, options)

@@ -24,9 +24,8 @@ from titok_fast.backends.cpu_int8_ops import (
 from titok_fast.backends.cpu_packed import Layers, packed_layers
 from titok_fast.models.blocks import Mlp
 from titok_fast.models.vqgan import NormSiLU
+from titok_fast.processor import int8_products
 from titok_fast.processor.here import processor
-
-_NO_EPILOGUE: tuple[str, list[float], str] = ("none", [], "")
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,22 +47,18 @@ class _Int8Matmul(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        weight, self._scale = quantize_weight(layer.weight)
-        self._weight = torch.ops.onednn.qlinear_prepack(weight, None)
-        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        weight, scale = quantize_weight(layer.weight)
+        self._weight = int8_products.pack_linear(weight, scale)
         self.packed_bytes = weight.nbytes
-        self.dtype = layer.weight.dtype
-        self._result = processor().int8_result("linear", self.dtype) or torch.float32
-        self.sums = weight.sum(dim=1, dtype=torch.int32) * self._scale  # of each output's weights
+        result = processor().int8_result("linear", layer.weight.dtype)
+        self._result = result or torch.float32
+        self.sums = weight.sum(dim=1, dtype=torch.int32) * scale  # of each output's weights
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
         self.bias = bias
 
     def forward(self, x: Tensor, zero: int) -> Tensor:
         """(R, D) uint8 whose zero is `zero` -> (R, E), float32 or the model's dtype."""
-        weight = self._weight, self._scale, self._zeros
-        return torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, zero, *weight, None, 1.0, 0, self._result, *_NO_EPILOGUE
-        )
+        return int8_products.linear(x, zero, self._weight, self._result)
 
 
 class Int8Linear(nn.Module):
@@ -105,11 +100,8 @@ class Int8Conv(nn.Module):
         super().__init__()
         self.dtype = weight.dtype
         self._result = processor().int8_result("convolution", self.dtype) or torch.float32
-        kernel, self._scale = quantize_weight(weight)
-        self._weight = torch.ops.onednn.qconv_prepack(
-            kernel, self._scale, 1.0, 0, [1, 1], [1, 1], [1, 1], 1, None
-        )
-        self._zeros = torch.zeros(len(kernel), dtype=torch.int64)
+        kernel, scale = quantize_weight(weight)
+        self._weight = int8_products.pack_convolution(kernel, scale)
         self._bias = None if bias is None else bias.detach().float()
         self._norm = None if norm is None else norm_arguments(norm)
         self.packed_bytes = kernel.nbytes
@@ -121,12 +113,8 @@ class Int8Conv(nn.Module):
         if len(x) != 1:
             return torch.cat([self(one) for one in x.split(1)])
         quantized = quantize_image(x) if self._norm is None else norm_silu_quantize(x, *self._norm)
-        weight = self._weight, self._scale, self._zeros, self._bias
-        geometry = [1, 1], [1, 1], [1, 1], 1  # stride, padding, dilation, groups
-        y = torch.ops.onednn.qconv2d_pointwise(
-            *quantized, *weight, *geometry, 1.0, 0, self._result, *_NO_EPILOGUE
-        )
-        return y.to(self.dtype)
+        weight = self._weight, self._bias
+        return int8_products.convolution(*quantized, *weight, self._result).to(self.dtype)
 
 
 def norm_arguments(norm: NormSiLU) -> tuple[Tensor, Tensor, int, float]:

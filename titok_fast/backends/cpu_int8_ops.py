@@ -22,6 +22,7 @@ from torch import Tensor
 
 from titok_fast.backends.compile_cache import cache_dir
 from titok_fast.kernels.group_norm_silu import group_norm_silu
+from titok_fast.processor.rates import FORMATS
 
 SYMMETRIC = 128  # the zero of uint8 for values of both signs
 GELU_MIN, SILU_MIN = -0.17, -0.2785  # lower bounds of exact GELU (-0.16997) and SiLU (-0.27846)
@@ -33,7 +34,6 @@ _PROCESSOR_FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
 }
-_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @lru_cache(maxsize=1)
@@ -78,7 +78,7 @@ def _library() -> Path:
 
 
 def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
-    function = getattr(compiled_ops(), f"{name}_{_SUFFIXES[dtype]}")
+    function = getattr(compiled_ops(), f"{name}_{FORMATS[dtype]}")
     function.restype = None
     function(*map(_for_c, args))
 
@@ -107,7 +107,7 @@ def _image_op(name: str, x: Tensor, *args: Tensor | int | float) -> tuple[Tensor
 
 
 def _runs_compiled(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype in _SUFFIXES and compiled_ops() is not None
+    return x.is_cpu and x.dtype in FORMATS and compiled_ops() is not None
 
 
 def quantize_rows_ref(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def gelu_quantize_rows(y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, 
 def dequantize_rows(y: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """(R, E) * (R, 1) + (E,), computed in float32, of this dtype; in y where it is y's own."""
     own = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
-    if not _runs_compiled(y) or not y.is_contiguous() or dtype not in _SUFFIXES:
+    if not _runs_compiled(y) or not y.is_contiguous() or dtype not in FORMATS:
         return own.copy_(y.float() * scale + bias)
     wide, narrow = (own, None) if dtype == torch.float32 else (None, own)
     _call("dequantize_rows", y.dtype, y, wide, narrow, scale, bias, *y.shape)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from titok_fast.backends.techniques import resolve_fast
 from titok_fast.cli.options import sampling_changes
 from titok_fast.distributed import Ranks
 from titok_fast.io.images import grid, save_png, to_pil
@@ -72,7 +71,7 @@ class Drawing:
             "generator": asdict(pipe.generator.config),
             "sampling": asdict(pipe.sampling.updated(**sampling_changes(args))),
             "dtype": str(pipe.tokenizer.dtype).removeprefix("torch."),
-            "fast": resolve_fast(args.fast, pipe.device.type, pipe.tokenizer.dtype),
+            "fast": pipe.techniques_of(args.fast),
             "seed": args.seed,
             "num": len(self.labels),
             "files": "png" if args.out else "raw",

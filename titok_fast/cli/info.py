@@ -62,19 +62,14 @@ def run(args: argparse.Namespace) -> Iterator[str]:
 
 def describe(own: Processor) -> str:
     """A processor's instruction sets, its rates, and the modes that are fastest on it."""
-
-    def best(kind: str, name: str) -> float:
-        ways = [way for way in own.rates if way.startswith(kind) and name in way]
-        return max(own.rates[way] for way in ways if name == "int8" or "int8" not in way)
-
     names = ("float32", "bfloat16", "int8")
-    rows = [["GFLOP/s of a thread", "float32", "bfloat16", "int8"]]
+    rows = [["GFLOP/s of a thread", *names]]
     for kind in ("linear", "convolution"):
-        rows.append([kind, *(f"{best(kind, name) / 1e9:,.0f}" for name in names)])
-    attention = (best("attention", name) for name in names[:2])
+        rows.append([kind, *(f"{own.best(kind, name) / 1e9:,.0f}" for name in names)])
+    attention = (own.best("attention", name) for name in names[:2])
     rows.append(["attention", *(f"{rate / 1e9:,.0f}" for rate in attention), _NONE])
     dtype = FORMATS[own.dtype]
-    wide, narrow, int8 = (best("linear", name) for name in names)
+    wide, narrow, int8 = (own.best("linear", name) for name in names)
     return (
         f"This processor: {own.name}: {', '.join(own.instruction_sets)}\n\n{table(rows)}\n\n"
         f"Take --dtype {dtype} --fast: bfloat16 has {narrow / wide:.2g} times the rate of float32; "

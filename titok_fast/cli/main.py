@@ -55,7 +55,7 @@ _COMMANDS = {
     ),
     "tokenize": _Command("images", "turn images into token ids", "add_tokenize", "tokenize"),
     "detokenize": _Command("images", "turn token ids into images", "add_detokenize", "detokenize"),
-    "info": _Command("info", "show sizes, costs and speed limits of the models"),
+    "info": _Command("info", "show what models cost, and what this processor does best"),
     "train": _Command("train", "train a tokenizer or a generator by a recipe"),
     "pretokenize": _Command("pretokenize", "turn a data set into token shards"),
     "convert": _Command("convert", "put trained models into one small folder"),

@@ -156,7 +156,7 @@ def load_plain(args: argparse.Namespace, sources: Sources) -> TiTokPipeline:
 def make_fast(args: argparse.Namespace, pipe: TiTokPipeline) -> TiTokPipeline:
     """Compile a pipeline where `--fast` asks for it, and say how."""
     if args.fast:
-        pipe.compile(resolve_fast(args.fast, pipe.device.type, pipe.tokenizer.dtype))
+        pipe.compile(pipe.techniques_of(args.fast))
         if not args.quiet:
             sys.stderr.write(f"titok-fast: fast on {pipe.device}: {', '.join(pipe.techniques)}\n")
     return pipe

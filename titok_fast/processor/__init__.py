@@ -3,5 +3,5 @@
 Instruction sets alone say too little: a hypervisor may hide them, and oneDNN runs a format without
 a kernel of its own in a loop that is a thousand times slower. So the rates are measured, in about a
 second, and kept in the user's cache folder.
-Reading order: rates, description, here.
+Reading order: int8_products, rates, description, here.
 """

@@ -54,10 +54,20 @@ class Processor:
     rates: Mapping[str, float]
     int8_limit: int
 
+    def best(self, kind: str, name: str) -> float:
+        """The rate of the fastest way.
+
+        Args:
+            kind: "linear", "convolution" or "attention".
+            name: "float32", "bfloat16", or "int8" for 8-bit inputs whatever the results are.
+        """
+        ways = [way for way in self.rates if way.startswith(kind) and name in way]
+        return max(self.rates[way] for way in ways if name == "int8" or "int8" not in way)
+
     @property
     def dtype(self) -> torch.dtype:
         """The faster of float32 and bfloat16; float32 where they are nearly the same."""
-        pays = self._best("bfloat16") > _PAYS * self._best("float32")
+        pays = self.best("linear", "bfloat16") > _PAYS * self.best("linear", "float32")
         return torch.bfloat16 if pays else torch.float32
 
     def packs(self, dtype: torch.dtype) -> bool:
@@ -86,13 +96,7 @@ class Processor:
         """
         rates = {t: self.rates[f"{kind} int8 to {FORMATS[t]}"] for t in (dtype, torch.float32)}
         fast = dtype if rates[dtype] >= _EQUAL * rates[torch.float32] else torch.float32
-        plain = self.rates[f"{kind} plain {FORMATS[dtype]}"]
-        if kind == "linear":
-            plain = self._best(FORMATS[dtype])
-        return fast if rates[fast] > _PAYS * plain else None
-
-    def _best(self, name: str) -> float:
-        return max(self.rates[f"linear {way} {name}"] for way in ("plain", "packed"))
+        return fast if rates[fast] > _PAYS * self.best(kind, FORMATS[dtype]) else None
 
 
 def cpu_name() -> str:

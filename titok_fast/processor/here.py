@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,9 +83,6 @@ def _write(path: Path | None, found: Processor) -> None:
         return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with open(handle, "w") as file:
-            json.dump(asdict(found), file)
-        Path(name).replace(path)
+        path.write_text(json.dumps(asdict(found)))  # half of it is no JSON, and measured again
     except OSError:  # a home that cannot be written to: measured again next time
         return

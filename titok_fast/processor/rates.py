@@ -12,6 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titok_fast.processor.int8_products import (
+    convolution,
+    linear,
+    pack_convolution,
+    pack_linear,
+)
+
 _ROUNDS, _ENOUGH_S, _SLOW_S = 10, 0.05, 0.01
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 Call = Callable[[], object]
@@ -36,8 +43,8 @@ def measured() -> dict[str, Callable[[int], tuple[Call, float]]]:
     """What is measured: for a size 8..256 a call, and its operations."""
     found: dict[str, Callable[[int], tuple[Call, float]]] = {}
     for dtype, name in FORMATS.items():
-        for way, linear in (("plain", _plain), ("packed", _packed)):
-            found[f"linear {way} {name}"] = partial(_linear, linear, dtype)
+        for way, make in (("plain", _plain), ("packed", _packed)):
+            found[f"linear {way} {name}"] = partial(_linear, make, dtype)
         found[f"linear int8 to {name}"] = partial(_int8_linear, dtype)
         found[f"convolution plain {name}"] = partial(_convolution, dtype)
         found[f"convolution int8 to {name}"] = partial(_int8_convolution, dtype)
@@ -67,9 +74,9 @@ def _seconds(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def _linear(linear: Any, dtype: torch.dtype, n: int) -> tuple[Call, float]:
+def _linear(way: Any, dtype: torch.dtype, n: int) -> tuple[Call, float]:
     x, weight = torch.ones(n, 4 * n, dtype=dtype), torch.ones(4 * n, 4 * n, dtype=dtype)
-    return linear(x, weight), 32.0 * n**3
+    return way(x, weight), 32.0 * n**3
 
 
 def _plain(x: Tensor, weight: Tensor) -> Call:
@@ -83,8 +90,9 @@ def _packed(x: Tensor, weight: Tensor) -> Call:
 
 
 def _int8_linear(dtype: torch.dtype, n: int) -> tuple[Call, float]:
-    x = torch.ones(n, 4 * n, dtype=torch.uint8)
-    return int8_linear(x, torch.ones(4 * n, 4 * n, dtype=torch.int8), dtype), 32.0 * n**3
+    x, ints = torch.ones(n, 4 * n, dtype=torch.uint8), torch.ones(4 * n, 4 * n, dtype=torch.int8)
+    weight = pack_linear(ints, torch.ones(4 * n))
+    return lambda: linear(x, 0, weight, dtype), 32.0 * n**3
 
 
 def _convolution(dtype: torch.dtype, n: int) -> tuple[Call, float]:
@@ -95,7 +103,9 @@ def _convolution(dtype: torch.dtype, n: int) -> tuple[Call, float]:
 def _int8_convolution(dtype: torch.dtype, n: int) -> tuple[Call, float]:
     x, kernel = _image_and_kernel(n)
     image = x.to(torch.uint8).to(memory_format=torch.channels_last)
-    return int8_convolution(image, kernel.to(torch.int8), dtype), _convolution_operations(n)
+    weight = pack_convolution(kernel.to(torch.int8), torch.ones(n))
+    call = partial(convolution, image, 1.0, 0, weight, None, dtype)
+    return call, _convolution_operations(n)
 
 
 def _image_and_kernel(n: int) -> tuple[Tensor, Tensor]:
@@ -119,38 +129,18 @@ def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(torch.matmul(q / 8, k.transpose(-1, -2)), dim=-1), v)
 
 
-def int8_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A call of oneDNN's product of (R, D) uint8 and (E, D) int8 to (R, E) of a floating type."""
-    ops: Any = torch.ops.onednn
-    packed, ones = ops.qlinear_prepack(weight, None), torch.ones(len(weight))
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
-    return lambda: ops.qlinear_pointwise(
-        x, 1.0, 0, packed, ones, zeros, None, 1.0, 0, dtype, "none", [], ""
-    )
-
-
-def int8_convolution(x: Tensor, kernel: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The same of a 3x3 convolution: (1, C, H, W) uint8 and (O, C, 3, 3) int8."""
-    ops: Any = torch.ops.onednn
-    ones, zeros = torch.ones(len(kernel)), torch.zeros(len(kernel), dtype=torch.int64)
-    packed = ops.qconv_prepack(kernel, ones, 1.0, 0, [1, 1], [1, 1], [1, 1], 1, None)
-    geometry = [1, 1], [1, 1], [1, 1], 1
-    return lambda: ops.qconv2d_pointwise(
-        x, 1.0, 0, packed, ones, zeros, None, *geometry, 1.0, 0, dtype, "none", [], ""
-    )
-
-
 def exact_int8_limit() -> int:
     """127 where sums of products of 255 and 127 are exact in both kinds of product, else 64."""
-    n = 64
+    n, ones = 64, torch.ones(64)
     weight = torch.full((n, n), 127, dtype=torch.int8)
     kernel = torch.full((n, n, 3, 3), 127, dtype=torch.int8)
     rows = torch.full((n, n), 255, dtype=torch.uint8)
     image = torch.full((1, n, 8, 8), 255, dtype=torch.uint8).to(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
-            sums = int8_linear(rows, weight, torch.float32)()
-            inner = int8_convolution(image, kernel, torch.float32)()[0, :, 1, 1]
+            sums = linear(rows, 0, pack_linear(weight, ones), torch.float32)
+            packed = pack_convolution(kernel, ones)
+            inner = convolution(image, 1.0, 0, packed, None, torch.float32)[0, :, 1, 1]
     except RuntimeError:  # no such product: then no limit matters
         return 127
     exact = bool((sums == 255 * 127 * n).all() and (inner == 255 * 127 * n * 9).all())
