@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
 from support.command_line import GENERATOR, SAMPLING, TOKENIZER, VAE
+from support.sample_runs import saved, wanted_pixels
 from support.tiny_models import (
     rebuilt,
     tiny_tokenizer,
@@ -39,3 +41,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "tiny", Preset(TOKENIZER, GENERATOR, SAMPLING))
     monkeypatch.setitem(PRESETS, "tiny-vae", Preset(VAE))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the tests of sampling."""
+    return saved(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def wanted(models: Path) -> np.ndarray:
+    return wanted_pixels(models)

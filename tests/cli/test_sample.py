@@ -15,9 +15,7 @@ from support.sample_runs import (
     main,
     options,
     pictures,
-    saved,
     stamps,
-    wanted_pixels,
 )
 from support.tiny_models import (
     rebuilt,
@@ -32,21 +30,11 @@ from titok_fast.presets import PRESETS, Preset
 pytestmark = pytest.mark.usefixtures("one_thread_for_all")  # as torchrun sets it
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def wanted(weights: Path) -> np.ndarray:
-    return wanted_pixels(weights)
-
-
 @pytest.mark.parametrize("batch", [3, 8])
 def test_holes_are_filled_and_the_rest_left_alone(
-    tmp_path: Path, weights: Path, wanted: np.ndarray, batch: int
+    tmp_path: Path, models: Path, wanted: np.ndarray, batch: int
 ) -> None:
-    arguments = options(weights, tmp_path, f"--batch-size={batch}")
+    arguments = options(models, tmp_path, f"--batch-size={batch}")
     assert main(arguments) == 0
     for i in (0, 4, 5, 19):
         (tmp_path / NAMES[i]).unlink()
@@ -57,15 +45,15 @@ def test_holes_are_filled_and_the_rest_left_alone(
     assert np.array_equal(pictures(tmp_path), wanted)
 
 
-def test_nothing_to_draw(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_draw(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, npz = tmp_path / "out", tmp_path / "new" / "all.npz"
-    assert main(options(weights, out)) == 0
+    assert main(options(models, out)) == 0
     before = stamps(out)
-    assert main(options(weights, out)) == 0
-    assert main(options(weights, out, f"--npz={npz}")) == 0  # the archive may be asked for later
+    assert main(options(models, out)) == 0
+    assert main(options(models, out, f"--npz={npz}")) == 0  # the archive may be asked for later
     assert np.array_equal(np.load(npz)["arr_0"], pictures(out))
     written = stamps(npz.parent)
-    assert main(options(weights, out, f"--npz={npz}")) == 0
+    assert main(options(models, out, f"--npz={npz}")) == 0
     assert (stamps(out), stamps(npz.parent)) == (before, written)
     assert capsys.readouterr().out.splitlines() == [
         f"{NUM} images in {out}",
@@ -75,10 +63,10 @@ def test_nothing_to_draw(tmp_path: Path, weights: Path, capsys: pytest.CaptureFi
 
 
 def test_archive_without_png_files(
-    tmp_path: Path, weights: Path, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: Path, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     npz, parts = tmp_path / "all.npz", tmp_path / "all.npz.parts"
-    arguments = [*options(weights, tmp_path, f"--npz={npz}")]
+    arguments = [*options(models, tmp_path, f"--npz={npz}")]
     arguments.remove(f"--out={tmp_path}")
     write = RawFolder.write
 
@@ -122,12 +110,12 @@ def test_raw_runs_that_overlap_count_once(tmp_path: Path) -> None:
 
 
 def test_damaged_picture_is_named_and_leaves_no_archive(
-    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, npz = tmp_path / "out", tmp_path / "all.npz"
-    assert main(options(weights, out)) == 0
+    assert main(options(models, out)) == 0
     Image.new("RGB", (16, 16)).save(out / NAMES[3])
-    assert main(options(weights, out, f"--npz={npz}")) == 2
+    assert main(options(models, out, f"--npz={npz}")) == 2
     assert "000003_3.png wants 32 x 32 pixels" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -157,27 +145,27 @@ def test_archive_takes_the_memory_of_a_few_pictures(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings_are_refused_by_name(
-    begun: Path, weights: Path, capsys: pytest.CaptureFixture[str], change: list[str], phrase: str
+    begun: Path, models: Path, capsys: pytest.CaptureFixture[str], change: list[str], phrase: str
 ) -> None:
     before = stamps(begun)
-    change = [text.format(other=weights / "other") for text in change]
-    assert main(options(weights, begun, *change)) == 2
+    change = [text.format(other=models / "other") for text in change]
+    assert main(options(models, begun, *change)) == 2
     message = capsys.readouterr().err
     assert f"{begun} was begun with other settings: " in message
     assert phrase in message
     assert stamps(begun) == before
 
 
-def test_force_begins_anew(tmp_path: Path, weights: Path) -> None:
-    assert main(options(weights, tmp_path)) == 0
+def test_force_begins_anew(tmp_path: Path, models: Path) -> None:
+    assert main(options(models, tmp_path)) == 0
     first = pictures(tmp_path)
-    assert main(options(weights, tmp_path, "--seed=8", "--count=10", "--force")) == 0
+    assert main(options(models, tmp_path, "--seed=8", "--count=10", "--force")) == 0
     assert len(pictures(tmp_path)) == 10
     assert not np.array_equal(pictures(tmp_path), first[:10])
 
 
-def test_labels_take_turns(tmp_path: Path, weights: Path, wanted: np.ndarray) -> None:
-    assert main(options(weights, tmp_path, "--labels=0,1,2,3,4,0,1", "--count=9")) == 0
+def test_labels_take_turns(tmp_path: Path, models: Path, wanted: np.ndarray) -> None:
+    assert main(options(models, tmp_path, "--labels=0,1,2,3,4,0,1", "--count=9")) == 0
     names = sorted(path.name for path in tmp_path.glob("*.png"))
     assert names == [f"{i:06d}_{label}.png" for i, label in enumerate([0, 1, 2, 3, 4, 0, 1, 0, 1])]
     made = np.stack([np.asarray(Image.open(tmp_path / name)) for name in names])
@@ -186,22 +174,22 @@ def test_labels_take_turns(tmp_path: Path, weights: Path, wanted: np.ndarray) ->
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
+def begun(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     out = tmp_path_factory.mktemp("begun")
-    assert main(options(weights, out)) == 0
+    assert main(options(models, out)) == 0
     (out / NAMES[2]).unlink()
     return out
 
 
-def test_weights_are_known_by_content(begun: Path, weights: Path, tmp_path: Path) -> None:
+def test_weights_are_known_by_content(begun: Path, models: Path, tmp_path: Path) -> None:
     rebuilt(ImageBert(GENERATOR)).save_pretrained(tmp_path / "moved")
     try:
-        assert main(options(weights, begun, f"--generator={tmp_path / 'moved'}")) == 0
+        assert main(options(models, begun, f"--generator={tmp_path / 'moved'}")) == 0
     finally:
         (begun / NAMES[2]).unlink()
 
 
-def test_bad_requests(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_requests(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, other = tmp_path / "file", tmp_path / "other"
     file.write_text("x")
     other.mkdir()
@@ -214,17 +202,17 @@ def test_bad_requests(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixtu
         ([f"--npz={tmp_path / 'taken.npz'}"], "taken.npz exists and is not of this run"),
     ]
     for change, message in cases:
-        assert main(options(weights, tmp_path / "out", *change)) == 2, change
+        assert main(options(models, tmp_path / "out", *change)) == 2, change
         error = capsys.readouterr().err
         assert error.startswith("titok-fast: error: "), error
         assert message in error
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-def test_broken_manifest(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_manifest(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content, message in (("{", "manifest.json is damaged"), ("[]", "wants a JSON object")):
         (tmp_path / "manifest.json").write_text(content)
-        assert main(options(weights, tmp_path)) == 2
+        assert main(options(models, tmp_path)) == 2
         assert message in capsys.readouterr().err
 
 

@@ -19,22 +19,10 @@ from support.sample_runs import (
     main,
     options,
     pictures,
-    saved,
     stamps,
-    wanted_pixels,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread_for_all")  # as torchrun sets it
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def wanted(weights: Path) -> np.ndarray:
-    return wanted_pixels(weights)
 
 
 def torchrun(arguments: list[str], *program: str) -> "subprocess.Popen[str]":
@@ -56,12 +44,12 @@ def process(command: list[str], **environment: str) -> "subprocess.Popen[str]":
 
 
 def test_two_ranks_and_another_batch_size_give_the_same_bytes(
-    tmp_path: Path, weights: Path, wanted: np.ndarray
+    tmp_path: Path, models: Path, wanted: np.ndarray
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["--batch-size=3", f"--npz={tmp_path / 'two.npz'}", f"--grid={tmp_path / 'two.png'}"]
-    process = torchrun(options(weights, two, *more))
-    assert main(options(weights, one, f"--npz={tmp_path / 'one.npz'}")) == 0
+    process = torchrun(options(models, two, *more))
+    assert main(options(models, one, f"--npz={tmp_path / 'one.npz'}")) == 0
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert np.array_equal(pictures(one), wanted)
@@ -72,10 +60,10 @@ def test_two_ranks_and_another_batch_size_give_the_same_bytes(
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
-def test_killed_rank_ends_the_run_and_a_rerun_draws_the_rest(tmp_path: Path, weights: Path) -> None:
+def test_killed_rank_ends_the_run_and_a_rerun_draws_the_rest(tmp_path: Path, models: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     slow = ["--count=10", "--steps=250"]  # long enough to be in the middle of
-    process = torchrun(options(weights, out, *slow, "--batch-size=1"))
+    process = torchrun(options(models, out, *slow, "--batch-size=1"))
     try:
         wait_for(lambda: len(list(out.glob("[!.]*.png"))) >= 2, process)
         os.kill(rank_of(process.pid, 1), signal.SIGKILL)
@@ -88,16 +76,16 @@ def test_killed_rank_ends_the_run_and_a_rerun_draws_the_rest(tmp_path: Path, wei
     assert 0 < left <= 8
     assert "titok-fast: rank 0: interrupted; " in errors
     assert f"of 10 images are missing in {out}; {AGAIN}" in errors
-    assert main(options(weights, out, *slow)) == 0
+    assert main(options(models, out, *slow)) == 0
     assert before.items() <= stamps(out).items()  # nothing was drawn twice
-    assert main(options(weights, whole, *slow)) == 0
+    assert main(options(models, whole, *slow)) == 0
     assert np.array_equal(pictures(out), pictures(whole))
 
 
-def test_rank_without_a_launcher_says_what_is_missing(tmp_path: Path, weights: Path) -> None:
+def test_rank_without_a_launcher_says_what_is_missing(tmp_path: Path, models: Path) -> None:
     """Such as mpirun without abort: rank 0 finishes its pieces, and names those of the dead."""
     out = tmp_path / "out"
-    slow = options(weights, out, "--count=10", "--steps=250", "--batch-size=1")
+    slow = options(models, out, "--count=10", "--steps=250", "--batch-size=1")
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "titok_fast", "sample", *slow]
     ranks = [process(command, RANK=str(rank), **where) for rank in range(2)]
@@ -137,14 +125,14 @@ def rank_of(launcher: int, rank: int) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
-def test_rank_with_other_weights_is_refused(tmp_path: Path, weights: Path) -> None:
+def test_rank_with_other_weights_is_refused(tmp_path: Path, models: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "rank.py").write_text(
         "import os, sys; from titok_fast.cli.main import main\n"
-        f"other = '--generator={weights / 'other'}'\n"
+        f"other = '--generator={models / 'other'}'\n"
         "sys.exit(main(sys.argv[1:] + [other] * int(os.environ['RANK'])))\n"
     )
-    run = torchrun(options(weights, out), str(tmp_path / "rank.py"))
+    run = torchrun(options(models, out), str(tmp_path / "rank.py"))
     _, errors = run.communicate(timeout=120)
     assert run.returncode != 0
     assert "rank 1: error: rank 1 differs from rank 0: weights_sha256 was " in errors
@@ -152,16 +140,16 @@ def test_rank_with_other_weights_is_refused(tmp_path: Path, weights: Path) -> No
 
 def test_nobody_to_join(
     tmp_path: Path,
-    weights: Path,
+    models: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rank = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (rank | {"MASTER_PORT": free_port()}).items():
         monkeypatch.setenv(name, value)
-    assert main(options(weights, tmp_path, "--patience=1")) == 2
+    assert main(options(models, tmp_path, "--patience=1")) == 2
     error = capsys.readouterr().err
     assert "titok-fast: rank 1: error: the other processes cannot be reached" in error
     monkeypatch.delenv("MASTER_ADDR")
-    assert main(options(weights, tmp_path)) == 2
+    assert main(options(models, tmp_path)) == 2
     assert "MASTER_ADDR" in capsys.readouterr().err
