@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,15 @@ def test_processors_of_one_name_are_told_apart() -> None:
     assert name_in(amd.replace("25", "26")) == "AMD EPYC (family 26, model 17)"
     assert name_in("processor : 0\nmodel name : ARMv8\n") == "ARMv8"
     assert name_in("processor : 0\n") is None
+
+
+def test_rates_are_adopted_from_the_same_kind_of_processor_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(own, "_known", BF16)
+    again = replace(BF16, rates={**BF16.rates, "linear plain float32": 1.0})
+    own.adopt(again)
+    assert processor() is again
+    for other in (NO_BF16, replace(BF16, int8_limit=64), replace(BF16, name="another")):
+        own.adopt(other)
+        assert processor() is again

@@ -46,6 +46,7 @@ from titok_fast.io.sample_folder import (
     make_writable,
 )
 from titok_fast.loading import Sources
+from titok_fast.processor.here import adopt, processor
 from titok_fast.sampling.network import check_labels
 from titok_fast.sampling_config import SamplingConfig
 
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     run_labels = _labels(args, sources)
     _check_places(args)
     with join(args.device, args.patience) as ranks:
+        if args.fast and ranks.device.type == "cpu":
+            adopt(ranks.agree(processor))
         pipe = load_plain(args, sources)
         if ranks.rank == 0:
             say_random_weights(args)
